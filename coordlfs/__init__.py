@@ -1,0 +1,8 @@
+"""coordlfs: a FUSE file system that ends data stalls in deep-learning training.
+
+Mounted over a dataset directory, it keeps as much of it as memory allows in the kernel's page
+cache, never evicts it, and makes a cached read cost no message to user space.
+Importing the package loads nothing else; `coordlfs.cli` is the command.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,8 @@
+"""`python -m coordlfs` is the command `coordlfs`."""
+
+import sys
+
+from coordlfs.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

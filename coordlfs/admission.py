@@ -1,0 +1,406 @@
+"""Admission: how an item that missed comes to be pinned, and is let go again.
+
+    absent ── a READ misses, MinIO has room ──> collecting (its bytes go to the stash)
+           ── all of it read, or idle a while ──> asked (a keeper pins it, READing the stash) ──> pinned
+
+The keeper says BUSY while a reader still uses the pages: it is asked again later, with more force. A job's READ that
+comes while the keeper works would leave pages charged to the job, so such an item is pinned once more. Byte-lane
+threads call in with what they read; one thread of this module listens to the keepers and watches the clock.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from coordlfs import items
+from coordlfs.catalog import Catalog
+from coordlfs.epochs import Epochs
+from coordlfs.kernel import pages
+from coordlfs.metrics import Counters
+from coordlfs.minio import MinIO, State
+from coordlfs.stash import Stash
+from coordlfs.wire import MAX_PACKET, PINS, REPLY, REQUEST, How, Outcome, Verb
+
+log = logging.getLogger(__name__)
+
+_WINDOW = 64  # requests that a keeper has not answered
+_IDLE = 0.05  # seconds without a READ after which an item that was read in part is pinned whole
+_RETRY = (0.002, 0.02, 0.2, 1.0, 4.0)  # seconds between attempts while somebody uses the pages
+_FORCE_FROM = 2  # the attempt from which pages are dropped even where a job maps them
+
+
+@dataclass(slots=True)
+class _Pending:
+    """An item on its way to be pinned."""
+
+    due: float = 0.0  # when it is asked for, while it is not with a keeper
+    keeper: int | None = None  # who is asked
+    contended: bool = False  # a job READ it since
+    cancelled: bool = False
+    attempts: int = 0
+    flags: int = 0
+
+
+@dataclass(slots=True)
+class Link:
+    """One keeper, as the server sees it."""
+
+    index: int
+    pid: int
+    sock: socket.socket
+    asked: int = 0
+    full: bool = False
+    backlog: deque[bytes] = field(default_factory=deque)
+
+
+class Admission:
+    """The cache's books. Every method may be called from any thread; `run` is the thread of its own."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        policy: MinIO,
+        stash: Stash,
+        epochs: Epochs,
+        counters: Counters,
+        more_keepers: Callable[[], None],
+    ) -> None:
+        self.catalog = catalog
+        self.policy = policy
+        self.stash = stash
+        self.epochs = epochs
+        self.counters = counters
+        self.links: dict[int, Link] = {}
+        self.keeper_pids: frozenset[int] = frozenset()
+        self._more_keepers = more_keepers
+        self._lock = threading.RLock()
+        self._pending: dict[int, _Pending] = {}
+        self._clock: list[tuple[float, int]] = []  # when items are due; stale where `due` says otherwise
+        self._chunk_misses: dict[int, tuple[int, int]] = {}  # of files of several items
+        self._dropping: set[int] = set()
+        self._waiting: deque[int] = deque()  # for a keeper with room
+        self._asked_for_keeper = False
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._closing = False
+
+    # -- called by the byte lane --------------------------------------------------------------------------------
+
+    def stashed(self, item: int, offset: int, size: int, end: int, by_keeper: bool) -> list[bytes | memoryview] | None:
+        """Bytes of an item on its way, if they are all here: they need not be read again."""
+        if item not in self._pending:
+            return None
+        with self._lock:
+            pending = self._pending.get(item)
+            if pending is None:
+                return None
+            if not by_keeper:
+                pending.contended = True
+            return self.stash.get(item, offset, size, end)
+
+    def missed(self, record: int, item: int, offset: int, data: memoryview, file_size: int) -> None:
+        """A job's READ brought `data` from the source: count it, and admit its item if there is room."""
+        with self._lock:
+            self._count_miss(record, item, offset, len(data), file_size)
+            state = self.policy.state(item)
+            if state is State.PINNED or item in self._dropping:
+                return
+            start, length = items.span(item, file_size)
+            if state is State.ABSENT:
+                if not length or not self.policy.admit(item, pages.count(length)):
+                    return
+                if not self.stash.put(item, offset, data):
+                    self.policy.release(item)
+                    self.counters.add("not_admitted")
+                    return
+                pending = self._pending[item] = _Pending()
+            else:
+                pending = self._pending[item]
+                if pending.keeper is not None:
+                    pending.contended = True
+                self.stash.put(item, offset, data)
+                if pending.keeper is not None or pending.attempts:
+                    return
+            if self.stash.held(item) >= length:
+                self._ask(item, pending)
+            else:
+                self._later(item, _IDLE)
+
+    def _count_miss(self, record: int, item: int, offset: int, nbytes: int, file_size: int) -> None:
+        start, length = items.span(item, file_size)
+        whole = length == file_size
+        last = self.catalog.last_miss(record) if whole else self._chunk_misses.get(item, (0, 0))
+        remember = self.epochs.miss(last, offset // pages.PAGE, nbytes)
+        if remember is None:
+            return
+        if last == (0, 0):
+            self.counters.add("dataset_items")
+            self.counters.add("dataset_bytes", length)
+        if self.catalog.last_miss(record)[0] != remember[0]:
+            self.counters.add("source_files")
+        if not whole:
+            self._chunk_misses[item] = remember
+        self.catalog.set_last_miss(record, *remember)
+
+    # -- called by whoever wants items in or out ----------------------------------------------------------------
+
+    def admit(self, wanted: Iterable[int]) -> int:
+        """Have items pinned that nobody has read; how many were taken on. What does not fit is left out."""
+        taken = 0
+        with self._lock:
+            for item in wanted:
+                size = self.catalog.size(items.record_of(item))
+                _, length = items.span(item, size)
+                if item not in self._dropping and self.policy.admit(item, pages.count(length)):
+                    self._ask(item, self._pending.setdefault(item, _Pending()))
+                    taken += 1
+        return taken
+
+    def drop(self, unwanted: Iterable[int]) -> int:
+        """Have items let go, pinned or on their way; how many there were."""
+        dropped = 0
+        with self._lock:
+            for item in unwanted:
+                if item in self._dropping or self.policy.state(item) is State.ABSENT:
+                    continue
+                dropped += 1
+                pending = self._pending.get(item)
+                holder = self.policy.holder(item)
+                if pending is not None and pending.keeper is not None:
+                    pending.cancelled = True  # the keeper's answer brings it back here
+                    self.stash.remove(item)
+                elif holder is not None and holder in self.links:
+                    self._dropping.add(item)
+                    self.catalog.add_pinned_pages(items.record_of(item), -self.policy.unpin(item))
+                    self._send(self.links[holder], Verb.DROP, item, 0)
+                else:
+                    self._forget(item)
+        return dropped
+
+    def drop_record(self, record: int) -> int:
+        """`drop` every item of a file, whatever its size was."""
+        if not self.catalog.pinned_pages(record) and not self._pending:
+            return 0
+        return self.drop(items.items_of(record, self.catalog.size(record)))
+
+    def settled(self, wanted: Iterable[int]) -> bool:
+        """Whether none of the items is on its way in or out."""
+        return not any(item in self._pending or item in self._dropping for item in wanted)
+
+    # -- keepers ------------------------------------------------------------------------------------------------
+
+    def add_keeper(self, index: int, pid: int, sock: socket.socket) -> None:
+        """A keeper joins, a new one or one that a server before this one had."""
+        sock.setblocking(False)
+        with self._lock:
+            self.links[index] = Link(index, pid, sock)
+            self.keeper_pids |= {pid}
+            self._asked_for_keeper = False
+            self._ask_waiting()
+        self._wake()
+
+    def lose_keeper(self, index: int) -> None:
+        """A keeper died, and its pins with it. What it held is pinned again as it is, as long as it is resident."""
+        with self._lock:
+            link = self.links.pop(index, None)
+            if link is None:
+                return
+            self.keeper_pids -= {link.pid}
+            link.sock.close()
+            for item in self.policy.held_by(index):
+                self.catalog.add_pinned_pages(items.record_of(item), -self.policy.unpin(item))
+                self._pending[item] = _Pending(flags=How.KEEP)
+                self._waiting.append(item)
+            for item, pending in self._pending.items():
+                if pending.keeper == index:
+                    pending.keeper = None
+                    self._waiting.append(item)
+            for item in [i for i in self._dropping if self.policy.holder(i) is None]:
+                self._forget(item)
+            self._ask_waiting()
+        self._wake()
+
+    def recover(self) -> None:
+        """Ask the keepers what they hold: for a server that takes over from one that died."""
+        with self._lock:
+            self.catalog.clear_pinned_pages()
+            for link in self.links.values():
+                self._send(link, Verb.LIST, 0, 0)
+
+    def run(self) -> None:
+        """Listen to the keepers and watch the clock, until `close`."""
+        poll = select.poll()
+        poll.register(self._wake_fd, select.POLLIN)
+        polled: dict[int, Link] = {}
+        while not self._closing:
+            with self._lock:
+                current = {link.sock.fileno(): link for link in self.links.values()}
+                timeout = self._run_due()
+            for fd in polled.keys() - current.keys():
+                poll.unregister(fd)
+            for fd, link in current.items():
+                if polled.get(fd) is not link:
+                    poll.register(fd, select.POLLIN)
+            polled = current
+            for fd, _ in poll.poll(timeout):
+                if fd == self._wake_fd:
+                    os.eventfd_read(fd)
+                else:
+                    self._receive(polled[fd])
+            with self._lock:
+                for link in self.links.values():
+                    self._flush(link)
+
+    def close(self) -> None:
+        """End `run`."""
+        self._closing = True
+        self._wake()
+
+    # -- inside; all with the lock held -------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._wake_fd, 1)
+
+    def _later(self, item: int, delay: float) -> None:
+        due = self._pending[item].due = time.monotonic() + delay
+        heapq.heappush(self._clock, (due, item))
+        if self._clock[0] == (due, item):
+            self._wake()
+
+    def _run_due(self) -> int | None:
+        """Ask for what is due; milliseconds until something else is."""
+        now = time.monotonic()
+        while self._clock and self._clock[0][0] <= now:
+            due, item = heapq.heappop(self._clock)
+            pending = self._pending.get(item)
+            if pending is not None and pending.due == due:
+                self._ask(item, pending)
+        return max(1, int((self._clock[0][0] - now) * 1000)) if self._clock else None
+
+    def _ask(self, item: int, pending: _Pending) -> None:
+        pending.due = 0.0
+        link = next((link for link in self.links.values() if not link.full), None)
+        if link is None:
+            self._waiting.append(item)
+            if not self._asked_for_keeper:
+                self._asked_for_keeper = True
+                self._more_keepers()
+            return
+        pending.keeper = link.index
+        pending.contended = False
+        flags = pending.flags | (How.FORCE if pending.attempts >= _FORCE_FROM else 0)
+        self._send(link, Verb.PIN, item, flags)
+
+    def _ask_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, deque()
+        for item in waiting:
+            pending = self._pending.get(item)
+            if pending is not None and pending.keeper is None:
+                self._ask(item, pending)
+
+    def _send(self, link: Link, verb: Verb, item: int, flags: int) -> None:
+        record = items.record_of(item)
+        offset, length = items.span(item, self.catalog.size(record))
+        packet = REQUEST.pack(verb, flags, item, self.catalog.node(record), offset, length)
+        link.backlog.append(packet + self.catalog.path(record))
+        self._flush(link)
+
+    def _flush(self, link: Link) -> None:
+        while link.backlog and link.asked < _WINDOW:
+            try:
+                link.sock.send(link.backlog[0])
+            except (BlockingIOError, OSError):  # full, or dying: the supervisor will say so
+                return
+            link.backlog.popleft()
+            link.asked += 1
+
+    def _receive(self, link: Link) -> None:
+        while True:
+            try:
+                packet = link.sock.recv(MAX_PACKET)
+            except (BlockingIOError, OSError):
+                return
+            if not packet:
+                self.lose_keeper(link.index)
+                return
+            outcome, _, code, item, page_count = REPLY.unpack_from(packet)
+            with self._lock:
+                if outcome == Outcome.LISTED:
+                    self._learn(link, packet[REPLY.size :])
+                    continue
+                link.asked = max(0, link.asked - 1)
+                self._flush(link)
+                self._answered(link, Outcome(outcome), code, item)
+
+    def _learn(self, link: Link, pins: bytes) -> None:
+        for item, length in PINS.iter_unpack(pins):
+            if self.policy.admit(item, pages.count(length)):
+                self._pinned(link, item)
+
+    def _pinned(self, link: Link, item: int) -> None:
+        self.policy.pin(item, link.index)
+        self.catalog.add_pinned_pages(items.record_of(item), self.policy.pages(item))
+
+    def _answered(self, link: Link, outcome: Outcome, code: int, item: int) -> None:
+        if outcome is Outcome.DROPPED:
+            self._dropping.discard(item)
+            if item not in self._pending:
+                self._forget(item)
+            return
+        pending = self._pending.get(item)
+        if pending is None or pending.keeper != link.index:
+            return
+        pending.keeper = None
+        if outcome is Outcome.FULL:
+            link.full = True
+            self._ask(item, pending)
+        elif pending.cancelled:
+            self._abandon(link, item)
+        elif outcome is Outcome.PINNED and not pending.contended:
+            del self._pending[item]
+            self.stash.remove(item)
+            self._pinned(link, item)
+        elif outcome is Outcome.FAILED:
+            log.warning("not cached: %s: %s", self._name(item), os.strerror(code))
+            self.counters.add("pin_errors")
+            self._forget(item)
+        elif pending.attempts >= len(_RETRY):
+            self.counters.add("not_admitted")
+            self._abandon(link, item)
+        else:
+            # Pages of it are, or may be, charged to a job: not now.
+            self.counters.add("pin_retries")
+            pending.flags &= ~How.KEEP
+            self._later(item, _RETRY[pending.attempts])
+            pending.attempts += 1
+
+    def _abandon(self, link: Link, item: int) -> None:
+        """Give up on an item that the keeper may have pinned."""
+        self._pending.pop(item, None)
+        self.stash.remove(item)
+        self._dropping.add(item)
+        self._send(link, Verb.DROP, item, 0)
+
+    def _forget(self, item: int) -> None:
+        self._pending.pop(item, None)
+        self._dropping.discard(item)
+        self.stash.remove(item)
+        pinned = self.policy.release(item)
+        if pinned:
+            self.catalog.add_pinned_pages(items.record_of(item), -pinned)
+
+    def _name(self, item: int) -> str:
+        return os.fsdecode(self.catalog.path(items.record_of(item)))
+
+    def outcomes(self) -> Counter[str]:
+        """How many items are in which state, for `status`."""
+        with self._lock:
+            return Counter(pinned=len(self.policy), on_their_way=len(self._pending))

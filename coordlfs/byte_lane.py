@@ -1,0 +1,165 @@
+"""The byte lane: threads that read /dev/fuse, answer READ, and hand the rest to the name lane.
+
+OPEN, OPENDIR, FLUSH, RELEASE and ACCESS are refused with ENOSYS, after which the kernel never sends them again: to
+open a file that it knows costs no message ("zero-message open"). READDIRPLUS gets the node id written into its file
+handle, which such an open leaves 0.
+
+At most `_RUNNING` threads compete for the interpreter; a thread that is about to wait for a disk lets another one
+take its place, so that hundreds of READs may wait and none of those that need not wait does.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import struct
+import threading
+from contextlib import suppress
+
+from coordlfs.kernel import fuse, pages
+from coordlfs.metrics import Counters
+from coordlfs.reading import Reader
+
+log = logging.getLogger(__name__)
+
+_RUNNING = 2
+_THREADS = 128
+_REFUSED = frozenset(
+    {fuse.OPEN, fuse.OPENDIR, fuse.FLUSH, fuse.RELEASE, fuse.RELEASEDIR, fuse.ACCESS, fuse.FSYNC, fuse.FSYNCDIR}
+)
+_SILENT = frozenset({fuse.FORGET, fuse.BATCH_FORGET, fuse.INTERRUPT})
+_HANDLE = struct.Struct("=Q")
+
+
+class ByteLane:
+    """The threads that serve one FUSE device until it is unmounted."""
+
+    def __init__(self, device: int, names: socket.socket, reader: Reader, counters: Counters) -> None:
+        self._device = device
+        self._names = names
+        self._reader = reader
+        self._counters = counters
+        self._lock = threading.Lock()
+        self._total = 0
+        self._waiting = 0  # for the source
+        self._parked = 0
+        self._unpark = threading.Semaphore(0)
+        self.ended = threading.Event()
+
+    def start(self) -> None:
+        """Start the first threads."""
+        for _ in range(_RUNNING):
+            self._spawn()
+
+    def _spawn(self) -> None:
+        self._total += 1
+        # Daemons: one that waits for a source which never answers must not keep the process.
+        threading.Thread(target=self._run, name="byte lane", daemon=True).start()
+
+    # -- how many threads run -----------------------------------------------------------------------------------
+
+    def _before_wait(self) -> None:
+        """This thread is about to wait for the source: see that others serve meanwhile."""
+        with self._lock:
+            self._waiting += 1
+            if self._total - self._waiting - self._parked >= _RUNNING:
+                return
+            if self._parked:
+                self._parked -= 1
+                self._unpark.release()
+            elif self._total < _THREADS:
+                self._spawn()
+
+    def _after_wait(self) -> None:
+        with self._lock:
+            self._waiting -= 1
+
+    def _park_if_many(self) -> None:
+        with self._lock:
+            if self._total - self._waiting - self._parked <= _RUNNING:
+                return
+            self._parked += 1
+        self._unpark.acquire()
+
+    # -- serving ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        request = bytearray(fuse.REQUEST_BUFFER)
+        view = memoryview(request)
+        into = pages.buffer(fuse.MAX_READ + pages.PAGE)
+        try:
+            while not self.ended.is_set():
+                if self._total - self._waiting - self._parked > _RUNNING:
+                    self._park_if_many()
+                try:
+                    n = os.readv(self._device, [request])
+                except OSError as e:
+                    if e.errno in (errno.EINTR, errno.ENOENT, errno.EAGAIN):
+                        continue
+                    if e.errno == errno.ENODEV:
+                        return  # unmounted
+                    raise
+                self._dispatch(request, view[:n], into)
+        except Exception:
+            log.exception("a byte lane ended")
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self.ended.set()
+        with suppress(OSError):
+            self._names.shutdown(socket.SHUT_RDWR)
+        self._unpark.release(_THREADS)
+
+    def _dispatch(self, request: bytearray, message: memoryview, into: pages.Buffer) -> None:
+        _, opcode, unique, node, _, _, pid, _, _ = fuse.IN_HEADER.unpack_from(request)
+        if opcode == fuse.READ:
+            self._counters.add("reads")
+            _, offset, size = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
+            try:
+                self._read(unique, node, offset, size, pid, into)
+            except OSError as e:
+                self._reply(fuse.error_reply(unique, e.errno or errno.EIO))
+            except Exception:
+                log.exception("READ of node %#x failed", node)
+                self._reply(fuse.error_reply(unique, errno.EIO))
+        elif opcode in _REFUSED:
+            self._counters.add("direct_opens")
+            self._reply(fuse.error_reply(unique, errno.ENOSYS))
+        elif opcode not in _SILENT:
+            if opcode in (fuse.READDIR, fuse.READDIRPLUS):
+                _HANDLE.pack_into(request, fuse.IN_HEADER.size, node)
+            self._counters.add("name_requests")
+            self._names.send(message)
+
+    def _read(self, unique: int, node: int, offset: int, size: int, pid: int, into: pages.Buffer) -> None:
+        size = min(size, fuse.MAX_READ)
+        record, stashed = self._reader.begin(node, offset, size, pid)
+        if stashed is not None:
+            self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + sum(map(len, stashed)), 0, unique), *stashed)
+            return
+        waited = False
+
+        def before_wait() -> None:
+            nonlocal waited
+            waited = True
+            self._before_wait()
+
+        try:
+            n, cacheable = self._reader.fetch(record, offset, size, pid, into, before_wait)
+        finally:
+            if waited:
+                self._after_wait()
+        data = memoryview(into)[:n]
+        self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + n, 0, unique), data)
+        if cacheable and n:
+            self._reader.account(record, offset, data, pid)
+
+    def _reply(self, *parts: bytes | memoryview) -> None:
+        try:
+            os.writev(self._device, parts)
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.ENODEV):  # the caller gave up waiting; unmounted
+                raise

@@ -1,0 +1,288 @@
+"""The item catalogue: which node id stands for which path, and which version of it was shown.
+
+A node id is derived from the path relative to the dataset's root (xxh3, 63 bits), so that it survives the server
+and is the same on every node of a cluster. Two paths with one hash are told apart by hashing again with the next
+seed. Names with several hard links are one node, derived from the source's inode. A file that is replaced after bytes
+of it were handed out becomes a new node, likewise with the next seed, as it would be a new inode in the source: whoever
+has the old one open must never get bytes of the new one.
+
+The records live in memory that the supervisor owns (two memfds), about 64 bytes and the name per file, and are only
+ever appended, so that a server killed at any moment leaves a catalogue that its successor can use. The hash index is
+the server's own and made anew. Writing is for one thread; finding is safe from any, at any time.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import struct
+from array import array
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from coordlfs.kernel.fuse import ROOT_NODE
+
+_RECORDS, _NAMES = 1 << 33, 1 << 35  # address space, not memory: pages are used as they are written
+_HEADER = 4096
+_HEADER_WORDS = _HEADER // 8
+_WORDS = 8  # per record
+_MASK = (1 << 63) - 1
+COUNTERS = 128  # words of the header that are free for counters
+_COUNT, _NAMES_USED = 0, 1
+
+REGULAR, SERVED, LINKED, DIRECTORY, SUPERSEDED = 1, 2, 4, 8, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """What tells two states of a file apart; `inode` only says whether it is the same file of the source."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, st: os.stat_result) -> Version:
+        """The version that these attributes show."""
+        return cls(st.st_size, st.st_mtime_ns, st.st_ino)
+
+
+def allocate() -> tuple[int, int]:
+    """Two memfds for a new catalogue: records and names."""
+    records, names = os.memfd_create("coordlfs-records"), os.memfd_create("coordlfs-names")
+    os.ftruncate(records, _RECORDS)
+    os.ftruncate(names, _NAMES)
+    return records, names
+
+
+def node_of_path(path: bytes, seed: int = 0) -> int:
+    """The node id of a relative path; `seed` counts the collisions before it."""
+    return _node(path, seed)
+
+
+def _node(key: bytes, seed: int) -> int:
+    # 0 means "no node" to the kernel and 1 is the root.
+    return max(xxhash.xxh3_64_intdigest(key, seed) & _MASK, 2)
+
+
+class Catalog:
+    """The records of one mount. Record numbers are small integers that stay valid for the life of the mount."""
+
+    def __init__(self, records: int, names: int, *, id_bits: int = 63) -> None:
+        self._map = mmap.mmap(records, _RECORDS)
+        self._heap = mmap.mmap(names, _NAMES)
+        self._w = memoryview(self._map).cast("Q")
+        self._id_mask = (1 << id_bits) - 1
+        self._directories: dict[int, bytes] = {0: b""}
+        self.counters = self._w[_HEADER_WORDS - COUNTERS : _HEADER_WORDS]
+        if self._w[_COUNT] == 0:
+            self._append(ROOT_NODE, 0, b"", DIRECTORY)
+        self._index: tuple[memoryview, int] = self._build_index(self._w[_COUNT])
+
+    def __len__(self) -> int:
+        return self._w[_COUNT]
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the records, the names and the index take up."""
+        return _HEADER + len(self) * _WORDS * 8 + self._w[_NAMES_USED] + self._index[0].nbytes
+
+    # -- finding ------------------------------------------------------------------------------------------------
+
+    def find(self, node: int) -> int | None:
+        """The record of a node id."""
+        slots, mask = self._index
+        at = node & mask
+        while record := slots[at]:
+            record -= 1
+            if self._w[_HEADER_WORDS + record * _WORDS] == node:
+                return record
+            at = (at + 1) & mask
+        return None
+
+    def node(self, record: int) -> int:
+        """The node id of a record."""
+        return self._w[_HEADER_WORDS + record * _WORDS]
+
+    def entry(self, record: int) -> tuple[int, bytes]:
+        """Record of the parent directory, and the name in it."""
+        at = _HEADER_WORDS + record * _WORDS
+        packed, offset = self._w[at + 1], self._w[at + 2]
+        return packed >> 32, self._heap[offset : offset + (packed >> 16 & 0xFFFF)]
+
+    def path(self, record: int) -> bytes:
+        """The path relative to the root; empty for the root."""
+        parent, name = self.entry(record)
+        directory = self.directory_path(parent)
+        return directory + b"/" + name if directory else name
+
+    def directory_path(self, record: int) -> bytes:
+        """`path` of a directory, remembered."""
+        known = self._directories.get(record)
+        if known is None:
+            if len(self._directories) > 100_000:
+                self._directories = {0: b""}
+            known = self._directories[record] = self.path(record)
+        return known
+
+    def version(self, record: int) -> Version:
+        """The version that the kernel was last told of."""
+        at = _HEADER_WORDS + record * _WORDS
+        mtime = self._w[at + 4]
+        return Version(self._w[at + 3], mtime - (1 << 64) if mtime >> 63 else mtime, self._w[at + 5])
+
+    def shows(self, record: int, st: os.stat_result) -> bool:
+        """Whether `st` is the version that the kernel was last told of."""
+        w, at = self._w, _HEADER_WORDS + record * _WORDS
+        return w[at + 3] == st.st_size and w[at + 4] == st.st_mtime_ns & 0xFFFFFFFFFFFFFFFF and w[at + 5] == st.st_ino
+
+    def supersedes(self, record: int, st: os.stat_result) -> bool:
+        """Whether `st` is another file in the place of one of which bytes have been handed out."""
+        flags = self.flags(record)
+        if flags & SERVED and st.st_ino != self._w[_HEADER_WORDS + record * _WORDS + 5]:
+            self._w[_HEADER_WORDS + record * _WORDS + 1] |= SUPERSEDED
+            return True
+        return bool(flags & SUPERSEDED)
+
+    def size(self, record: int) -> int:
+        """Bytes of the file, as the kernel was last told."""
+        return self._w[_HEADER_WORDS + record * _WORDS + 3]
+
+    def flags(self, record: int) -> int:
+        """REGULAR, DIRECTORY, LINKED, and SERVED: bytes of this version have been handed out."""
+        return self._w[_HEADER_WORDS + record * _WORDS + 1] & 0xFFFF
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def enter(self, parent: int, name: bytes, st: os.stat_result) -> tuple[int, bool]:
+        """The record of a directory entry, made if it is new, and whether its version differs from the one shown.
+
+        A version that differs is NOT recorded: the pages of the old one have to go first; then call `set_version`.
+        """
+        linked = st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode)
+        if linked:
+            key = struct.pack("=cQQ", b"\0", st.st_dev & _MASK, st.st_ino)  # no path begins with a NUL
+        else:
+            directory = self.directory_path(parent)
+            key = directory + b"/" + name if directory else name
+        seed = 0
+        while True:
+            node = max(_node(key, seed) & self._id_mask, 2)
+            record = self.find(node)
+            if record is None:
+                break
+            flags = self.flags(record)
+            if linked:
+                same = flags & LINKED and self.version(record).inode == st.st_ino
+            else:
+                same = not flags & LINKED and self.entry(record) == (parent, name)
+            if same and self.shows(record, st):
+                return record, False
+            if same and not self.supersedes(record, st):
+                if flags & REGULAR and stat.S_ISREG(st.st_mode):
+                    return record, True
+                self.set_version(record, Version.of(st), self._kind(st, linked))
+                return record, False
+            seed += 1
+        record = self._append(node, parent, name, self._kind(st, linked), Version.of(st))
+        self._insert(node, record)
+        return record, False
+
+    @staticmethod
+    def _kind(st: os.stat_result, linked: bool) -> int:
+        kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
+        return kind | (LINKED if linked else 0)
+
+    def move(self, record: int, parent: int, name: bytes) -> None:
+        """Give a file with several hard links another of its names to be read by."""
+        at = _HEADER_WORDS + record * _WORDS
+        offset = self._store_name(name)
+        self._w[at + 2] = offset
+        self._w[at + 1] = parent << 32 | len(name) << 16 | self.flags(record)
+
+    def set_version(self, record: int, version: Version, kind: int | None = None) -> None:
+        """Record that the kernel is told of `version`, of which nothing has been handed out yet."""
+        at = _HEADER_WORDS + record * _WORDS
+        self._w[at + 3] = version.size
+        self._w[at + 4] = version.mtime_ns & 0xFFFFFFFFFFFFFFFF
+        self._w[at + 5] = version.inode
+        flags = self.flags(record) & ~SERVED if kind is None else kind
+        self._w[at + 1] = self._w[at + 1] & ~0xFFFF | flags
+
+    def set_served(self, record: int) -> None:
+        """Record that bytes of this version have been handed out."""
+        self._w[_HEADER_WORDS + record * _WORDS + 1] |= SERVED
+
+    def last_miss(self, record: int) -> tuple[int, int]:
+        """Epoch of the file's last miss and the page it began at; (0, 0) if there was none."""
+        packed = self._w[_HEADER_WORDS + record * _WORDS + 6]
+        return packed >> 32, packed & 0xFFFFFFFF
+
+    def set_last_miss(self, record: int, epoch: int, page: int) -> None:
+        """See `last_miss`."""
+        self._w[_HEADER_WORDS + record * _WORDS + 6] = epoch << 32 | page & 0xFFFFFFFF
+
+    def pinned_pages(self, record: int) -> int:
+        """How many pages of the file are pinned."""
+        return self._w[_HEADER_WORDS + record * _WORDS + 7]
+
+    def add_pinned_pages(self, record: int, pages: int) -> None:
+        """Count `pages` more (or fewer, if negative) as pinned."""
+        self._w[_HEADER_WORDS + record * _WORDS + 7] += pages
+
+    def clear_pinned_pages(self) -> None:
+        """Forget what is pinned, of every file: for a server that is about to be told by the keepers."""
+        words = np.frombuffer(self._map, np.uint64, (len(self)) * _WORDS, _HEADER)
+        words[7::_WORDS] = 0
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _append(self, node: int, parent: int, name: bytes, flags: int, version: Version = Version(0, 0, 0)) -> int:
+        record = self._w[_COUNT]
+        if record >= (_RECORDS - _HEADER) // (_WORDS * 8) - 1:
+            raise OSError(28, "the catalogue is full")
+        at = _HEADER_WORDS + record * _WORDS
+        self._w[at] = node
+        self._w[at + 1] = parent << 32 | len(name) << 16 | flags
+        self._w[at + 2] = self._store_name(name)
+        self.set_version(record, version)
+        self._w[_COUNT] = record + 1  # only now does it exist
+        return record
+
+    def _store_name(self, name: bytes) -> int:
+        offset = self._w[_NAMES_USED]
+        if offset + len(name) > _NAMES:
+            raise OSError(28, "the catalogue's names are full")
+        self._heap[offset : offset + len(name)] = name
+        self._w[_NAMES_USED] = offset + len(name)
+        return offset
+
+    def _insert(self, node: int, record: int) -> None:
+        slots, mask = self._index
+        if (record + 1) * 2 > mask + 1:
+            self._index = self._build_index((record + 1) * 2)
+            return
+        at = node & mask
+        while slots[at]:
+            at = (at + 1) & mask
+        slots[at] = record + 1
+
+    def _build_index(self, capacity: int) -> tuple[memoryview, int]:
+        """Open addressing with linear probing, at most half full; a slot holds a record number plus one."""
+        size = 1 << max(12, (2 * capacity - 1).bit_length())
+        mask = size - 1
+        slots = np.zeros(size, np.uint32)
+        ids = np.frombuffer(self._map, np.uint64, len(self) * _WORDS, _HEADER)[::_WORDS]
+        records = np.arange(1, len(ids) + 1, dtype=np.uint32)
+        at = (ids & np.uint64(mask)).astype(np.int64)
+        while len(records):
+            free = slots[at] == 0
+            slots[at[free]] = records[free]  # of several for one slot, the last wins
+            homeless = slots[at] != records
+            records, at = records[homeless], (at[homeless] + 1) & mask
+        packed = array("I")
+        packed.frombytes(slots.tobytes())
+        return memoryview(packed), mask

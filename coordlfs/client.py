@@ -1,0 +1,169 @@
+"""The client of the control socket: warm, drop and verify a mount."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, BinaryIO
+
+from coordlfs import mounting
+from coordlfs.errors import UserError
+from coordlfs.kernel import fiemap, pages
+from coordlfs.source import Source
+
+_BATCH = 64
+_SORTED_AT_ONCE = 200_000  # files whose place on the disk is asked for before the first of them is read
+
+
+class Client:
+    """A connection to the server of a mount."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self.mountpoint = os.path.realpath(mountpoint)
+        self.root = os.fsdecode(mounting.find(self.mountpoint).point)
+        self._sock = socket.socket(socket.AF_UNIX)
+        try:
+            name = os.getxattr(self.root, "user.coordl.control")
+            self._sock.connect(b"\0" + name)
+        except PermissionError:
+            raise UserError(f"only root and who mounted {mountpoint} may do this") from None
+        except OSError as e:
+            raise UserError(f"{mountpoint} does not answer: {e.strerror}") from e
+        self._lines: BinaryIO = self._sock.makefile("rb")
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._lines.close()
+        self._sock.close()
+
+    def source(self) -> Source:
+        """The mounted directory itself, even where it is mounted over."""
+        self._sock.sendall(b'{"verb": "source"}\n')
+        _, fds, _, _ = socket.recv_fds(self._sock, 1, 1)
+        if not fds:
+            raise UserError(f"only root and who mounted {self.mountpoint} may do this")
+        return Source(fds[0])
+
+    def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
+        """One request and its reply."""
+        self._sock.sendall(json.dumps({"verb": verb, **arguments}).encode() + b"\n")
+        line = self._lines.readline()
+        if not line:
+            raise UserError(f"{self.mountpoint} broke off: is it still mounted?")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def relative(self, paths: list[str]) -> list[bytes]:
+        """Paths the user named, relative to the mount's root. Raises UserError for one outside."""
+        found = []
+        for path in paths:
+            real = os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
+            if os.path.isdir(real):
+                real = os.path.realpath(real)
+            if real == self.root:
+                found.append(b"")
+            elif real.startswith(self.root.rstrip("/") + "/"):
+                found.append(os.fsencode(os.path.relpath(real, self.root)))
+            else:
+                raise UserError(f"{path} does not lie in {self.root}", 2)
+        return found
+
+
+def walk(source: Source, path: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
+    """Everything at and below `path`, by name, directories before what they hold; what vanishes is left out."""
+    with suppress(FileNotFoundError):
+        st = source.lstat(path)
+        yield path, st
+        if not stat.S_ISDIR(st.st_mode):
+            return
+        listing = source.listing(path)
+        listing.close()
+        for name in listing.names:
+            yield from walk(source, path + b"/" + name if path else name)
+
+
+def _by_extent(source: Source, files: list[bytes]) -> list[bytes]:
+    def place(path: bytes) -> int:
+        try:
+            fd = source.open(path)
+        except OSError:
+            return 0
+        try:
+            return fiemap.first_block(fd) or 0
+        finally:
+            os.close(fd)
+
+    return sorted(files, key=place)
+
+
+def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
+    """Fill the cache with the files named (or all), in the order they lie on the disk; figures of what was done."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    client = Client(mountpoint)
+    try:
+        source = client.source()
+        files = {
+            path: st.st_size
+            for start in client.relative(paths) or [b""]
+            for path, st in walk(source, start)
+            if stat.S_ISREG(st.st_mode) and st.st_size
+        }
+        figures = mounting.stats(client.root)
+        room = figures["capacity_bytes"] - figures["pinned_bytes"]
+        columns = (
+            TextColumn("warming"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        total = {"files": 0, "items": 0, "pinned": 0, "bytes": 0}
+        with Progress(*columns) as progress:
+            task = progress.add_task("warm", total=min(sum(files.values()), figures["capacity_bytes"]))
+            names = list(files)
+            full = room < pages.PAGE
+            for first in range(0, len(names), _SORTED_AT_ONCE):
+                ordered = _by_extent(source, names[first : first + _SORTED_AT_ONCE])
+                for at in range(0, len(ordered), _BATCH):
+                    batch = ordered[at : at + _BATCH]
+                    reply = client.ask("admit", paths=[os.fsdecode(p) for p in batch])
+                    total["files"] += len(batch)
+                    total["items"] += reply["items"]
+                    total["pinned"] += reply["pinned"]
+                    total["bytes"] += reply["pinned_pages"] * pages.PAGE
+                    progress.update(task, advance=sum(files[p] for p in batch))
+                    if reply["free_pages"] <= 0:
+                        full = True
+                    if full and not reply["pinned"]:
+                        return total
+        return total
+    finally:
+        client.close()
+
+
+def drop(mountpoint: str, paths: list[str]) -> dict[str, int]:
+    """Unpin the files named (or all); what was freed."""
+    client = Client(mountpoint)
+    try:
+        if not paths:
+            return client.ask("drop")
+        source = client.source()
+        total = {"dropped": 0, "freed_pages": 0}
+        names = [
+            os.fsdecode(path)
+            for start in client.relative(paths)
+            for path, st in walk(source, start)
+            if stat.S_ISREG(st.st_mode)
+        ]
+        for at in range(0, len(names), _BATCH):
+            reply = client.ask("drop", paths=names[at : at + _BATCH])
+            for key in total:
+                total[key] += reply[key]
+        return total
+    finally:
+        client.close()

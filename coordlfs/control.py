@@ -1,0 +1,134 @@
+"""The control socket: what `warm`, `drop` and `verify` ask of a running server.
+
+An abstract Unix socket with a random name, which `user.coordl.control` of the mount's root tells; only root and the
+user who mounted may talk. Requests and replies are JSON, one line each; paths are relative to the root, bytes that
+are not UTF-8 as surrogates. Nothing but names of the catalogue can be asked for.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import logging
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from coordlfs import items
+from coordlfs.admission import Admission
+from coordlfs.catalog import REGULAR, Catalog
+from coordlfs.minio import State
+from coordlfs.name_lane import NameLane
+from coordlfs.source import Source
+
+log = logging.getLogger(__name__)
+
+MAX_LINE = 1 << 22
+_PEER = struct.Struct("3i")
+
+
+class Control:
+    """Serves the socket; `name` is what a client connects to."""
+
+    def __init__(self, catalog: Catalog, source: Source, names: NameLane, admission: Admission) -> None:
+        self._catalog = catalog
+        self._source = source
+        self._names = names
+        self._admission = admission
+        self.name = f"coordlfs-{secrets.token_hex(16)}"
+        self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {"admit": self._admit, "drop": self._drop}
+
+    async def run(self) -> None:
+        """Accept connections until cancelled."""
+        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        await sock.bind(b"\0" + self.name.encode())
+        sock.listen(16)
+        await trio.serve_listeners(self._serve, [trio.SocketListener(sock)])
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
+        credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+        _, uid, _ = _PEER.unpack(credentials)
+        if uid not in (0, os.geteuid()):
+            log.warning("user %d was refused at the control socket", uid)
+            return
+        try:
+            pending = b""
+            async for data in stream:
+                pending += data
+                *lines, pending = pending.split(b"\n")
+                if len(pending) > MAX_LINE:
+                    raise ValueError("a request is too long")
+                for line in lines:
+                    await self._answer(stream, line)
+        except (trio.BrokenResourceError, ValueError) as e:
+            log.warning("control connection closed: %s", e)
+
+    async def _answer(self, stream: trio.SocketStream, line: bytes) -> None:
+        request = json.loads(line)
+        verb = request.get("verb") if isinstance(request, dict) else None
+        if verb == "source":
+            await self._send_source(stream)
+            return
+        if verb not in self._verbs:
+            raise ValueError(f"unknown request {verb!r}")
+        reply = await self._verbs[verb](request)
+        await stream.send_all(json.dumps(reply).encode() + b"\n")
+
+    async def _send_source(self, stream: trio.SocketStream) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._source.root]))]
+        await stream.socket.sendmsg([b"\n"], rights)
+
+    def _items(self, paths: list[str]) -> list[int]:
+        """The items of the files named; names that are no regular files are left out."""
+        found: list[int] = []
+        directories: dict[bytes, int] = {b"": 0}
+        for text in paths:
+            record = self._resolve(os.fsencode(text), directories)
+            if record is not None and self._catalog.flags(record) & REGULAR:
+                found += items.items_of(record, self._catalog.size(record))
+        return found
+
+    def _resolve(self, path: bytes, directories: dict[bytes, int]) -> int | None:
+        parent_path, _, name = path.rpartition(b"/")
+        if not name:
+            return 0 if not path else None
+        if parent_path not in directories:
+            parent = self._resolve(parent_path, directories)
+            if parent is None:
+                return None
+            directories[parent_path] = parent
+        try:
+            st = self._source.lstat(path)
+        except OSError:
+            return None
+        return self._names.enter(directories[parent_path], name, st)
+
+    async def _admit(self, request: dict[str, Any]) -> dict[str, int]:
+        """Have files pinned, and wait until they are or cannot be."""
+        wanted = self._items(request["paths"])
+        self._admission.admit(wanted)
+        while not self._admission.settled(wanted):
+            await trio.sleep(0.005)
+        pinned = [i for i in wanted if self._admission.policy.state(i) is State.PINNED]
+        policy = self._admission.policy
+        return {
+            "items": len(wanted),
+            "pinned": len(pinned),
+            "pinned_pages": sum(map(policy.pages, pinned)),
+            "free_pages": policy.capacity - policy.used,
+        }
+
+    async def _drop(self, request: dict[str, Any]) -> dict[str, int]:
+        """Let files go (all of them if no paths are given), and wait until they are gone."""
+        policy = self._admission.policy
+        wanted = self._items(request["paths"]) if "paths" in request else policy.items()
+        before = policy.used
+        dropped = self._admission.drop(wanted)
+        while not self._admission.settled(wanted):
+            await trio.sleep(0.005)
+        return {"dropped": dropped, "freed_pages": before - policy.used}

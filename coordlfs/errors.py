@@ -1,0 +1,11 @@
+"""What goes wrong in a way that a user can mend."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """One line that says what, why and what to do. `status` is the exit status: 2 for usage, else 1."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status

@@ -1,0 +1,32 @@
+"""Items: what is cached and admitted as one.
+
+An item is a whole file up to `CHUNK` bytes and otherwise one chunk of it, so that record files, tar shards and
+memory-mapped token files are cached by the part. An item is named by one integer: record number and chunk number.
+"""
+
+from __future__ import annotations
+
+CHUNK = 16 << 20
+_CHUNK_BITS = 28  # 4 PiB a file
+
+
+def item_at(record: int, offset: int) -> int:
+    """The item that holds byte `offset` of a file."""
+    return record << _CHUNK_BITS | offset // CHUNK
+
+
+def record_of(item: int) -> int:
+    """The catalogue record of the item's file."""
+    return item >> _CHUNK_BITS
+
+
+def span(item: int, file_size: int) -> tuple[int, int]:
+    """Offset and length, in bytes, of the item in its file."""
+    offset = (item & (1 << _CHUNK_BITS) - 1) * CHUNK
+    return offset, max(0, min(CHUNK, file_size - offset))
+
+
+def items_of(record: int, file_size: int) -> range:
+    """Every item of a file; none if it is empty."""
+    first = record << _CHUNK_BITS
+    return range(first, first + -(-file_size // CHUNK))

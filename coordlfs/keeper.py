@@ -1,0 +1,155 @@
+"""The keeper: a client of the mount that holds its cached pages in memory.
+
+It pins an item by dropping the pages that are there (a job's READ filled them, so they are charged to the job's memory
+cgroup), mapping the file and locking the mapping, which faults the pages in again, charged to this process. It must
+not be the process that answers the READs. It works from a detached copy of the mount, so that `umount` is not busy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from contextlib import suppress
+
+from coordlfs.kernel import fuse, pages, paths, process
+from coordlfs.wire import MAX_PACKET, PINS, REPLY, REQUEST, How, Outcome, Verb
+
+_BATCH = 32  # items whose reading is started before the first is waited for
+_SPARE_MAPPINGS = 1000  # of vm.max_map_count, for the interpreter
+
+
+class _Request:
+    """One item to pin or drop, and the descriptor of its file meanwhile."""
+
+    __slots__ = ("fd", "flags", "item", "length", "node", "offset", "path", "verb")
+
+    def __init__(self, packet: bytes) -> None:
+        self.verb, self.flags, self.item, self.node, self.offset, self.length = REQUEST.unpack_from(packet)
+        self.path = packet[REQUEST.size :]
+        self.fd = -1
+
+    def reply(self, outcome: Outcome, code: int = 0, page_count: int = 0) -> bytes:
+        """The answer to this request."""
+        return REPLY.pack(outcome, 0, code, self.item, page_count)
+
+
+class Keeper:
+    """The pins of one process: item → address and length of its mapping."""
+
+    def __init__(self, sock: socket.socket, tree: int, device: int, limit: int, readahead: int) -> None:
+        self.sock = sock
+        self.tree = tree
+        self.device = device
+        self.limit = limit
+        self.readahead = readahead
+        self.pins: dict[int, tuple[int, int]] = {}
+
+    def run(self) -> None:
+        """Serve until the other end is closed."""
+        while packet := self.sock.recv(MAX_PACKET):
+            batch = [_Request(packet)]
+            with suppress(BlockingIOError):
+                while len(batch) < _BATCH and (packet := self.sock.recv(MAX_PACKET, socket.MSG_DONTWAIT)):
+                    batch.append(_Request(packet))
+            self._serve(batch)
+
+    def _serve(self, batch: list[_Request]) -> None:
+        pinning: list[_Request] = []
+        for request in batch:
+            if request.verb == Verb.PIN:
+                if self._begin(request):
+                    pinning.append(request)
+            elif request.verb == Verb.DROP:
+                self._drop(request)
+            else:
+                self._list()
+        for request in pinning:
+            self._finish(request)
+
+    def _begin(self, request: _Request) -> bool:
+        """Open the file, drop what is resident, start reading; False if the request is answered already."""
+        try:
+            self._unpin(request.item)
+            if len(self.pins) >= self.limit:
+                self.sock.send(request.reply(Outcome.FULL))
+                return False
+            request.fd = fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY)
+            if not request.flags & How.KEEP and not self._make_absent(request):
+                os.close(fd)
+                self.sock.send(request.reply(Outcome.BUSY))
+                return False
+            pages.prefetch(fd, request.offset, request.length, self.readahead)
+        except OSError as e:
+            if request.fd >= 0:
+                os.close(request.fd)
+            self.sock.send(request.reply(Outcome.FAILED, e.errno or 0))
+            return False
+        return True
+
+    def _make_absent(self, request: _Request) -> bool:
+        pages.drop(request.fd, request.offset, request.length)
+        left = pages.resident(request.fd, request.offset, request.length)
+        if left and request.flags & How.FORCE:
+            # Blocks while a page is being read, which the server does: it never waits for this process.
+            os.write(self.device, fuse.invalidate_inode(request.node, request.offset, request.length))
+            os.fstat(request.fd)  # the attributes went as well: ask for them now, and not when a job needs them
+            left = pages.resident(request.fd, request.offset, request.length)
+        return not left
+
+    def _finish(self, request: _Request) -> None:
+        try:
+            address = pages.map_file(request.fd, request.offset, request.length)
+        except OSError:
+            self.sock.send(request.reply(Outcome.FULL))
+            return
+        finally:
+            os.close(request.fd)
+        try:
+            pages.lock(address, request.length)
+        except OSError as e:
+            pages.unmap(address, request.length)
+            self.sock.send(request.reply(Outcome.FAILED, e.errno or 0))
+            return
+        self.pins[request.item] = (address, request.length)
+        self.sock.send(request.reply(Outcome.PINNED, 0, pages.count(request.length)))
+
+    def _unpin(self, item: int) -> None:
+        pin = self.pins.pop(item, None)
+        if pin is not None:
+            pages.unmap(*pin)
+
+    def _drop(self, request: _Request) -> None:
+        self._unpin(request.item)
+        with suppress(OSError):
+            fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY)
+            try:
+                pages.drop(fd, request.offset, request.length)
+            finally:
+                os.close(fd)
+        self.sock.send(request.reply(Outcome.DROPPED))
+
+    def _list(self) -> None:
+        pins = [PINS.pack(item, length) for item, (_, length) in self.pins.items()]
+        for start in range(0, len(pins), 2000):
+            part = pins[start : start + 2000]
+            self.sock.send(REPLY.pack(Outcome.LISTED, 0, 0, 0, len(pins)) + b"".join(part))
+        if not pins:
+            self.sock.send(REPLY.pack(Outcome.LISTED, 0, 0, 0, 0))
+
+
+def main() -> None:
+    """`python -m coordlfs.keeper JSON`, started by the supervisor, with the descriptors that the JSON names."""
+    config = json.loads(sys.argv[1])
+    process.die_with_parent(config["parent"])
+    process.set_name("coordlfs-keeper")
+    with open("/proc/sys/vm/max_map_count") as f:
+        limit = max(1, int(f.read()) - _SPARE_MAPPINGS)
+    os.chdir("/")
+    sock = socket.socket(fileno=config["socket"])
+    Keeper(sock, config["tree"], config["device"], limit, config["readahead"]).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The FUSE wire protocol, as far as coordlfs speaks it itself (include/uapi/linux/fuse.h)."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid extlen padding
+OUT_HEADER = struct.Struct("=IiQ")  # len error unique
+READ_IN = struct.Struct("=QQI")  # fh offset size (the rest is of no use here)
+INIT_IN = struct.Struct("=IIIII")  # major minor max_readahead flags flags2
+INIT_OUT = struct.Struct("=IIIIHHIIHHII")
+INIT_OUT_SIZE = 64
+INVAL_INODE = struct.Struct("=QqQ")  # nodeid offset length
+INVAL_ENTRY = struct.Struct("=QII")  # parent namelen flags
+
+LOOKUP, FORGET, GETATTR, SETATTR, READLINK = 1, 2, 3, 4, 5
+OPEN, READ, STATFS, RELEASE, FSYNC = 14, 15, 17, 18, 20
+GETXATTR, LISTXATTR, FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR, FSYNCDIR = 22, 23, 25, 26, 27, 28, 29, 30
+ACCESS, INTERRUPT, DESTROY, BATCH_FORGET, READDIRPLUS = 34, 36, 38, 42, 44
+
+NOTIFY_INVAL_INODE, NOTIFY_INVAL_ENTRY, NOTIFY_RESEND = 2, 3, 7
+UNIQUE_RESENT = 1 << 63
+
+ASYNC_READ, AUTO_INVAL_DATA, DO_READDIRPLUS, ASYNC_DIO = 1 << 0, 1 << 12, 1 << 13, 1 << 15
+PARALLEL_DIROPS, POSIX_ACL, ABORT_ERROR, MAX_PAGES = 1 << 18, 1 << 20, 1 << 21, 1 << 22
+NO_OPEN_SUPPORT, CACHE_SYMLINKS, NO_OPENDIR_SUPPORT = 1 << 17, 1 << 23, 1 << 24
+INIT_EXT = 1 << 30
+HAS_RESEND = 1 << (39 - 32)  # in flags2
+
+ROOT_NODE = 1
+MAX_READ = 1 << 20
+MAX_READ_PAGES = 256
+REQUEST_BUFFER = 1 << 17  # room for the longest request that a read-only mount can send
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the kernel offered in INIT and was granted."""
+
+    minor: int
+    zero_message_open: bool
+    zero_message_opendir: bool
+    resend: bool
+
+
+def init_reply(request: bytes, *, acl: bool, background: int = 512) -> tuple[bytes, Features]:
+    """The reply to the INIT message `request`, and the features it settles.
+
+    `acl` asks the kernel to enforce POSIX ACLs, which it reads as extended attributes.
+    """
+    _, opcode, unique, *_ = IN_HEADER.unpack_from(request)
+    if opcode != INIT:
+        raise ValueError(f"the first message is not INIT but {opcode}")
+    _, minor, readahead, offered, offered2 = INIT_IN.unpack_from(request, IN_HEADER.size)
+    want = ASYNC_READ | AUTO_INVAL_DATA | DO_READDIRPLUS | ASYNC_DIO | PARALLEL_DIROPS | MAX_PAGES
+    want |= CACHE_SYMLINKS | INIT_EXT | (POSIX_ACL if acl else 0)
+    granted, granted2 = want & offered, HAS_RESEND & offered2
+    body = INIT_OUT.pack(
+        7,
+        min(minor, 40),
+        readahead,
+        granted,
+        background,
+        background * 3 // 4,
+        4096,  # max_write: nothing is ever written
+        1,  # time granularity, ns
+        MAX_READ_PAGES,
+        0,
+        granted2,
+        0,
+    ).ljust(INIT_OUT_SIZE, b"\0")
+    features = Features(minor, bool(offered & NO_OPEN_SUPPORT), bool(offered & NO_OPENDIR_SUPPORT), bool(granted2))
+    return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body, features
+
+
+def error_reply(unique: int, code: int) -> bytes:
+    """A reply that is nothing but the errno `code`."""
+    return OUT_HEADER.pack(OUT_HEADER.size, -code, unique)
+
+
+def _notification(kind: int, body: bytes) -> bytes:
+    return OUT_HEADER.pack(OUT_HEADER.size + len(body), kind, 0) + body
+
+
+def invalidate_inode(node: int, offset: int, length: int) -> bytes:
+    """Forget the attributes of `node`, and its pages from `offset` on (length 0: to the end).
+
+    A negative offset leaves the pages alone. Otherwise the write BLOCKS while a page of the range is being read:
+    never send it from a thread that such a READ may be waiting for.
+    """
+    return _notification(NOTIFY_INVAL_INODE, INVAL_INODE.pack(node, offset, length))
+
+
+def invalidate_entry(parent: int, name: bytes) -> bytes:
+    """Forget that `name` in directory `parent` leads anywhere."""
+    return _notification(NOTIFY_INVAL_ENTRY, INVAL_ENTRY.pack(parent, len(name), 0) + name + b"\0")
+
+
+def resend() -> bytes:
+    """Ask for every request again that was read and not answered (Linux 6.9)."""
+    return _notification(NOTIFY_RESEND, b"")

@@ -1,0 +1,25 @@
+"""The C library through ctypes, with errors as OSError.
+
+Calls made here release the GIL, so that a call that blocks stops no other thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+
+
+def check(result: int, what: str) -> int:
+    """`result` of a C call, or the OSError that errno names, with `what` as its subject."""
+    if result == -1:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), what)
+    return result
+
+
+def syscall(number: int, what: str, *arguments: object) -> int:
+    """A system call that the C library of older distributions has no wrapper for."""
+    return check(libc.syscall(ctypes.c_long(number), *arguments), what)

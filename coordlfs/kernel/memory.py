@@ -1,0 +1,82 @@
+"""How much memory this process may use: the machine's, or less where a memory cgroup says so."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_UNLIMITED = 1 << 62  # version 1 of cgroups writes "no limit" as a number about as large
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """In bytes: all there is for this process, and what can be had now without swapping."""
+
+    total: int
+    available: int
+
+
+def _meminfo() -> Memory:
+    fields = {}
+    with open("/proc/meminfo") as f:
+        for line in f:
+            name, _, value = line.partition(":")
+            fields[name] = int(value.split()[0]) * 1024
+    return Memory(fields["MemTotal"], fields["MemAvailable"])
+
+
+def _cgroup_directories() -> Iterator[tuple[str, str, str]]:
+    """Directory, limit file and usage file of this process's memory cgroup and those above it."""
+    mounted = {}
+    with open("/proc/self/mounts") as f:
+        for line in f:
+            _, point, fstype, options, *_ = line.split()
+            if fstype == "cgroup2":
+                mounted["v2"] = point
+            elif fstype == "cgroup" and "memory" in options.split(","):
+                mounted["v1"] = point
+    with open("/proc/self/cgroup") as f:
+        for line in f:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            version = "v2" if not controllers else "v1" if "memory" in controllers.split(",") else ""
+            if version not in mounted:
+                continue
+            files = (
+                ("memory.max", "memory.current")
+                if version == "v2"
+                else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            )
+            while True:
+                yield mounted[version] + path, *files
+                if path in ("/", ""):
+                    break
+                path = os.path.dirname(path)
+
+
+def _number(path: str) -> int:
+    with open(path) as f:
+        text = f.read().strip()
+    return _UNLIMITED if text == "max" else int(text)
+
+
+def _reclaimable(directory: str) -> int:
+    with open(f"{directory}/memory.stat") as f:
+        fields = dict(line.split() for line in f)
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
+
+
+def memory() -> Memory:
+    """What this process may use."""
+    result = _meminfo()
+    for directory, limit_file, usage_file in _cgroup_directories():
+        try:
+            limit = _number(f"{directory}/{limit_file}")
+            if limit >= _UNLIMITED:
+                continue
+            usage = _number(f"{directory}/{usage_file}") - _reclaimable(directory)
+        except OSError:  # the root has no such files, and a container may not see its ancestors
+            continue
+        total = min(result.total, limit)
+        result = Memory(total, max(0, min(result.available, limit - usage)))
+    return result

@@ -1,0 +1,80 @@
+"""Mounting, unmounting, detached copies of mounts, and the table of what is mounted."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from coordlfs.kernel.libc import check, libc, syscall
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOATIME, MS_REC, MS_PRIVATE = 1, 2, 4, 1024, 16384, 1 << 18
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+SYS_OPEN_TREE = 428
+AT_FDCWD, OPEN_TREE_CLONE = -100, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of /proc/self/mountinfo."""
+
+    mount_id: int
+    device: int
+    point: bytes
+    fstype: bytes
+    source: bytes
+
+
+def mount(source: str, target: bytes, fstype: str, flags: int, options: str) -> None:
+    """mount(2)."""
+    result = libc.mount(source.encode(), target, fstype.encode(), ctypes.c_ulong(flags), options.encode())
+    check(result, os.fsdecode(target))
+
+
+def make_private(target: str) -> None:
+    """Stop mount events below `target` from propagating to and from other namespaces."""
+    result = libc.mount(None, target.encode(), None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None)
+    check(result, target)
+
+
+def unmount(target: bytes, *, lazy: bool = False) -> None:
+    """umount2(2); `lazy` detaches at once and lets open files live on. Raises EBUSY, EINVAL."""
+    flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)
+    check(libc.umount2(target, flags), os.fsdecode(target))
+
+
+def detached_copy(target: bytes) -> int:
+    """A descriptor of a copy of the mount at `target` that is in no namespace.
+
+    Files opened beneath it do not make `target` busy, and live until the descriptor is closed.
+    """
+    flags = OPEN_TREE_CLONE | os.O_CLOEXEC
+    return syscall(SYS_OPEN_TREE, "open_tree", AT_FDCWD, ctypes.c_char_p(target), ctypes.c_uint(flags))
+
+
+def _unescape(field: bytes) -> bytes:
+    # The table writes space, tab, newline and backslash as three octal digits.
+    parts = field.split(b"\\")
+    return parts[0] + b"".join(bytes([int(p[:3], 8)]) + p[3:] for p in parts[1:])
+
+
+def table() -> Iterator[Mount]:
+    """What is mounted in this process's namespace, in the order it was mounted."""
+    with open("/proc/self/mountinfo", "rb") as f:
+        for line in f:
+            front, _, back = line.rstrip(b"\n").partition(b" - ")
+            mount_id, _, device, _, point, *_ = front.split(b" ")
+            fstype, source, *_ = back.split(b" ")
+            major, _, minor = device.partition(b":")
+            yield Mount(int(mount_id), os.makedev(int(major), int(minor)), _unescape(point), fstype, _unescape(source))
+
+
+def set_readahead(device: int, kib: int) -> bool:
+    """Set how far ahead the kernel reads on the mount with this device number; False if it may not be set."""
+    try:
+        with open(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb", "w") as f:
+            f.write(str(kib))
+    except OSError:
+        return False
+    return True

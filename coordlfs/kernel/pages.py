@@ -1,0 +1,93 @@
+"""Pages of files: map them, lock them, drop them, count those that are resident."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap as _mmap
+import os
+
+from coordlfs.kernel.libc import check, libc, syscall
+
+PAGE = _mmap.PAGESIZE
+SYS_CACHESTAT = 451
+PROT_READ, MAP_SHARED, MADV_RANDOM, MADV_NORMAL = 1, 1, 1, 0
+_FAILED = ctypes.c_void_p(-1).value
+
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class _Range(ctypes.Structure):
+    _fields_ = [("offset", ctypes.c_uint64), ("length", ctypes.c_uint64)]
+
+
+class _CacheStat(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("cache", "dirty", "writeback", "evicted", "recently_evicted")]
+
+
+def count(length: int) -> int:
+    """How many pages `length` bytes take up."""
+    return -(-length // PAGE)
+
+
+def map_file(fd: int, offset: int, length: int) -> int:
+    """mmap(2) shared and read-only; the address. Python's mmap would keep a descriptor for each."""
+    address: int | None = libc.mmap(None, length, PROT_READ, MAP_SHARED, fd, offset)
+    if address is None or address == _FAILED:
+        check(-1, "mmap")
+        raise AssertionError("unreachable: check raised")
+    return address
+
+
+def unmap(address: int, length: int) -> None:
+    """munmap(2)."""
+    check(libc.munmap(address, length), "munmap")
+
+
+def lock(address: int, length: int) -> None:
+    """Fault the pages in and keep them in memory until they are unmapped.
+
+    Unlike MAP_LOCKED, this reports a page that could not be read (ENOMEM) and a limit (ENOMEM, EPERM).
+    The mapping is told to be RANDOM first: faulting must not read around what was asked for.
+    """
+    check(libc.madvise(address, length, MADV_RANDOM), "madvise")
+    check(libc.mlock(address, length), "mlock")
+
+
+def resident(fd: int, offset: int = 0, length: int = 0) -> int | None:
+    """How many pages of the range are in the page cache (length 0: to the end), cachestat(2).
+
+    None where the kernel (before 6.5), the file system or the caller's rights do not allow to ask.
+    """
+    result = _CacheStat()
+    asked = _Range(offset, length)
+    try:
+        syscall(SYS_CACHESTAT, "cachestat", fd, ctypes.byref(asked), ctypes.byref(result), ctypes.c_uint(0))
+    except OSError as e:
+        if e.errno in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL):
+            return None
+        raise
+    return int(result.cache)
+
+
+def drop(fd: int, offset: int, length: int) -> None:
+    """Let go of clean pages of the range that nobody maps, locks or is using."""
+    os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def prefetch(fd: int, offset: int, length: int, window: int) -> None:
+    """Start reading the range, in steps of `window` bytes: one call fetches no more than the device's readahead."""
+    for start in range(offset, offset + length, window):
+        os.posix_fadvise(fd, start, min(window, offset + length - start), os.POSIX_FADV_WILLNEED)
+
+
+Buffer = _mmap.mmap
+
+
+def buffer(length: int) -> Buffer:
+    """Anonymous memory that begins at a page boundary, as O_DIRECT wants it."""
+    return _mmap.mmap(-1, length, flags=_mmap.MAP_PRIVATE | _mmap.MAP_ANONYMOUS)

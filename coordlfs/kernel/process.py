@@ -1,0 +1,56 @@
+"""Processes: an end bound to the parent's, private mount namespaces, pidfds."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+
+from coordlfs.kernel.libc import check, libc
+
+PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
+CLONE_NEWNS = 0x20000
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends; `parent` is the pid expected.
+
+    A parent that ended before the call is noticed by comparing, since no signal comes for it.
+    """
+    check(libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0), "prctl")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def set_name(name: str) -> None:
+    """The name that `ps -o comm` and `top` show, at most 15 bytes."""
+    libc.prctl(PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]), 0, 0, 0)
+
+
+def unshare_mounts() -> None:
+    """Give this process a mount namespace of its own, from which nothing propagates back."""
+    from coordlfs.kernel import mounts
+
+    check(libc.unshare(CLONE_NEWNS), "unshare")
+    mounts.make_private("/")
+
+
+def wait_gone(pids: list[int], timeout: float) -> bool:
+    """Wait until none of `pids` runs any more; False if one still does after `timeout` seconds."""
+    import time
+
+    deadline = time.monotonic() + timeout
+    for pid in pids:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([pidfd], [], [], left)[0]:
+                return False
+        finally:
+            os.close(pidfd)
+    return True

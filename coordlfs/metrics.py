@@ -1,0 +1,49 @@
+"""Counters that outlive the server: they lie in the catalogue's memory, which the supervisor owns."""
+
+from __future__ import annotations
+
+import threading
+
+NAMES = (
+    "source_bytes",  # read from the source, for whomever
+    "source_reads",  # READs that went to the source
+    "source_files",  # misses of whole files, or of large files by the pass
+    "source_errors",
+    "stash_bytes",  # served from the stash
+    "requests",  # messages of the kernel, but for FORGET
+    "reads",  # READ messages
+    "name_requests",  # messages handed to the name lane
+    "direct_opens",  # messages refused to make opening free
+    "not_admitted",  # items that had room and yet were not pinned
+    "pin_retries",
+    "pin_errors",
+    "changed_files",
+    "dataset_items",  # items that were ever read
+    "dataset_bytes",
+    "epochs_before",  # epochs of servers before this one
+    "server_starts",
+)
+
+
+class Counters:
+    """Named 64-bit counters in `words`."""
+
+    def __init__(self, words: memoryview) -> None:
+        if len(words) < len(NAMES):
+            raise ValueError("too few words for the counters")
+        self._words = words
+        self._at = {name: index for index, name in enumerate(NAMES)}
+        self._lock = threading.Lock()
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Add to a counter."""
+        at = self._at[name]
+        with self._lock:
+            self._words[at] += amount
+
+    def set(self, name: str, value: int) -> None:
+        """Replace a counter's value."""
+        self._words[self._at[name]] = value
+
+    def __getitem__(self, name: str) -> int:
+        return self._words[self._at[name]]

@@ -1,0 +1,317 @@
+"""Mounting and unmounting, as seen by the user: everything is checked first, and nothing is left half done."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import signal
+import stat
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from coordlfs import sizes
+from coordlfs.errors import UserError
+from coordlfs.kernel import mounts, process
+from coordlfs.kernel.memory import memory
+
+FSTYPE = b"fuse.coordlfs"
+_START_TIMEOUT = 60.0
+_END_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `mount` and `run` take."""
+
+    cache_size: str = "auto"
+    log_file: str | None = None
+
+
+def find(mountpoint: str) -> mounts.Mount:
+    """The coordlfs mount at a mountpoint. Raises UserError if there is none."""
+    path = os.fsencode(os.path.realpath(mountpoint))
+    found = [m for m in mounts.table() if m.point == path]
+    if not found:
+        raise UserError(f"{mountpoint} is not mounted: `coordlfs status` lists what is")
+    if found[-1].fstype != FSTYPE:
+        raise UserError(f"{mountpoint} is mounted, but not by coordlfs (it is {os.fsdecode(found[-1].fstype)})")
+    return found[-1]
+
+
+def all_mounts() -> list[str]:
+    """The mountpoints of every coordlfs mount that this process sees."""
+    return list(dict.fromkeys(os.fsdecode(m.point) for m in mounts.table() if m.fstype == FSTYPE))
+
+
+def stats(mountpoint: str) -> dict[str, Any]:
+    """The figures of a mount (docs/operations.md). Raises UserError."""
+    find(mountpoint)
+    try:
+        result: dict[str, Any] = json.loads(os.getxattr(mountpoint, "user.coordl.stats"))
+    except OSError as e:
+        raise UserError(f"{mountpoint} does not answer: {e.strerror}") from e
+    return result
+
+
+# -- mounting -----------------------------------------------------------------------------------------------------
+
+
+def _check_source(source: str) -> int:
+    """A descriptor of the directory to mount."""
+    try:
+        fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise UserError(f"{source} does not exist: give the dataset's directory") from None
+    except NotADirectoryError:
+        raise UserError(f"{source} is not a directory: give the directory that holds the dataset") from None
+    except PermissionError:
+        raise UserError(f"{source} may not be read by this user: mount as one who may") from None
+    except OSError as e:
+        raise UserError(f"{source} cannot be opened: {e.strerror}") from None
+    return fd
+
+
+def _check_places(source: str, mountpoint: str) -> None:
+    if source == mountpoint:
+        return
+    if source.startswith(mountpoint.rstrip("/") + "/"):
+        raise UserError(f"{source} lies inside {mountpoint}, which would hide it: mount beside it, or in place")
+    if mountpoint.startswith(source.rstrip("/") + "/"):
+        raise UserError(f"{mountpoint} lies inside {source}, which would contain itself: mount beside it, or in place")
+
+
+def _check_mountpoint(source: str, mountpoint: str) -> bool:
+    """Make the mountpoint if it is missing; whether it was."""
+    for m in mounts.table():
+        if m.fstype == FSTYPE and m.point == os.fsencode(mountpoint):
+            raise UserError(f"{mountpoint} is a coordlfs mount already: `coordlfs umount {mountpoint}` first")
+    try:
+        st = os.stat(mountpoint)
+    except FileNotFoundError:
+        try:
+            os.mkdir(mountpoint)
+        except FileNotFoundError:
+            raise UserError(f"{os.path.dirname(mountpoint)} does not exist: make it, then mount in it") from None
+        except OSError as e:
+            raise UserError(f"{mountpoint} cannot be made: {e.strerror}") from None
+        return True
+    except OSError as e:
+        if e.errno == errno.ENOTCONN:
+            raise UserError(f"{mountpoint} is a dead mount: `umount -l {mountpoint}` first") from None
+        raise UserError(f"{mountpoint} cannot be used: {e.strerror}") from None
+    if not stat.S_ISDIR(st.st_mode):
+        raise UserError(f"{mountpoint} is not a directory: mount on a directory")
+    if source != mountpoint and os.listdir(mountpoint):
+        print(f"coordlfs: {mountpoint} is not empty; what it holds is hidden while mounted", file=sys.stderr)
+    return False
+
+
+def _check_fuse() -> None:
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR))
+    except FileNotFoundError:
+        raise UserError(
+            "there is no /dev/fuse: load FUSE (`modprobe fuse`), or give the container the device"
+        ) from None
+    except PermissionError:
+        raise UserError("/dev/fuse may not be opened: run as root, or give the container the device") from None
+    except OSError as e:
+        if e.errno in (errno.ENODEV, errno.ENXIO):
+            raise UserError("this kernel has no FUSE: load it (`modprobe fuse`) or use one that has") from None
+        raise UserError(f"/dev/fuse cannot be opened: {e.strerror}") from None
+
+
+def _explain(source: str, mountpoint: str, failure: dict[str, Any]) -> UserError:
+    code = failure.get("errno")
+    if code in (errno.EPERM, errno.EACCES):
+        return UserError(f"mounting on {mountpoint} is not permitted: run as root (CAP_SYS_ADMIN is needed)")
+    if code == errno.ENODEV:
+        return UserError("this kernel has no FUSE: load it (`modprobe fuse`) or use one that has")
+    return UserError(f"{source} could not be mounted on {mountpoint}: {failure.get('error', 'the supervisor died')}")
+
+
+def _supports_acl(source_fd: int) -> bool:
+    try:
+        os.getxattr(source_fd, "system.posix_acl_access")
+    except OSError as e:
+        return e.errno == errno.ENODATA
+    return True
+
+
+def mount(source: str, mountpoint: str, options: Options, *, foreground: bool = False) -> subprocess.Popen[bytes]:
+    """Mount, and return when the mount serves; the supervisor. Raises UserError."""
+    if not source or not mountpoint:
+        raise UserError("an empty path names no directory", 2)
+    source, mountpoint = os.path.realpath(source), os.path.realpath(mountpoint)
+    have = memory()
+    capacity, how = sizes.cache_size(options.cache_size, have)
+    root = _check_source(source)
+    try:
+        _check_places(source, mountpoint)
+        _check_fuse()
+        made = _check_mountpoint(source, mountpoint)
+        try:
+            supervisor = _start(source, mountpoint, capacity, options, root, foreground)
+        except BaseException:
+            if made:
+                with suppress(OSError):
+                    os.rmdir(mountpoint)
+            raise
+    finally:
+        os.close(root)
+    if capacity > have.available:
+        print(
+            f"coordlfs: the cache may grow to {sizes.text(capacity)}, but only {sizes.text(have.available)}"
+            " of memory are available now",
+            file=sys.stderr,
+        )
+    print(f"{source} is mounted on {mountpoint} with {sizes.text(capacity)} of cache ({how})", flush=True)
+    return supervisor
+
+
+def _start(
+    source: str, mountpoint: str, capacity: int, options: Options, root: int, foreground: bool
+) -> subprocess.Popen[bytes]:
+    report_in, report_out = os.pipe2(os.O_CLOEXEC)
+    log_target = os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None
+    config = {
+        "source": source,
+        "mountpoint": mountpoint,
+        "capacity": capacity,
+        "log": log_target,
+        "acl": _supports_acl(root),
+        "report": report_out,
+        "root": root,
+    }
+    quiet = None if foreground else subprocess.DEVNULL
+    supervisor = subprocess.Popen(
+        [sys.executable, "-m", "coordlfs.supervisor", json.dumps(config)],
+        pass_fds=[report_out, root],
+        stdin=subprocess.DEVNULL,
+        stdout=quiet,
+        stderr=quiet,
+        start_new_session=True,
+    )
+    os.close(report_out)
+    try:
+        ready = select.select([report_in], [], [], _START_TIMEOUT)[0]
+        report = os.read(report_in, 1 << 16) if ready else b""
+        failure = json.loads(report) if report else {"error": "the supervisor did not report"}
+        if not failure.get("ready"):
+            raise _explain(source, mountpoint, failure)
+    except BaseException:
+        supervisor.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            supervisor.wait(5)
+        raise
+    finally:
+        os.close(report_in)
+    return supervisor
+
+
+def stay(supervisor: subprocess.Popen[bytes]) -> int:
+    """Remain in the foreground until the mount ends; SIGINT and SIGTERM end it. The supervisor's status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: supervisor.terminate())
+    return supervisor.wait()
+
+
+# -- unmounting ---------------------------------------------------------------------------------------------------
+
+
+def umount(mountpoint: str, *, lazy: bool = False) -> None:
+    """Unmount, and return when every process of the mount has ended. Raises UserError."""
+    found = find(mountpoint)
+    pids: list[int] = []
+    with suppress(UserError):
+        processes = stats(mountpoint)["processes"]
+        pids = [processes["supervisor"], processes["server"], *processes["keepers"]]
+    try:
+        mounts.unmount(found.point, lazy=lazy)
+    except OSError as e:
+        if e.errno == errno.EBUSY:
+            held = ", ".join(f"{pid} ({name})" for pid, name in holders(found.device)[:5])
+            who = f"by process {held}" if held else "by another mount or process"
+            raise UserError(f"{mountpoint} is in use {who}: end it, or use --lazy") from None
+        if e.errno == errno.EPERM:
+            raise UserError(f"unmounting {mountpoint} is not permitted: run as root") from None
+        raise UserError(f"{mountpoint} cannot be unmounted: {e.strerror}") from None
+    if not lazy and not process.wait_gone(pids, _END_TIMEOUT):
+        raise UserError(f"{mountpoint} is unmounted, but a process of it still runs: another namespace may hold it")
+
+
+def holders(device: int) -> list[tuple[int, str]]:
+    """Processes with a file, directory or mapping on the file system `device`: pid and name."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and _holds(entry, device):
+            with suppress(OSError), open(f"/proc/{entry}/comm") as f:
+                name = f.read().strip()
+                if not name.startswith("coordlfs-"):
+                    found.append((int(entry), name))
+    return found
+
+
+def _holds(pid: str, device: int) -> bool:
+    with suppress(OSError):
+        links = [f"/proc/{pid}/cwd", f"/proc/{pid}/root"]
+        links += [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
+        for link in links:
+            with suppress(OSError):
+                if os.stat(link).st_dev == device:
+                    return True
+        wanted = f" {os.major(device):02x}:{os.minor(device):02x} "
+        with open(f"/proc/{pid}/maps") as f:
+            return any(wanted in line for line in f)
+    return False
+
+
+# -- a command with the mount around it ---------------------------------------------------------------------------
+
+
+def run(source: str, command: list[str], options: Options) -> int:
+    """Run `command` with `source` mounted in place, seen by it alone; its exit status (128 + signal if killed)."""
+    try:
+        process.unshare_mounts()
+    except OSError as e:
+        raise UserError(f"a private mount namespace cannot be made ({e.strerror}): run as root") from None
+    supervisor = mount(source, source, options)
+    try:
+        # The directory was entered before it was mounted over: enter it again.
+        with suppress(OSError):
+            os.chdir(os.getcwd())
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda n, _: child.send_signal(n) if child else None)
+        child: subprocess.Popen[bytes] | None = None
+        try:
+            child = subprocess.Popen(command)
+        except OSError as e:
+            raise UserError(
+                f"{command[0]} cannot be run: {e.strerror}", 127 if e.errno == errno.ENOENT else 126
+            ) from None
+        status = child.wait()
+        report(stats(source))
+        return status if status >= 0 else 128 - status
+    finally:
+        with suppress(UserError):
+            umount(source, lazy=True)
+        deadline = time.monotonic() + _END_TIMEOUT
+        while supervisor.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if supervisor.poll() is None:
+            supervisor.terminate()
+
+
+def report(figures: dict[str, Any]) -> None:
+    """What a run read, on standard error."""
+    from coordlfs.status import epochs_table, summary
+
+    print(summary(figures), file=sys.stderr)
+    for line in epochs_table(figures):
+        print(line, file=sys.stderr)

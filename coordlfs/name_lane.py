@@ -1,0 +1,237 @@
+"""The name lane: pyfuse3 and trio answer everything about names and attributes.
+
+It is told nothing twice: names, attributes and listings get timeouts of a day, and the kernel keeps them. pyfuse3
+reads from a socket pair that the byte lane feeds; see `coordlfs.server`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import pyfuse3
+
+from coordlfs import items
+from coordlfs.catalog import DIRECTORY, LINKED, REGULAR, Catalog, Version
+from coordlfs.kernel import pages
+from coordlfs.reading import Reader
+from coordlfs.source import Listing, Source
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 86400.0  # seconds that the kernel may believe names and attributes
+_LISTINGS = 64
+XATTR_PREFIX = b"user.coordl."
+
+
+class NameLane(pyfuse3.Operations):
+    """Names of one mount, as pyfuse3 asks for them."""
+
+    supports_dot_lookup = True
+    enable_acl = False  # the kernel was told in INIT
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        source: Source,
+        reader: Reader,
+    ) -> None:
+        super().__init__()
+        self.root_xattrs: dict[bytes, Callable[[], bytes]] = {}  # names beneath user.coordl., and who knows them
+        self._catalog = catalog
+        self._source = source
+        self._reader = reader
+        self._listings: OrderedDict[int, Listing] = OrderedDict()
+
+    # -- attributes ---------------------------------------------------------------------------------------------
+
+    def record_of(self, node: int) -> int:
+        """The record of a node; ESTALE if the kernel knows it and we do not."""
+        record = self._catalog.find(node)
+        if record is None:
+            raise pyfuse3.FUSEError(errno.ESTALE)
+        return record
+
+    def enter(self, parent: int, name: bytes, st: os.stat_result) -> int:
+        """The record of a directory entry as the source shows it now."""
+        record, changed = self._catalog.enter(parent, name, st)
+        if changed:
+            self._reader.modified(record, st)
+        elif self._catalog.flags(record) & LINKED:
+            self._keep_a_name(record, parent, name, st)
+        return record
+
+    def _keep_a_name(self, record: int, parent: int, name: bytes, st: os.stat_result) -> None:
+        # One node for all hard links of a file: it is read by one of its names, which must still be there.
+        if self._catalog.entry(record) == (parent, name):
+            return
+        try:
+            if self._source.lstat(self._catalog.path(record)).st_ino == st.st_ino:
+                return
+        except OSError:
+            pass
+        self._catalog.move(record, parent, name)
+
+    def _attributes(self, node: int, st: os.stat_result) -> pyfuse3.EntryAttributes:
+        a = pyfuse3.EntryAttributes()
+        a.st_ino = node
+        a.st_mode = st.st_mode
+        a.st_nlink = st.st_nlink
+        a.st_uid = st.st_uid
+        a.st_gid = st.st_gid
+        a.st_rdev = st.st_rdev
+        a.st_size = st.st_size
+        a.st_blksize = st.st_blksize
+        a.st_blocks = st.st_blocks
+        a.st_atime_ns = st.st_atime_ns
+        a.st_mtime_ns = st.st_mtime_ns
+        a.st_ctime_ns = st.st_ctime_ns
+        a.entry_timeout = TIMEOUT
+        a.attr_timeout = TIMEOUT
+        return a
+
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """Attributes of a node; ESTALE if its name leads to another file by now."""
+        record = self.record_of(inode)
+        try:
+            st = self._source.lstat(self._catalog.path(record))
+        except OSError as e:
+            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        if not self._catalog.shows(record, st):
+            flags = self._catalog.flags(record)
+            if self._catalog.supersedes(record, st):
+                raise pyfuse3.FUSEError(errno.ESTALE)
+            if flags & REGULAR != (REGULAR if stat.S_ISREG(st.st_mode) else 0):
+                raise pyfuse3.FUSEError(errno.ESTALE)
+            if bool(flags & DIRECTORY) != stat.S_ISDIR(st.st_mode):
+                raise pyfuse3.FUSEError(errno.ESTALE)
+            if flags & REGULAR:
+                self._reader.modified(record, st)
+            else:
+                self._catalog.set_version(record, Version.of(st))
+        return self._attributes(inode, st)
+
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """A name in a directory."""
+        parent = self.record_of(parent_inode)
+        if name in (b".", b".."):
+            record = parent if name == b"." else self._catalog.entry(parent)[0]
+            return await self.getattr(self._catalog.node(record), ctx)
+        directory = self._catalog.directory_path(parent)
+        try:
+            st = self._source.lstat(directory + b"/" + name if directory else name)
+        except OSError as e:
+            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        return self._attributes(self._catalog.node(self.enter(parent, name, st)), st)
+
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        """Where a symbolic link leads."""
+        try:
+            return self._source.readlink(self._catalog.path(self.record_of(inode)))
+        except OSError as e:
+            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Nothing is kept per kernel reference."""
+
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """The source's figures."""
+        try:
+            v = self._source.statvfs()
+        except OSError as e:
+            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        d = pyfuse3.StatvfsData()
+        d.f_bsize, d.f_frsize, d.f_blocks, d.f_bfree, d.f_bavail = (
+            v.f_bsize,
+            v.f_frsize,
+            v.f_blocks,
+            v.f_bfree,
+            v.f_bavail,
+        )
+        d.f_files, d.f_ffree, d.f_favail, d.f_namemax = v.f_files, v.f_ffree, v.f_favail, v.f_namemax
+        return d
+
+    # -- directories --------------------------------------------------------------------------------------------
+
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """Entries from position `start_id` on; `fh` is the node id, since directories are not opened."""
+        record = self.record_of(fh)
+        try:
+            listing = self._listing(fh, record, start_id)
+        except OSError as e:
+            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        names = listing.names
+        position = start_id
+        while position < 2:
+            name = b"." if position == 0 else b".."
+            a = pyfuse3.EntryAttributes()
+            a.st_ino = fh if position == 0 else self._catalog.node(self._catalog.entry(record)[0])
+            a.st_mode = stat.S_IFDIR | 0o755
+            position += 1
+            if not pyfuse3.readdir_reply(token, name, a, position):
+                return
+        while position - 2 < len(names):
+            name = names[position - 2]
+            position += 1
+            try:
+                st = listing.lstat(name)
+            except FileNotFoundError:
+                continue
+            except OSError as e:
+                raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+            node = self._catalog.node(self.enter(record, name, st))
+            if not pyfuse3.readdir_reply(token, name, self._attributes(node, st), position):
+                return
+        self._close_listing(fh)
+
+    def _listing(self, node: int, record: int, position: int) -> Listing:
+        listing = self._listings.get(node)
+        if listing is not None and position:
+            self._listings.move_to_end(node)
+            return listing
+        self._close_listing(node)
+        listing = self._listings[node] = self._source.listing(self._catalog.directory_path(record))
+        if len(self._listings) > _LISTINGS:
+            self._listings.popitem(last=False)[1].close()
+        return listing
+
+    def _close_listing(self, node: int) -> None:
+        listing = self._listings.pop(node, None)
+        if listing is not None:
+            listing.close()
+
+    # -- extended attributes ------------------------------------------------------------------------------------
+
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        """The source's, and those of coordlfs itself beneath `user.coordl.`."""
+        record = self.record_of(inode)
+        if name.startswith(XATTR_PREFIX):
+            return self._own_xattr(record, name[len(XATTR_PREFIX) :])
+        try:
+            return self._source.xattr(self._catalog.path(record), name)
+        except OSError as e:
+            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+
+    def _own_xattr(self, record: int, name: bytes) -> bytes:
+        if name == b"cached" and self._catalog.flags(record) & REGULAR:
+            return self._cached(record)
+        if record == 0 and name in self.root_xattrs:
+            return self.root_xattrs[name]()
+        raise pyfuse3.FUSEError(errno.ENODATA)
+
+    def _cached(self, record: int) -> bytes:
+        size = self._catalog.size(record)
+        pinned = self._catalog.pinned_pages(record)
+        whole = sum(pages.count(items.span(item, size)[1]) for item in items.items_of(record, size))
+        return b"pinned" if pinned >= whole else b"partial" if pinned else b"no"
+
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        """The source's: a copy made with its attributes must equal the source."""
+        try:
+            return self._source.xattrs(self._catalog.path(self.record_of(inode)))
+        except OSError as e:
+            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e

@@ -1,0 +1,152 @@
+"""The server of a mount: puts lanes, policy and source together, and ends when the kernel says it is unmounted.
+
+It may be killed at any moment: whatever has to outlive it (the FUSE device, the catalogue's memory, the keepers)
+belongs to the supervisor, which starts another.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import pyfuse3
+import trio
+
+from coordlfs import logs
+from coordlfs.admission import Admission
+from coordlfs.byte_lane import ByteLane
+from coordlfs.catalog import Catalog
+from coordlfs.control import Control
+from coordlfs.epochs import Epoch, Epochs
+from coordlfs.kernel import fuse, pages, process
+from coordlfs.metrics import Counters
+from coordlfs.minio import MinIO
+from coordlfs.name_lane import NameLane
+from coordlfs.notifier import Notifier
+from coordlfs.reading import Reader
+from coordlfs.source import Source
+from coordlfs.stash import Stash
+from coordlfs.stats import Stats
+from coordlfs.supervisor_link import SupervisorLink
+
+log = logging.getLogger(__name__)
+
+_NAME_MESSAGE = 1 << 21
+_STASH_LIMIT = 256 << 20
+
+
+def _attach_pyfuse3(names: NameLane, init: bytes) -> tuple[socket.socket, socket.socket]:
+    """Give pyfuse3 a socket in place of /dev/fuse; the byte lane's end, and pyfuse3's.
+
+    The INIT that the supervisor answered is played to it, and its reply thrown away.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for sock in (ours, theirs):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _NAME_MESSAGE)
+    pyfuse3.init(names, f"/dev/fd/{theirs.fileno()}", {"fsname=coordlfs"})
+    ours.send(init)
+    return ours, theirs
+
+
+def _relay(names: socket.socket, device: int) -> None:
+    """Carry the name lane's replies to the kernel, but for the first, which answers the INIT played to it."""
+    first = True
+    with suppress(OSError):
+        while reply := names.recv(_NAME_MESSAGE):
+            if first:
+                first = False
+                continue
+            with suppress(OSError):  # ENOENT: the caller gave up waiting
+                os.write(device, reply)
+
+
+def serve(config: dict[str, Any]) -> None:
+    """Serve until unmounted. `config` is what `coordlfs.supervisor` passes."""
+    device: int = config["device"]
+    catalog = Catalog(config["records"], config["names"])
+    counters = Counters(catalog.counters)
+    source = Source(config["root"])
+    epochs = Epochs(Epoch(counters["epochs_before"]))
+    policy = MinIO(config["capacity"] // pages.PAGE)
+    link = SupervisorLink(config["link"])
+    stash = Stash(min(_STASH_LIMIT, max(config["capacity"] // 8, fuse.MAX_READ)))
+    admission = Admission(catalog, policy, stash, epochs, counters, link.want_keeper)
+    notifier = Notifier(device)
+    reader = Reader(catalog, source, admission, counters, notifier)
+    stats = Stats(config, catalog, admission, epochs, counters)
+    names = NameLane(catalog, source, reader)
+    control = Control(catalog, source, names, admission)
+    names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode}
+
+    with ExitStack() as stack:
+        for keeper in config["keepers"]:
+            admission.add_keeper(keeper["index"], keeper["pid"], socket.socket(fileno=keeper["socket"]))
+        ours, _theirs = _attach_pyfuse3(names, bytes.fromhex(config["init"]))
+        if counters["server_starts"]:
+            admission.recover()
+            os.write(device, fuse.resend())
+        counters.add("server_starts")
+        lane = ByteLane(device, ours, reader, counters)
+        threads = [
+            threading.Thread(target=_relay, args=(ours, device), name="relay"),
+            threading.Thread(target=admission.run, name="admission"),
+        ]
+        for thread in threads:
+            thread.start()
+            stack.callback(thread.join)
+        stack.callback(admission.close)
+        notifier.start()
+        stack.callback(notifier.close)
+        lane.start()
+        link.ready()
+        trio.run(_tasks, stats, control, link, admission, epochs, counters)
+        with suppress(OSError):
+            ours.shutdown(socket.SHUT_RDWR)
+
+
+async def _tasks(
+    stats: Stats,
+    control: Control,
+    link: SupervisorLink,
+    admission: Admission,
+    epochs: Epochs,
+    counters: Counters,
+) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(control.run)
+        nursery.start_soon(link.run, admission)
+        nursery.start_soon(_tick, stats, epochs, counters)
+        await pyfuse3.main()
+        nursery.cancel_scope.cancel()
+
+
+async def _tick(stats: Stats, epochs: Epochs, counters: Counters) -> None:
+    while True:
+        stats.tick()
+        counters.set("epochs_before", epochs.current.number)
+        await trio.sleep(0.5)
+
+
+def main() -> None:
+    """`python -m coordlfs.server JSON`, started by the supervisor."""
+    config = json.loads(sys.argv[1])
+    process.die_with_parent(config["parent"])
+    process.set_name("coordlfs-server")
+    logs.configure(config["log"])
+    os.chdir("/")
+    try:
+        serve(config)
+    except Exception:
+        log.exception("the server ends")
+        os._exit(1)
+    os._exit(0)  # byte-lane threads may wait for a source that never answers
+
+
+if __name__ == "__main__":
+    main()

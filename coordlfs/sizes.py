@@ -1,0 +1,46 @@
+"""Sizes as users write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from coordlfs.errors import UserError
+from coordlfs.kernel.memory import Memory
+
+AUTO_SHARE = 0.6  # of the memory that is available
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+
+
+def text(nbytes: float) -> str:
+    """Bytes for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(nbytes) < 1024 or unit == "TiB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    raise AssertionError("unreachable")
+
+
+def cache_size(asked: str, memory: Memory) -> tuple[int, str]:
+    """Bytes of cache for "200G", "60%" (of all memory) or "auto" (a share of what is available), and how that came.
+
+    Raises UserError for anything else, and for more than there is.
+    """
+    asked = asked.strip()
+    if asked.lower() == "auto":
+        size = int(memory.available * AUTO_SHARE)
+        return size, f"auto: {AUTO_SHARE:.0%} of the {text(memory.available)} available"
+    if share := _SHARE.fullmatch(asked):
+        percent = float(share[1])
+        if percent > 100:
+            raise UserError(f"--cache-size {asked} is more than all memory: give at most 100%", 2)
+        return int(memory.total * percent / 100), f"{asked} of {text(memory.total)} of memory"
+    if match := _SIZE.fullmatch(asked):
+        size = int(float(match[1]) * _UNITS[match[2].upper()])
+        if size > memory.total:
+            raise UserError(
+                f"--cache-size {asked} is more than the {text(memory.total)} of memory here: give less, or auto", 2
+            )
+        return size, "no cache" if not size else "as given"
+    raise UserError(f"--cache-size {asked!r} is not a size: write 200G, 512M, 60% or auto", 2)

@@ -1,0 +1,203 @@
+"""Reading the dataset directory without leaving a second copy of it in the page cache.
+
+Bytes that are in the source's page cache already are taken from there; everything else is read with O_DIRECT, or,
+where the file system refuses that, read and dropped. `preadv2(RWF_NOWAIT)` would not do to ask: since Linux 5.10 it
+starts readahead (measured on 6.18: the whole file was cached by the call), so cachestat(2) is asked.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from mmap import mmap
+
+from coordlfs.kernel import pages, paths
+
+_KEEP_OPEN_FROM = 1 << 20  # files from this size on are read by many READs: keep the descriptor
+_KEPT = 256
+
+
+class Listing:
+    """Names of a directory, sorted, so that positions in it mean the same when it is read again."""
+
+    def __init__(self, fd: int, names: list[bytes]) -> None:
+        self.fd = fd
+        self.names = names
+
+    def lstat(self, name: bytes) -> os.stat_result:
+        """The attributes of one of the names."""
+        return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        os.close(self.fd)
+
+
+class Source:
+    """The directory that is mounted. Paths are bytes, relative to it; every error is an OSError. Thread-safe."""
+
+    def __init__(self, root: int) -> None:
+        self.root = root
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[int, tuple[int, list[int]]] = OrderedDict()
+
+    # -- names --------------------------------------------------------------------------------------------------
+
+    def open(self, path: bytes, flags: int = os.O_RDONLY) -> int:
+        """A descriptor of the file at `path`, never through a symbolic link, never above the root."""
+        return paths.open_beneath(self.root, path, flags)
+
+    @contextmanager
+    def _reference(self, path: bytes) -> Iterator[int]:
+        fd = self.open(path, os.O_PATH)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def lstat(self, path: bytes) -> os.stat_result:
+        """The attributes of a name, itself if it is a symbolic link."""
+        with self._reference(path) as fd:
+            return os.fstat(fd)
+
+    def readlink(self, path: bytes) -> bytes:
+        """Where a symbolic link leads."""
+        with self._reference(path) as fd:
+            return os.readlink(b"", dir_fd=fd)
+
+    def listing(self, path: bytes) -> Listing:
+        """The entries of a directory as they are now."""
+        fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            return Listing(fd, sorted(map(os.fsencode, os.listdir(fd))))
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def xattr(self, path: bytes, name: bytes) -> bytes:
+        """An extended attribute of a name, not followed if it is a symbolic link."""
+        with self._reference(path) as fd:
+            return os.getxattr(b"/proc/self/fd/%d" % fd, name)
+
+    def xattrs(self, path: bytes) -> list[bytes]:
+        """The names of the extended attributes."""
+        with self._reference(path) as fd:
+            return [os.fsencode(name) for name in os.listxattr(b"/proc/self/fd/%d" % fd)]
+
+    def statvfs(self) -> os.statvfs_result:
+        """Figures of the file system that the source lies on."""
+        return os.statvfs(self.root)
+
+    # -- bytes --------------------------------------------------------------------------------------------------
+
+    def read(
+        self,
+        record: int,
+        path: bytes,
+        into: mmap,
+        offset: int,
+        size: int,
+        slow: Callable[[], None],
+    ) -> tuple[int, os.stat_result]:
+        """Read up to `size` bytes at `offset` into page-aligned memory; how many, and the attributes they belong to.
+
+        `record` names the file for the descriptors that are kept. `slow` is called before a read that will wait.
+        """
+        fds = self._take(record)
+        if fds is None:
+            fd = self.open(path)
+            fds = [fd]
+        fd = fds[-1]
+        keep = False
+        try:
+            st = os.fstat(fd)
+            if not stat.S_ISREG(st.st_mode):
+                raise OSError(errno.ESTALE, "no longer a regular file")
+            n = self._read(fd, into, offset, size, st.st_size, slow)
+            keep = st.st_size >= _KEEP_OPEN_FROM
+            return n, st
+        finally:
+            if keep:
+                self._give(record, fd)
+            else:
+                os.close(fd)
+
+    def _take(self, record: int) -> list[int] | None:
+        # A descriptor is used by one thread at a time, since O_DIRECT is a property of it and not of the read.
+        with self._lock:
+            entry = self._kept.get(record)
+            if entry is None or not entry[1]:
+                return None
+            return [entry[1].pop()]
+
+    def _give(self, record: int, fd: int) -> None:
+        closing: list[int] = []
+        with self._lock:
+            entry = self._kept.setdefault(record, (record, []))
+            self._kept.move_to_end(record)
+            if len(entry[1]) < 8:
+                entry[1].append(fd)
+            else:
+                closing.append(fd)
+            while len(self._kept) > _KEPT:
+                closing += self._kept.popitem(last=False)[1][1]
+        for old in closing:
+            os.close(old)
+
+    def forget(self, record: int) -> None:
+        """Close what is kept open of a file, because its name may lead elsewhere now."""
+        with self._lock:
+            entry = self._kept.pop(record, None)
+        for fd in entry[1] if entry else ():
+            os.close(fd)
+
+    def _read(self, fd: int, into: mmap, offset: int, size: int, file_size: int, slow: Callable[[], None]) -> int:
+        want = min(size, file_size - offset)
+        if want <= 0:
+            return 0
+        cached = pages.resident(fd, offset, want)
+        if cached is not None and cached >= pages.count(want):
+            return _pread_all(fd, memoryview(into)[:want], offset)
+        slow()
+        if _direct(fd, True):
+            rounded = pages.count(want) * pages.PAGE
+            try:
+                n = _pread_all(fd, memoryview(into)[:rounded], offset)
+                return min(n, want)
+            except OSError as e:
+                if e.errno != errno.EINVAL:
+                    raise
+            finally:
+                _direct(fd, False)
+        n = _pread_all(fd, memoryview(into)[:want], offset)
+        if not cached:
+            pages.drop(fd, offset, want)
+        return n
+
+
+def _direct(fd: int, on: bool) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT if on else 0)
+    except OSError:
+        return False
+    return True
+
+
+def _pread_all(fd: int, view: memoryview, offset: int) -> int:
+    """Read until `view` is full or the file ends: a short read in the middle would show as zeros."""
+    n = os.preadv(fd, [view], offset)
+    if n == len(view) or n == 0:
+        return n
+    total = n
+    while total < len(view) and total % pages.PAGE == 0:
+        n = os.preadv(fd, [view[total:]], offset + total)
+        if n == 0:
+            break
+        total += n
+    return total

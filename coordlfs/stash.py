@@ -1,0 +1,70 @@
+"""Bytes of items that are being admitted, kept until the keeper has pinned them.
+
+The pages that a job's READ filled are charged to the job, so the keeper drops them and faults the item in anew; its
+READs are answered from here, and the source is read once. The stash is bounded: without room an item is not admitted
+this time. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class _Pieces:
+    pieces: dict[int, bytes] = field(default_factory=dict)  # by offset in the file
+    size: int = 0
+
+
+class Stash:
+    """Bytes by item and offset, at most `limit` of them."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = 0
+        self._items: dict[int, _Pieces] = {}
+
+    def put(self, item: int, offset: int, data: bytes | memoryview) -> bool:
+        """Keep a copy of `data`, found at `offset` of the file; False if there is no room for it."""
+        if self.size + len(data) > self.limit:
+            return False
+        kept = self._items.setdefault(item, _Pieces())
+        before = len(kept.pieces.get(offset, b""))
+        if before < len(data):
+            kept.pieces[offset] = bytes(data)
+            kept.size += len(data) - before
+            self.size += len(data) - before
+        return True
+
+    def held(self, item: int) -> int:
+        """Bytes kept for an item; pieces that overlap count each."""
+        kept = self._items.get(item)
+        return kept.size if kept else 0
+
+    def get(self, item: int, offset: int, size: int, end: int) -> list[bytes | memoryview] | None:
+        """Pieces that make up `size` bytes at `offset`, or fewer if the file ends at `end`; None if any is missing."""
+        kept = self._items.get(item)
+        if kept is None:
+            return None
+        want = min(size, end - offset)
+        whole = kept.pieces.get(offset)
+        if whole is not None and len(whole) >= want:
+            return [whole if len(whole) == want else memoryview(whole)[:want]]
+        found: list[bytes | memoryview] = []
+        starts = sorted(kept.pieces)
+        at = offset
+        for start in starts:
+            piece = kept.pieces[start]
+            if start <= at < start + len(piece):
+                part = memoryview(piece)[at - start : offset + want - start]
+                found.append(part)
+                at += len(part)
+                if at >= offset + want:
+                    return found
+        return None
+
+    def remove(self, item: int) -> None:
+        """Forget an item's bytes."""
+        kept = self._items.pop(item, None)
+        if kept is not None:
+            self.size -= kept.size

@@ -1,0 +1,116 @@
+"""The figures of a mount, as `coordlfs status --json` and `user.coordl.stats` give them.
+
+The names are part of the interface: docs/operations.md lists them. Fields may be added, never renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from typing import Any
+
+from coordlfs import __version__
+from coordlfs.admission import Admission
+from coordlfs.catalog import Catalog
+from coordlfs.epochs import Epoch, Epochs
+from coordlfs.kernel import pages
+from coordlfs.metrics import Counters
+
+_RATE_WINDOW = 2.0  # seconds
+
+
+class Stats:
+    """Collects the figures; keeps nothing but what throughput needs."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        catalog: Catalog,
+        admission: Admission,
+        epochs: Epochs,
+        counters: Counters,
+    ) -> None:
+        self._config = config
+        self._catalog = catalog
+        self._admission = admission
+        self._epochs = epochs
+        self._counters = counters
+        self._started = time.time()
+        self._mark = (time.monotonic(), 0)
+        self._rate = 0.0
+
+    def tick(self) -> None:
+        """Note how much was read: called every so often, so that throughput is of late and not of always."""
+        now, total = time.monotonic(), self._counters["source_bytes"]
+        then, before = self._mark
+        if now - then >= _RATE_WINDOW:
+            self._rate = (total - before) / (now - then)
+            self._mark = (now, total)
+
+    def _epoch(self, epoch: Epoch) -> dict[str, Any]:
+        known_items, known_bytes = self._counters["dataset_items"], self._counters["dataset_bytes"]
+        rate = 1 - epoch.bytes / known_bytes if known_bytes else None
+        return {
+            **asdict(epoch),
+            "items": known_items,
+            "hit_rate": None if rate is None else round(max(0.0, rate), 4),
+        }
+
+    def collect(self) -> dict[str, Any]:
+        """All figures, as plain values."""
+        c, policy = self._counters, self._admission.policy
+        states = self._admission.outcomes()
+        finished = [self._epoch(e) for e in self._epochs.finished]
+        current = self._epoch(self._epochs.current) if self._epochs.current.number else None
+        last = finished[-1] if finished else current
+        return {
+            "version": __version__,
+            "source_path": self._config["source"],
+            "mountpoint": self._config["mountpoint"],
+            "started": self._started,
+            "processes": {
+                "supervisor": self._config["parent"],
+                "server": os.getpid(),
+                "keepers": sorted(link.pid for link in self._admission.links.values()),
+            },
+            "residence": "page cache (mlock)",
+            "capacity_bytes": policy.capacity * pages.PAGE,
+            "pinned_bytes": policy.pinned_pages * pages.PAGE,
+            "pinned_items": states["pinned"],
+            "pending_items": states["on_their_way"],
+            "stash_bytes": self._admission.stash.size,
+            "fill": round(policy.pinned_pages / policy.capacity, 4) if policy.capacity else 1.0,
+            "known_files": len(self._catalog),
+            "catalog_bytes": self._catalog.memory,
+            "source": {
+                "bytes": c["source_bytes"],
+                "reads": c["source_reads"],
+                "files": c["source_files"],
+                "errors": c["source_errors"],
+                "changed_files": c["changed_files"],
+                "bytes_per_second": round(self._rate),
+            },
+            "requests": {
+                "read": c["reads"],
+                "name": c["name_requests"],
+                "refused": c["direct_opens"],
+                "stash_bytes": c["stash_bytes"],
+            },
+            "admission": {
+                "not_admitted": c["not_admitted"],
+                "retries": c["pin_retries"],
+                "errors": c["pin_errors"],
+            },
+            "epochs": self._epochs.current.number,
+            "epoch": current,
+            "epoch_history": finished,
+            "hit_rate": last["hit_rate"] if last else None,
+            "hits_known_by": "misses, which are exact, taken from the items read so far, each once an epoch",
+        }
+
+    def encode(self) -> bytes:
+        """As JSON, for the extended attribute; padded, since who reads one asks for its length first."""
+        text = json.dumps(self.collect()).encode()
+        return text.ljust(-(-(len(text) + 64) // 1024) * 1024)

@@ -1,0 +1,88 @@
+"""`coordlfs status`: the figures of a mount for people."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from coordlfs import mounting
+from coordlfs.errors import UserError
+from coordlfs.sizes import text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_INTERVAL = 1.0
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def summary(s: dict[str, Any]) -> str:
+    """One line."""
+    return (
+        f"{s['source_path']}: {text(s['pinned_bytes'])} of {text(s['capacity_bytes'])} cached in "
+        f"{s['pinned_items']} items; {text(s['source']['bytes'])} read from the source; "
+        f"{s['epochs']} epochs seen, hit rate {_share(s['hit_rate'])}"
+    )
+
+
+def epochs_table(s: dict[str, Any]) -> list[str]:
+    """A line for each epoch."""
+    rows = [*s["epoch_history"], *([s["epoch"]] if s["epoch"] else [])]
+    return [
+        f"  epoch {e['number']}: {e['misses']} of {e['items']} items missed, {text(e['bytes'])} read, "
+        f"hit rate {_share(e['hit_rate'])}"
+        for e in rows[-10:]
+    ]
+
+
+def table(s: dict[str, Any]) -> Table:
+    """A table, for a terminal."""
+    from rich.table import Table
+
+    grid = Table(title=f"{s['source_path']} on {s['mountpoint']}", show_header=False, title_justify="left")
+    grid.add_column(style="bold")
+    grid.add_column()
+    source = s["source"]
+    grid.add_row("cached", f"{text(s['pinned_bytes'])} of {text(s['capacity_bytes'])} ({_share(s['fill'])})")
+    grid.add_row("items", f"{s['pinned_items']} pinned, {s['pending_items']} on their way")
+    grid.add_row("residence", s["residence"])
+    grid.add_row("read from source", f"{text(source['bytes'])} in {source['reads']} reads of {source['files']} files")
+    grid.add_row("throughput", f"{text(source['bytes_per_second'])}/s from the source")
+    grid.add_row("errors of source", f"{source['errors']}; {source['changed_files']} files changed")
+    grid.add_row("epochs seen", str(s["epochs"]))
+    grid.add_row("hit rate", _share(s["hit_rate"]))
+    for line in epochs_table(s)[-5:]:
+        grid.add_row("", line.strip())
+    grid.add_row("how hits are known", s["hits_known_by"])
+    processes = s["processes"]
+    keepers = ", ".join(map(str, processes["keepers"])) or "none"
+    grid.add_row("processes", f"supervisor {processes['supervisor']}, server {processes['server']}, keepers {keepers}")
+    return grid
+
+
+def show(mountpoints: list[str], *, as_json: bool, watch: bool) -> None:
+    """Print the figures of the mounts given, or of all. Raises UserError."""
+    chosen = mountpoints or mounting.all_mounts()
+    if as_json:
+        figures = [mounting.stats(m) for m in chosen]
+        print(json.dumps(figures[0] if mountpoints else figures, indent=2))
+        return
+    if not chosen:
+        raise UserError("nothing is mounted: `coordlfs mount SRC MNT` mounts a dataset")
+    from rich.console import Console, Group
+
+    if not watch:
+        console = Console()
+        for m in chosen:
+            console.print(table(mounting.stats(m)))
+        return
+    from rich.live import Live
+
+    with Live(refresh_per_second=4) as live:
+        while True:
+            live.update(Group(*(table(mounting.stats(m)) for m in chosen)))
+            time.sleep(_INTERVAL)

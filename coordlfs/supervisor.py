@@ -1,0 +1,274 @@
+"""The supervisor of a mount: owns the FUSE device, the mount and the catalogue's memory; restarts what dies.
+
+It does nothing else, so that it has nothing to die of. When the mountpoint is gone, by whichever way it was unmounted,
+it lets the keepers go; then the kernel ends the connection as soon as no file is open any more, and with it the server.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from coordlfs import logs, supervisor_link
+from coordlfs.kernel import fuse, mounts, process
+
+log = logging.getLogger(__name__)
+
+FSTYPE = "fuse.coordlfs"
+_READAHEAD_KIB = 1024
+_RESTARTS = 5  # in a minute; a server that dies faster than that will not do better the next time
+
+
+@dataclass(slots=True)
+class _Keeper:
+    index: int
+    process: subprocess.Popen[bytes]
+    ours: socket.socket  # the server's end: it outlives servers
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """One mount. `config`: source, mountpoint, capacity (bytes), log, acl; see `coordlfs.mounting`."""
+
+    config: dict[str, Any]
+    root: int
+    device: int = -1
+    tree: int = -1
+    mount_device: int = 0
+    records: int = -1
+    names: int = -1
+    init: bytes = b""
+    keepers: dict[int, _Keeper] = field(default_factory=dict)
+    next_index: int = 1
+    server: subprocess.Popen[bytes] | None = None
+    link: socket.socket | None = None
+    ending: bool = False
+
+    # -- beginning ----------------------------------------------------------------------------------------------
+
+    def mount(self) -> None:
+        """Mount, and settle with the kernel what both can do. Raises OSError, with nothing left mounted."""
+        from coordlfs import catalog
+
+        mountpoint = os.fsencode(self.config["mountpoint"])
+        self.device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        options = f"fd={self.device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},"
+        options += f"allow_other,default_permissions,max_read={fuse.MAX_READ}"
+        flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
+        mounts.mount(self.config["source"], mountpoint, FSTYPE, flags, options)
+        try:
+            self._answer_init()
+            self.tree = mounts.detached_copy(mountpoint)
+            self.mount_device = next(
+                m.device
+                for m in reversed(list(mounts.table()))
+                if m.point == mountpoint and m.fstype == FSTYPE.encode()
+            )
+            mounts.set_readahead(self.mount_device, _READAHEAD_KIB)
+            self.records, self.names = catalog.allocate()
+        except BaseException:
+            self._unmount(lazy=True)
+            raise
+
+    def _answer_init(self) -> None:
+        self.init = os.read(self.device, fuse.REQUEST_BUFFER)
+        reply, features = fuse.init_reply(self.init, acl=self.config["acl"])
+        if not (features.zero_message_open and features.zero_message_opendir):
+            raise OSError(38, "this kernel's FUSE is too old: Linux 5.1 or newer is needed")
+        os.write(self.device, reply)
+
+    def start(self) -> None:
+        """Start keeper and server."""
+        if self.config["capacity"]:
+            self._start_keeper()
+        self._start_server()
+
+    def _spawn(self, module: str, config: dict[str, Any], fds: list[int]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, json.dumps(config)],
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is the supervisor's to handle
+        )
+
+    def _start_keeper(self) -> _Keeper:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (ours, theirs):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        with theirs:
+            config = {
+                "parent": os.getpid(),
+                "socket": theirs.fileno(),
+                "tree": self.tree,
+                "device": self.device,
+                "readahead": _READAHEAD_KIB << 10,
+            }
+            child = self._spawn("coordlfs.keeper", config, [theirs.fileno(), self.tree, self.device])
+        keeper = _Keeper(self.next_index, child, ours)
+        self.next_index += 1
+        self.keepers[keeper.index] = keeper
+        return keeper
+
+    def _start_server(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            config = self.config | {
+                "parent": os.getpid(),
+                "device": self.device,
+                "records": self.records,
+                "names": self.names,
+                "root": self.root,
+                "link": theirs.fileno(),
+                "init": self.init.hex(),
+                "keepers": [
+                    {"index": k.index, "pid": k.process.pid, "socket": k.ours.fileno()} for k in self.keepers.values()
+                ],
+            }
+            fds = [self.device, self.records, self.names, self.root, theirs.fileno()]
+            fds += [k.ours.fileno() for k in self.keepers.values()]
+            self.server = self._spawn("coordlfs.server", config, fds)
+        self.link = ours
+
+    # -- living -------------------------------------------------------------------------------------------------
+
+    def wait_ready(self, timeout: float) -> None:
+        """Wait until the server answers. Raises OSError if it does not."""
+        assert self.link is not None
+        if not select.select([self.link], [], [], timeout)[0]:
+            raise OSError(110, "the server did not come up in time")
+        if supervisor_link.receive(self.link) is None:
+            raise OSError(5, "the server ended as soon as it was started")
+
+    def run(self) -> None:
+        """Watch over the mount until it is gone."""
+        restarts: list[float] = []
+        wake_in, wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake_out, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        with open("/proc/self/mountinfo", "rb") as table:
+            while True:
+                assert self.server is not None and self.link is not None
+                poll = select.poll()
+                poll.register(table, select.POLLPRI | select.POLLERR)
+                poll.register(wake_in, select.POLLIN)
+                poll.register(self.link, select.POLLIN)
+                events = dict(poll.poll())
+                if wake_in in events:
+                    signals = os.read(wake_in, 512)
+                    if {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} & set(signals):
+                        self._unmount(lazy=True)
+                if not self.ending and not self._is_mounted():
+                    self._let_go()
+                if self.link.fileno() in events:
+                    self._hear()
+                self._replace_keepers()
+                status = self.server.poll()
+                if status == 0:
+                    return
+                if status is not None:
+                    now = time.monotonic()
+                    restarts = [t for t in restarts if now - t < 60] + [now]
+                    log.error("the server ended with status %d", status)
+                    if len(restarts) > _RESTARTS and status > 0:
+                        log.critical("the server cannot be kept running: unmounting")
+                        self._unmount(lazy=True)
+                        return
+                    self.link.close()
+                    self._start_server()
+
+    def _hear(self) -> None:
+        assert self.link is not None
+        received = supervisor_link.receive(self.link)
+        if received and "want_keeper" in received[0] and not self.ending:
+            self._tell_keeper(self._start_keeper())
+
+    def _tell_keeper(self, keeper: _Keeper) -> None:
+        assert self.link is not None
+        message = {"keeper": {"index": keeper.index, "pid": keeper.process.pid}}
+        with suppress(OSError):  # a server that is gone is told by its successor's configuration
+            supervisor_link.send(self.link, message, (keeper.ours.fileno(),))
+
+    def _replace_keepers(self) -> None:
+        for keeper in [k for k in self.keepers.values() if k.process.poll() is not None]:
+            del self.keepers[keeper.index]
+            keeper.ours.close()
+            if self.ending:
+                continue
+            log.error("keeper %d ended with status %s", keeper.process.pid, keeper.process.returncode)
+            assert self.link is not None
+            with suppress(OSError):
+                supervisor_link.send(self.link, {"lost": keeper.index})
+            self._tell_keeper(self._start_keeper())
+
+    # -- ending -------------------------------------------------------------------------------------------------
+
+    def _is_mounted(self) -> bool:
+        return any(m.device == self.mount_device for m in mounts.table())
+
+    def _unmount(self, *, lazy: bool) -> None:
+        with suppress(OSError):
+            mounts.unmount(os.fsencode(self.config["mountpoint"]), lazy=lazy)
+
+    def _let_go(self) -> None:
+        """The mountpoint is gone: end the keepers, whose files are all that still holds the file system."""
+        self.ending = True
+        os.close(self.tree)
+        for keeper in self.keepers.values():
+            keeper.process.kill()
+        for keeper in self.keepers.values():
+            keeper.process.wait()
+
+    def close(self) -> None:
+        """Leave nothing behind, whatever happened."""
+        for keeper in self.keepers.values():
+            keeper.process.kill()
+            keeper.process.wait()
+        if self.server is not None:
+            if self.server.poll() is None:
+                self.server.kill()
+            self.server.wait()
+        if self.mount_device and self._is_mounted():
+            self._unmount(lazy=True)
+
+
+def main() -> None:
+    """`python -m coordlfs.supervisor JSON`, started by `coordlfs mount`; reports to the descriptor `report`."""
+    config = json.loads(sys.argv[1])
+    report, root = config.pop("report"), config.pop("root")
+    process.set_name("coordlfs-superv")
+    logs.configure(config["log"])
+    os.chdir("/")
+    supervisor = Supervisor(config, root)
+    try:
+        try:
+            supervisor.mount()
+            supervisor.start()
+            supervisor.wait_ready(30)
+        except OSError as e:
+            _tell(report, {"errno": e.errno, "error": str(e)})
+            sys.exit(1)
+        _tell(report, {"ready": True, "pid": os.getpid()})
+        supervisor.run()
+    finally:
+        supervisor.close()
+
+
+def _tell(report: int, message: dict[str, Any]) -> None:
+    with suppress(OSError):
+        os.write(report, json.dumps(message).encode())
+    os.close(report)
+
+
+if __name__ == "__main__":
+    main()

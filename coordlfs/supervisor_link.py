@@ -1,0 +1,61 @@
+"""The server's line to its supervisor: keepers come and go over it.
+
+JSON packets on a SOCK_SEQPACKET pair; a keeper's socket travels as SCM_RIGHTS.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+if TYPE_CHECKING:
+    from coordlfs.admission import Admission
+
+MAX_PACKET = 1 << 16
+
+
+def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """One packet and the descriptors that came with it; None at the end."""
+    packet, fds, _, _ = socket.recv_fds(sock, MAX_PACKET, 4)
+    return (json.loads(packet), list(fds)) if packet else None
+
+
+def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+    """Send a packet, and descriptors with it."""
+    socket.send_fds(sock, [json.dumps(message).encode()], list(fds))
+
+
+class SupervisorLink:
+    """The server's end."""
+
+    def __init__(self, fd: int) -> None:
+        self._sock = socket.socket(fileno=fd)
+
+    def ready(self) -> None:
+        """Tell that messages of the kernel are being answered."""
+        send(self._sock, {"ready": True})
+
+    def want_keeper(self) -> None:
+        """Ask for another keeper: the others hold as many mappings as one process may."""
+        send(self._sock, {"want_keeper": True})
+
+    async def run(self, admission: Admission) -> None:
+        """Take what the supervisor says, until cancelled."""
+        self._sock.setblocking(False)
+        while True:
+            await trio.lowlevel.wait_readable(self._sock)
+            try:
+                received = receive(self._sock)
+            except BlockingIOError:
+                continue
+            if received is None:
+                return
+            message, fds = received
+            if "lost" in message:
+                admission.lose_keeper(message["lost"])
+            elif "keeper" in message:
+                keeper = message["keeper"]
+                admission.add_keeper(keeper["index"], keeper["pid"], socket.socket(fileno=fds[0]))

@@ -1,0 +1,41 @@
+"""Messages between the server and its keepers, and between the server and the supervisor.
+
+All travel over SOCK_SEQPACKET pairs that only these processes hold: a packet is a message, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+
+MAX_PACKET = 1 << 16
+
+REQUEST = struct.Struct("=BB6xQQQQ")  # verb, flags, item, node, offset, length; the path follows
+REPLY = struct.Struct("=BB2xiQQ")  # outcome, flags, errno, item, pages
+PINS = struct.Struct("=QQ")  # item, length: one of the list that answers Verb.LIST
+
+
+class Verb(IntEnum):
+    """What the server asks of a keeper."""
+
+    PIN = 1
+    DROP = 2
+    LIST = 3
+
+
+class How(IntEnum):
+    """Flags of Verb.PIN: what happens first to pages that are resident."""
+
+    KEEP = 1  # they are a dead keeper's: pin them as they are
+    FORCE = 2  # drop them even where a job maps them
+
+
+class Outcome(IntEnum):
+    """What a keeper answers."""
+
+    PINNED = 1
+    BUSY = 2  # somebody uses the pages: ask again later
+    FULL = 3  # this process may hold no more mappings
+    FAILED = 4
+    DROPPED = 5
+    LISTED = 6

@@ -1,0 +1,1 @@
+"""The companion loader of coordlfs: coordinated prep and epoch-aware hints for PyTorch. Needs torch."""

@@ -1,0 +1,1 @@
+"""Benchmarks of coordlfs, and the stall analyser. Uses only what coordlfs shows to everybody."""
