@@ -16,7 +16,7 @@ import os
 import socket
 import struct
 import threading
-from contextlib import suppress
+from collections.abc import Callable
 
 from coordlfs.kernel import fuse, pages
 from coordlfs.metrics import Counters
@@ -37,6 +37,7 @@ class ByteLane:
     """The threads that serve one FUSE device until it is unmounted."""
 
     def __init__(self, device: int, names: socket.socket, reader: Reader, counters: Counters) -> None:
+        self.on_end: Callable[[], None] = lambda: None
         self._device = device
         self._names = names
         self._reader = reader
@@ -109,8 +110,7 @@ class ByteLane:
 
     def _end(self) -> None:
         self.ended.set()
-        with suppress(OSError):
-            self._names.shutdown(socket.SHUT_RDWR)
+        self.on_end()
         self._unpark.release(_THREADS)
 
     def _dispatch(self, request: bytearray, message: memoryview, into: pages.Buffer) -> None:

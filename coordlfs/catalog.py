@@ -20,12 +20,11 @@ import struct
 from array import array
 from dataclasses import dataclass
 
-import numpy as np
 import xxhash
 
+from coordlfs import memfds
 from coordlfs.kernel.fuse import ROOT_NODE
 
-_RECORDS, _NAMES = 1 << 33, 1 << 35  # address space, not memory: pages are used as they are written
 _HEADER = 4096
 _HEADER_WORDS = _HEADER // 8
 _WORDS = 8  # per record
@@ -50,14 +49,6 @@ class Version:
         return cls(st.st_size, st.st_mtime_ns, st.st_ino)
 
 
-def allocate() -> tuple[int, int]:
-    """Two memfds for a new catalogue: records and names."""
-    records, names = os.memfd_create("coordlfs-records"), os.memfd_create("coordlfs-names")
-    os.ftruncate(records, _RECORDS)
-    os.ftruncate(names, _NAMES)
-    return records, names
-
-
 def node_of_path(path: bytes, seed: int = 0) -> int:
     """The node id of a relative path; `seed` counts the collisions before it."""
     return _node(path, seed)
@@ -72,15 +63,19 @@ class Catalog:
     """The records of one mount. Record numbers are small integers that stay valid for the life of the mount."""
 
     def __init__(self, records: int, names: int, *, id_bits: int = 63) -> None:
-        self._map = mmap.mmap(records, _RECORDS)
-        self._heap = mmap.mmap(names, _NAMES)
+        self._map = mmap.mmap(records, memfds.RECORDS)
+        self._heap = mmap.mmap(names, memfds.NAMES)
         self._w = memoryview(self._map).cast("Q")
         self._id_mask = (1 << id_bits) - 1
         self._directories: dict[int, bytes] = {0: b""}
         self.counters = self._w[_HEADER_WORDS - COUNTERS : _HEADER_WORDS]
         if self._w[_COUNT] == 0:
             self._append(ROOT_NODE, 0, b"", DIRECTORY)
-        self._index: tuple[memoryview, int] = self._build_index(self._w[_COUNT])
+        self._index: tuple[memoryview, int] = (memoryview(array("I", bytes(4 << 12))), (1 << 12) - 1)
+        if self._w[_COUNT] > 1:
+            self._index = self._build_index(self._w[_COUNT])
+        else:
+            self._insert(ROOT_NODE, 0)
 
     def __len__(self) -> int:
         return self._w[_COUNT]
@@ -235,14 +230,14 @@ class Catalog:
 
     def clear_pinned_pages(self) -> None:
         """Forget what is pinned, of every file: for a server that is about to be told by the keepers."""
-        words = np.frombuffer(self._map, np.uint64, (len(self)) * _WORDS, _HEADER)
-        words[7::_WORDS] = 0
+        for record in range(len(self)):
+            self._w[_HEADER_WORDS + record * _WORDS + 7] = 0
 
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _append(self, node: int, parent: int, name: bytes, flags: int, version: Version = Version(0, 0, 0)) -> int:
         record = self._w[_COUNT]
-        if record >= (_RECORDS - _HEADER) // (_WORDS * 8) - 1:
+        if record >= (memfds.RECORDS - _HEADER) // (_WORDS * 8) - 1:
             raise OSError(28, "the catalogue is full")
         at = _HEADER_WORDS + record * _WORDS
         self._w[at] = node
@@ -254,7 +249,7 @@ class Catalog:
 
     def _store_name(self, name: bytes) -> int:
         offset = self._w[_NAMES_USED]
-        if offset + len(name) > _NAMES:
+        if offset + len(name) > memfds.NAMES:
             raise OSError(28, "the catalogue's names are full")
         self._heap[offset : offset + len(name)] = name
         self._w[_NAMES_USED] = offset + len(name)
@@ -272,6 +267,8 @@ class Catalog:
 
     def _build_index(self, capacity: int) -> tuple[memoryview, int]:
         """Open addressing with linear probing, at most half full; a slot holds a record number plus one."""
+        import numpy as np  # here, since it takes longer to import than a mount to come up
+
         size = 1 << max(12, (2 * capacity - 1).bit_length())
         mask = size - 1
         slots = np.zeros(size, np.uint32)

@@ -103,14 +103,13 @@ def serve(config: dict[str, Any]) -> None:
         stack.callback(admission.close)
         notifier.start()
         stack.callback(notifier.close)
-        lane.start()
-        link.ready()
-        trio.run(_tasks, stats, control, link, admission, epochs, counters)
+        trio.run(_tasks, lane, stats, control, link, admission, epochs, counters)
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
 
 
 async def _tasks(
+    lane: ByteLane,
     stats: Stats,
     control: Control,
     link: SupervisorLink,
@@ -118,12 +117,20 @@ async def _tasks(
     epochs: Epochs,
     counters: Counters,
 ) -> None:
+    token = trio.lowlevel.current_trio_token()
     async with trio.open_nursery() as nursery:
+
+        def unmounted() -> None:
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(nursery.cancel_scope.cancel)
+
+        lane.on_end = unmounted
+        lane.start()
         nursery.start_soon(control.run)
         nursery.start_soon(link.run, admission)
         nursery.start_soon(_tick, stats, epochs, counters)
-        await pyfuse3.main()
-        nursery.cancel_scope.cancel()
+        nursery.start_soon(pyfuse3.main)
+        link.ready()
 
 
 async def _tick(stats: Stats, epochs: Epochs, counters: Counters) -> None:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from coordlfs import logs, supervisor_link
+from coordlfs import logs, memfds, wire
 from coordlfs.kernel import fuse, mounts, process
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,6 @@ class Supervisor:
 
     def mount(self) -> None:
         """Mount, and settle with the kernel what both can do. Raises OSError, with nothing left mounted."""
-        from coordlfs import catalog
-
         mountpoint = os.fsencode(self.config["mountpoint"])
         self.device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         options = f"fd={self.device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},"
@@ -75,7 +73,7 @@ class Supervisor:
                 if m.point == mountpoint and m.fstype == FSTYPE.encode()
             )
             mounts.set_readahead(self.mount_device, _READAHEAD_KIB)
-            self.records, self.names = catalog.allocate()
+            self.records, self.names = memfds.allocate()
         except BaseException:
             self._unmount(lazy=True)
             raise
@@ -146,7 +144,7 @@ class Supervisor:
         assert self.link is not None
         if not select.select([self.link], [], [], timeout)[0]:
             raise OSError(110, "the server did not come up in time")
-        if supervisor_link.receive(self.link) is None:
+        if wire.receive(self.link) is None:
             raise OSError(5, "the server ended as soon as it was started")
 
     def run(self) -> None:
@@ -189,7 +187,7 @@ class Supervisor:
 
     def _hear(self) -> None:
         assert self.link is not None
-        received = supervisor_link.receive(self.link)
+        received = wire.receive(self.link)
         if received and "want_keeper" in received[0] and not self.ending:
             self._tell_keeper(self._start_keeper())
 
@@ -197,7 +195,7 @@ class Supervisor:
         assert self.link is not None
         message = {"keeper": {"index": keeper.index, "pid": keeper.process.pid}}
         with suppress(OSError):  # a server that is gone is told by its successor's configuration
-            supervisor_link.send(self.link, message, (keeper.ours.fileno(),))
+            wire.send(self.link, message, (keeper.ours.fileno(),))
 
     def _replace_keepers(self) -> None:
         for keeper in [k for k in self.keepers.values() if k.process.poll() is not None]:
@@ -208,7 +206,7 @@ class Supervisor:
             log.error("keeper %d ended with status %s", keeper.process.pid, keeper.process.returncode)
             assert self.link is not None
             with suppress(OSError):
-                supervisor_link.send(self.link, {"lost": keeper.index})
+                wire.send(self.link, {"lost": keeper.index})
             self._tell_keeper(self._start_keeper())
 
     # -- ending -------------------------------------------------------------------------------------------------

@@ -5,27 +5,15 @@ JSON packets on a SOCK_SEQPACKET pair; a keeper's socket travels as SCM_RIGHTS.
 
 from __future__ import annotations
 
-import json
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import trio
 
+from coordlfs.wire import receive, send
+
 if TYPE_CHECKING:
     from coordlfs.admission import Admission
-
-MAX_PACKET = 1 << 16
-
-
-def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """One packet and the descriptors that came with it; None at the end."""
-    packet, fds, _, _ = socket.recv_fds(sock, MAX_PACKET, 4)
-    return (json.loads(packet), list(fds)) if packet else None
-
-
-def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
-    """Send a packet, and descriptors with it."""
-    socket.send_fds(sock, [json.dumps(message).encode()], list(fds))
 
 
 class SupervisorLink:

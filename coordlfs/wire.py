@@ -5,8 +5,11 @@ All travel over SOCK_SEQPACKET pairs that only these processes hold: a packet is
 
 from __future__ import annotations
 
+import json
+import socket
 import struct
 from enum import IntEnum
+from typing import Any
 
 MAX_PACKET = 1 << 16
 
@@ -39,3 +42,14 @@ class Outcome(IntEnum):
     FAILED = 4
     DROPPED = 5
     LISTED = 6
+
+
+def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """One packet and the descriptors that came with it; None at the end."""
+    packet, fds, _, _ = socket.recv_fds(sock, MAX_PACKET, 4)
+    return (json.loads(packet), list(fds)) if packet else None
+
+
+def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+    """Send a packet, and descriptors with it."""
+    socket.send_fds(sock, [json.dumps(message).encode()], list(fds))
