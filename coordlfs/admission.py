@@ -113,7 +113,7 @@ class Admission:
             state = self.policy.state(item)
             if state is State.PINNED or item in self._dropping:
                 return
-            start, length = items.span(item, file_size)
+            length = items.length(item, file_size)
             if state is State.ABSENT:
                 if not length or not self.policy.admit(item, pages.count(length)):
                     return
@@ -135,10 +135,10 @@ class Admission:
                 self._later(item, _IDLE)
 
     def _count_miss(self, record: int, item: int, offset: int, nbytes: int, file_size: int) -> None:
-        start, length = items.span(item, file_size)
+        length = items.length(item, file_size)
         whole = length == file_size
         last = self.catalog.last_miss(record) if whole else self._chunk_misses.get(item, (0, 0))
-        remember = self.epochs.miss(last, offset // pages.PAGE, nbytes)
+        remember = self.epochs.miss(last, offset // pages.PAGE, nbytes, self._unpinned())
         if remember is None:
             return
         if last == (0, 0):
@@ -150,6 +150,10 @@ class Admission:
             self._chunk_misses[item] = remember
         self.catalog.set_last_miss(record, *remember)
 
+    def _unpinned(self) -> int:
+        """Bytes that were ever read and are not pinned: what an epoch that begins now will read."""
+        return max(0, self.counters["dataset_bytes"] - self.policy.pinned_pages * pages.PAGE)
+
     # -- called by whoever wants items in or out ----------------------------------------------------------------
 
     def admit(self, wanted: Iterable[int]) -> int:
@@ -158,8 +162,8 @@ class Admission:
         with self._lock:
             for item in wanted:
                 size = self.catalog.size(items.record_of(item))
-                _, length = items.span(item, size)
-                if item not in self._dropping and self.policy.admit(item, pages.count(length)):
+                room = pages.count(items.length(item, size))
+                if item not in self._dropping and self.policy.admit(item, room):
                     self._ask(item, self._pending.setdefault(item, _Pending()))
                     taken += 1
         return taken
@@ -331,10 +335,16 @@ class Admission:
             if not packet:
                 self.lose_keeper(link.index)
                 return
-            outcome, _, code, item, page_count = REPLY.unpack_from(packet)
+            outcome, _, code, item = REPLY.unpack_from(packet)
             with self._lock:
                 if outcome == Outcome.LISTED:
                     self._learn(link, packet[REPLY.size :])
+                    continue
+                if outcome == Outcome.WATCHED:
+                    self.epochs.watch(item)
+                    continue
+                if outcome == Outcome.OPENED:
+                    self.epochs.opened(item, time.monotonic(), self._unpinned())
                     continue
                 link.asked = max(0, link.asked - 1)
                 self._flush(link)
@@ -393,6 +403,7 @@ class Admission:
         self._pending.pop(item, None)
         self._dropping.discard(item)
         self.stash.remove(item)
+        self.epochs.unwatch(item)
         pinned = self.policy.release(item)
         if pinned:
             self.catalog.add_pinned_pages(items.record_of(item), -pinned)

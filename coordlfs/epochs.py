@@ -1,24 +1,34 @@
-"""Epochs, told from misses alone.
+"""Epochs, told from what little the server sees of them.
 
 A hit is invisible to the server, a miss is not. Training reads each item once an epoch, so an item that misses a
 second time starts a new epoch. A miss may come as many READs (readahead grows from small to large); the page that the
-first of them began at stands for it, and only that page missing again is a second miss. No I/O here.
+first of them began at stands for it, and only that page missing again is a second miss. Where everything is cached
+nothing misses: there a few pinned files, the sentinels, are watched for being opened. No I/O here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import median_low
 
 HISTORY = 100
+_NEARLY_ALL = 0.95
+_SAME_OPENING = 0.05  # seconds: many loaders open a file twice, to look at it and to read it
 
 
 @dataclass(slots=True)
 class Epoch:
-    """What one epoch read from the source: whole items by number, and bytes."""
+    """What one epoch read from the source: items by number, and bytes."""
 
     number: int
     misses: int = 0
     bytes: int = 0
+    expected_bytes: int = 0  # what was known and not pinned when it began: what it will read
+
+    @property
+    def is_read(self) -> bool:
+        """Whether it has read nearly all that it will."""
+        return self.bytes >= self.expected_bytes * _NEARLY_ALL
 
 
 @dataclass(slots=True)
@@ -27,26 +37,54 @@ class Epochs:
 
     current: Epoch = field(default_factory=lambda: Epoch(0))
     finished: list[Epoch] = field(default_factory=list)
+    _sentinels: dict[int, tuple[int, float]] = field(default_factory=dict)  # epoch, time of the last opening
 
-    def miss(self, last: tuple[int, int], page: int, nbytes: int) -> tuple[int, int] | None:
+    def miss(self, last: tuple[int, int], page: int, nbytes: int, unpinned: int = 0) -> tuple[int, int] | None:
         """A READ that went to the source, for `nbytes` from `page` on.
 
-        `last` is what this function returned for the item before, or (0, 0). Returns what to remember for
-        the item, or None if the READ continues a miss that is known.
+        `last` is what this function returned for the item before, or (0, 0). Returns what to remember for the item,
+        or None if the READ continues a miss that is known. `unpinned`: bytes known and not pinned.
         """
         epoch, first_page = last
         if epoch == self.current.number != 0 and page != first_page:
             self.current.bytes += nbytes
             return None
         if epoch == self.current.number:
-            self.advance()
+            self.advance(unpinned)
         self.current.misses += 1
         self.current.bytes += nbytes
         return self.current.number, page
 
-    def advance(self) -> None:
+    def watch(self, sentinel: int) -> None:
+        """A pinned file that was read in the epoch that runs is watched from now on."""
+        self._sentinels[sentinel] = (self.current.number, 0.0)
+
+    def unwatch(self, sentinel: int) -> None:
+        """It is pinned no longer."""
+        self._sentinels.pop(sentinel, None)
+
+    def opened(self, sentinel: int, now: float, unpinned: int = 0) -> None:
+        """A sentinel was opened at `now` (seconds): once an epoch, if it is read as training reads.
+
+        Half of them have to agree, so that somebody who looks at a file or two starts no epoch.
+        """
+        epoch, before = self._sentinels.get(sentinel, (self.current.number, 0.0))
+        if now - before < _SAME_OPENING:
+            return
+        self._sentinels[sentinel] = (epoch + 1, now)
+        if median_low(e for e, _ in self._sentinels.values()) > self.current.number:
+            self.advance(unpinned)
+
+    def advance(self, unpinned: int = 0) -> None:
         """The epoch that runs is over."""
         if self.current.number:
             self.finished.append(self.current)
             del self.finished[:-HISTORY]
-        self.current = Epoch(self.current.number + 1)
+        self.current = Epoch(self.current.number + 1, expected_bytes=unpinned)
+
+    @property
+    def latest(self) -> Epoch | None:
+        """The last epoch whose figures are whole: the one that runs if it has read nearly all, else the one before."""
+        if self.current.number and (self.current.is_read or not self.finished):
+            return self.current
+        return self.finished[-1] if self.finished else None

@@ -26,6 +26,11 @@ def span(item: int, file_size: int) -> tuple[int, int]:
     return offset, max(0, min(CHUNK, file_size - offset))
 
 
+def length(item: int, file_size: int) -> int:
+    """Bytes of the item."""
+    return span(item, file_size)[1]
+
+
 def items_of(record: int, file_size: int) -> range:
     """Every item of a file; none if it is empty."""
     first = record << _CHUNK_BITS

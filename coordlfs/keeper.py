@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import sys
 from contextlib import suppress
 
 from coordlfs.kernel import fuse, pages, paths, process
+from coordlfs.kernel.inotify import OpenWatch
 from coordlfs.wire import MAX_PACKET, PINS, REPLY, REQUEST, How, Outcome, Verb
 
 _BATCH = 32  # items whose reading is started before the first is waited for
+_SENTINELS = 15  # files that are watched for being opened
 _SPARE_MAPPINGS = 1000  # of vm.max_map_count, for the interpreter
 
 
@@ -30,9 +33,9 @@ class _Request:
         self.path = packet[REQUEST.size :]
         self.fd = -1
 
-    def reply(self, outcome: Outcome, code: int = 0, page_count: int = 0) -> bytes:
+    def reply(self, outcome: Outcome, code: int = 0) -> bytes:
         """The answer to this request."""
-        return REPLY.pack(outcome, 0, code, self.item, page_count)
+        return REPLY.pack(outcome, 0, code, self.item)
 
 
 class Keeper:
@@ -45,10 +48,23 @@ class Keeper:
         self.limit = limit
         self.readahead = readahead
         self.pins: dict[int, tuple[int, int]] = {}
+        self.watch = OpenWatch()
+        self.sentinels: dict[int, int] = {}  # watch → item
 
     def run(self) -> None:
         """Serve until the other end is closed."""
-        while packet := self.sock.recv(MAX_PACKET):
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        poll.register(self.watch.fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if self.watch.fd in ready:
+                self._report_opened()
+            if self.sock.fileno() not in ready:
+                continue
+            packet = self.sock.recv(MAX_PACKET)
+            if not packet:
+                return
             batch = [_Request(packet)]
             with suppress(BlockingIOError):
                 while len(batch) < _BATCH and (packet := self.sock.recv(MAX_PACKET, socket.MSG_DONTWAIT)):
@@ -102,23 +118,42 @@ class Keeper:
         try:
             address = pages.map_file(request.fd, request.offset, request.length)
         except OSError:
+            os.close(request.fd)
             self.sock.send(request.reply(Outcome.FULL))
             return
-        finally:
-            os.close(request.fd)
         try:
             pages.lock(address, request.length)
         except OSError as e:
             pages.unmap(address, request.length)
             self.sock.send(request.reply(Outcome.FAILED, e.errno or 0))
+        else:
+            self.pins[request.item] = (address, request.length)
+            self.sock.send(request.reply(Outcome.PINNED))
+            self._watch(request)
+        finally:
+            os.close(request.fd)
+
+    def _watch(self, request: _Request) -> None:
+        """Make one of the first pinned files a sentinel, from which epochs are told where nothing misses."""
+        if len(self.sentinels) >= _SENTINELS or request.offset:
             return
-        self.pins[request.item] = (address, request.length)
-        self.sock.send(request.reply(Outcome.PINNED, 0, pages.count(request.length)))
+        with suppress(OSError):  # without rights or room for watches, epochs are told from misses alone
+            self.sentinels[self.watch.add(request.fd)] = request.item
+            self.sock.send(request.reply(Outcome.WATCHED))
+
+    def _report_opened(self) -> None:
+        for watch in self.watch.opened():
+            if watch in self.sentinels:
+                self.sock.send(REPLY.pack(Outcome.OPENED, 0, 0, self.sentinels[watch]))
 
     def _unpin(self, item: int) -> None:
         pin = self.pins.pop(item, None)
-        if pin is not None:
-            pages.unmap(*pin)
+        if pin is None:
+            return
+        pages.unmap(*pin)
+        for watch in [w for w, sentinel in self.sentinels.items() if sentinel == item]:
+            del self.sentinels[watch]
+            self.watch.remove(watch)
 
     def _drop(self, request: _Request) -> None:
         self._unpin(request.item)
@@ -134,9 +169,7 @@ class Keeper:
         pins = [PINS.pack(item, length) for item, (_, length) in self.pins.items()]
         for start in range(0, len(pins), 2000):
             part = pins[start : start + 2000]
-            self.sock.send(REPLY.pack(Outcome.LISTED, 0, 0, 0, len(pins)) + b"".join(part))
-        if not pins:
-            self.sock.send(REPLY.pack(Outcome.LISTED, 0, 0, 0, 0))
+            self.sock.send(REPLY.pack(Outcome.LISTED, 0, 0, 0) + b"".join(part))
 
 
 def main() -> None:

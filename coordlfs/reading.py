@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from mmap import mmap
 
 from coordlfs import items
@@ -54,11 +55,13 @@ class Reader:
             self.counters.add("stash_bytes", sum(map(len, data)))
         return record, data
 
-    def fetch(self, record: int, offset: int, size: int, pid: int, into: mmap, before_wait: object) -> tuple[int, bool]:
+    def fetch(
+        self, record: int, offset: int, size: int, pid: int, into: mmap, before_wait: Callable[[], None]
+    ) -> tuple[int, bool]:
         """Read from the source into `into`; how many bytes, and whether they may be cached. Raises OSError."""
         try:
             path = self.catalog.path(record)
-            n, st = self.source.read(record, path, into, offset, size, before_wait)  # type: ignore[arg-type]
+            n, st = self.source.read(record, path, into, offset, size, before_wait)
         except OSError as e:
             self.counters.add("source_errors")
             self.source.forget(record)

@@ -64,7 +64,7 @@ class Stats:
         states = self._admission.outcomes()
         finished = [self._epoch(e) for e in self._epochs.finished]
         current = self._epoch(self._epochs.current) if self._epochs.current.number else None
-        last = finished[-1] if finished else current
+        latest = self._epochs.latest
         return {
             "version": __version__,
             "source_path": self._config["source"],
@@ -106,8 +106,8 @@ class Stats:
             "epochs": self._epochs.current.number,
             "epoch": current,
             "epoch_history": finished,
-            "hit_rate": last["hit_rate"] if last else None,
-            "hits_known_by": "misses, which are exact, taken from the items read so far, each once an epoch",
+            "hit_rate": self._epoch(latest)["hit_rate"] if latest else None,
+            "hits_known_by": "misses, which are exact, taken from all items read so far, each once an epoch",
         }
 
     def encode(self) -> bytes:

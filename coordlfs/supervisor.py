@@ -156,7 +156,8 @@ class Supervisor:
             signal.signal(number, lambda *_: None)
         with open("/proc/self/mountinfo", "rb") as table:
             while True:
-                assert self.server is not None and self.link is not None
+                assert self.server is not None
+                assert self.link is not None
                 poll = select.poll()
                 poll.register(table, select.POLLPRI | select.POLLERR)
                 poll.register(wake_in, select.POLLIN)

@@ -14,7 +14,7 @@ from typing import Any
 MAX_PACKET = 1 << 16
 
 REQUEST = struct.Struct("=BB6xQQQQ")  # verb, flags, item, node, offset, length; the path follows
-REPLY = struct.Struct("=BB2xiQQ")  # outcome, flags, errno, item, pages
+REPLY = struct.Struct("=BB2xiQ")  # outcome, flags, errno, item
 PINS = struct.Struct("=QQ")  # item, length: one of the list that answers Verb.LIST
 
 
@@ -42,6 +42,8 @@ class Outcome(IntEnum):
     FAILED = 4
     DROPPED = 5
     LISTED = 6
+    WATCHED = 7  # an item is a sentinel from now on
+    OPENED = 8  # a sentinel was opened
 
 
 def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
