@@ -148,7 +148,7 @@ class ByteLane:
             self._before_wait()
 
         try:
-            n, cacheable = self._reader.fetch(record, offset, size, pid, into, before_wait)
+            n, cacheable = self._reader.fetch(record, offset, size, into, before_wait)
         finally:
             if waited:
                 self._after_wait()

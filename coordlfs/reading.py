@@ -56,9 +56,12 @@ class Reader:
         return record, data
 
     def fetch(
-        self, record: int, offset: int, size: int, pid: int, into: mmap, before_wait: Callable[[], None]
+        self, record: int, offset: int, size: int, into: mmap, before_wait: Callable[[], None]
     ) -> tuple[int, bool]:
-        """Read from the source into `into`; how many bytes, and whether they may be cached. Raises OSError."""
+        """Read from the source into `into`; how many bytes, and whether they may be cached. Raises OSError.
+
+        `before_wait` is called if the source's disk has to be waited for.
+        """
         try:
             path = self.catalog.path(record)
             n, st = self.source.read(record, path, into, offset, size, before_wait)
