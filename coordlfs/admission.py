@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from coordlfs import items
 from coordlfs.catalog import Catalog
 from coordlfs.epochs import Epochs
-from coordlfs.kernel import pages
+from coordlfs.kernel import cgroups, pages
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO, State
 from coordlfs.stash import Stash
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 _WINDOW = 64  # requests that a keeper has not answered
 _IDLE = 0.05  # seconds without a READ after which an item that was read in part is pinned whole
 _RETRY = (0.002, 0.02, 0.2, 1.0, 4.0)  # seconds between attempts while somebody uses the pages
+_CGROUP_KNOWN = 1.0  # seconds that a process is believed to stay in its cgroup
 _FORCE_FROM = 2  # the attempt from which pages are dropped even where a job maps them
 
 
@@ -89,6 +90,8 @@ class Admission:
         self._dropping: set[int] = set()
         self._waiting: deque[int] = deque()  # for a keeper with room
         self._asked_for_keeper = False
+        self._keeper_cgroups: set[bytes | None] = set()
+        self._job_cgroups: dict[int, tuple[bytes | None, float]] = {}  # by pid; and until when that is believed
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
 
@@ -106,8 +109,8 @@ class Admission:
                 pending.contended = True
             return self.stash.get(item, offset, size, end)
 
-    def missed(self, record: int, item: int, offset: int, data: memoryview, file_size: int) -> None:
-        """A job's READ brought `data` from the source: count it, and admit its item if there is room."""
+    def missed(self, record: int, item: int, offset: int, data: memoryview, file_size: int, pid: int) -> None:
+        """A READ of job `pid` brought `data` from the source: count it, and admit its item if there is room."""
         with self._lock:
             self._count_miss(record, item, offset, len(data), file_size)
             state = self.policy.state(item)
@@ -116,6 +119,10 @@ class Admission:
             length = items.length(item, file_size)
             if state is State.ABSENT:
                 if not length or not self.policy.admit(item, pages.count(length)):
+                    return
+                if len(data) == length and self._shares_cgroup(pid):
+                    # Every page was allocated by this READ, and charged where the keeper's are: pin them as they are.
+                    self._ask(item, self._pending.setdefault(item, _Pending(flags=How.KEEP)))
                     return
                 if not self.stash.put(item, offset, data):
                     self.policy.release(item)
@@ -133,6 +140,16 @@ class Admission:
                 self._ask(item, pending)
             else:
                 self._later(item, _IDLE)
+
+    def _shares_cgroup(self, pid: int) -> bool:
+        """Whether a job is charged for memory where every keeper is; remembered for a moment."""
+        now = time.monotonic()
+        known = self._job_cgroups.get(pid)
+        if known is None or known[1] < now:
+            if len(self._job_cgroups) > 1000:
+                self._job_cgroups.clear()
+            known = self._job_cgroups[pid] = (cgroups.of_memory(pid), now + _CGROUP_KNOWN)
+        return known[0] is not None and self._keeper_cgroups == {known[0]}
 
     def _count_miss(self, record: int, item: int, offset: int, nbytes: int, file_size: int) -> None:
         length = items.length(item, file_size)
@@ -207,6 +224,7 @@ class Admission:
         with self._lock:
             self.links[index] = Link(index, pid, sock)
             self.keeper_pids |= {pid}
+            self._keeper_cgroups = {cgroups.of_memory(known) for known in self.keeper_pids}
             self._asked_for_keeper = False
             self._ask_waiting()
         self._wake()

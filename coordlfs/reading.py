@@ -92,7 +92,7 @@ class Reader:
             part = data[done : start + length - offset]
             if not part:
                 return
-            self.admission.missed(record, item, offset + done, part, size)
+            self.admission.missed(record, item, offset + done, part, size, pid)
             done += len(part)
 
     def _vanished(self, record: int) -> None:

@@ -145,6 +145,7 @@ def main() -> None:
     config = json.loads(sys.argv[1])
     process.die_with_parent(config["parent"])
     process.set_name("coordlfs-server")
+    process.keep_freed_memory(_STASH_LIMIT)
     logs.configure(config["log"])
     os.chdir("/")
     try:

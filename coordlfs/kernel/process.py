@@ -29,6 +29,16 @@ def set_name(name: str) -> None:
     libc.prctl(PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]), 0, 0, 0)
 
 
+def keep_freed_memory(limit: int) -> None:
+    """Have the C library keep up to `limit` freed bytes for what is allocated next, large blocks as well.
+
+    Otherwise each block of 128 KiB and more is mapped, faulted in page by page and unmapped again.
+    """
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
+    for parameter, value in ((m_arena_max, 1), (m_mmap_threshold, 32 << 20), (m_trim_threshold, limit)):
+        libc.mallopt(parameter, value)
+
+
 def unshare_mounts() -> None:
     """Give this process a mount namespace of its own, from which nothing propagates back."""
     from coordlfs.kernel import mounts
