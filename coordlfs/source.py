@@ -8,7 +8,6 @@ starts readahead (measured on 6.18: the whole file was cached by the call), so c
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import threading
@@ -20,7 +19,7 @@ from mmap import mmap
 from coordlfs.kernel import pages, paths
 
 _KEEP_OPEN_FROM = 1 << 20  # files from this size on are read by many READs: keep the descriptor
-_KEPT = 256
+_KEPT, _KEPT_PER_FILE = 256, 8
 
 
 class Listing:
@@ -45,7 +44,8 @@ class Source:
     def __init__(self, root: int) -> None:
         self.root = root
         self._lock = threading.Lock()
-        self._kept: OrderedDict[int, tuple[int, list[int]]] = OrderedDict()
+        self._kept: OrderedDict[int, list[int]] = OrderedDict()
+        self._direct_refused = False
 
     # -- names --------------------------------------------------------------------------------------------------
 
@@ -109,11 +109,9 @@ class Source:
 
         `record` names the file for the descriptors that are kept. `slow` is called before a read that will wait.
         """
-        fds = self._take(record)
-        if fds is None:
-            fd = self.open(path)
-            fds = [fd]
-        fd = fds[-1]
+        fd = self._take(record)
+        if fd is None:
+            fd = self._open_direct(path)
         keep = False
         try:
             st = os.fstat(fd)
@@ -128,33 +126,42 @@ class Source:
             else:
                 os.close(fd)
 
-    def _take(self, record: int) -> list[int] | None:
+    def _open_direct(self, path: bytes) -> int:
+        if self._direct_refused:
+            return self.open(path)
+        try:
+            return self.open(path, os.O_RDONLY | os.O_DIRECT)
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            fd = self.open(path)  # first of all: is it the flag that is wrong?
+            self._direct_refused = True
+            return fd
+
+    def _take(self, record: int) -> int | None:
         # A descriptor is used by one thread at a time, since O_DIRECT is a property of it and not of the read.
+        if not self._kept:
+            return None
         with self._lock:
-            entry = self._kept.get(record)
-            if entry is None or not entry[1]:
-                return None
-            return [entry[1].pop()]
+            fds = self._kept.get(record)
+            return fds.pop() if fds else None
 
     def _give(self, record: int, fd: int) -> None:
         closing: list[int] = []
         with self._lock:
-            entry = self._kept.setdefault(record, (record, []))
+            fds = self._kept.setdefault(record, [])
             self._kept.move_to_end(record)
-            if len(entry[1]) < 8:
-                entry[1].append(fd)
-            else:
-                closing.append(fd)
+            (fds if len(fds) < _KEPT_PER_FILE else closing).append(fd)
             while len(self._kept) > _KEPT:
-                closing += self._kept.popitem(last=False)[1][1]
+                closing += self._kept.popitem(last=False)[1]
         for old in closing:
             os.close(old)
 
     def forget(self, record: int) -> None:
         """Close what is kept open of a file, because its name may lead elsewhere now."""
         with self._lock:
-            entry = self._kept.pop(record, None)
-        for fd in entry[1] if entry else ():
+            fds = self._kept.pop(record, [])
+        for fd in fds:
             os.close(fd)
 
     def _read(self, fd: int, into: mmap, offset: int, size: int, file_size: int, slow: Callable[[], None]) -> int:
@@ -162,31 +169,24 @@ class Source:
         if want <= 0:
             return 0
         cached = pages.resident(fd, offset, want)
-        if cached is not None and cached >= pages.count(want):
-            return _pread_all(fd, memoryview(into)[:want], offset)
-        slow()
-        if _direct(fd, True):
-            rounded = pages.count(want) * pages.PAGE
-            try:
-                n = _pread_all(fd, memoryview(into)[:rounded], offset)
-                return min(n, want)
-            except OSError as e:
-                if e.errno != errno.EINVAL:
-                    raise
-            finally:
-                _direct(fd, False)
-        n = _pread_all(fd, memoryview(into)[:want], offset)
+        whole = cached is not None and cached >= pages.count(want)
+        if not whole:
+            slow()
+            if not self._direct_refused:
+                try:
+                    return min(want, _pread_all(fd, memoryview(into)[: pages.count(want) * pages.PAGE], offset))
+                except OSError as e:
+                    if e.errno != errno.EINVAL:  # not aligned as this file system wants it
+                        raise
+        if self._direct_refused:
+            n = _pread_all(fd, memoryview(into)[:want], offset)
+        else:
+            pages.set_direct(fd, False)
+            n = _pread_all(fd, memoryview(into)[:want], offset)
+            pages.set_direct(fd, True)
         if not cached:
             pages.drop(fd, offset, want)
         return n
-
-
-def _direct(fd: int, on: bool) -> bool:
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT if on else 0)
-    except OSError:
-        return False
-    return True
 
 
 def _pread_all(fd: int, view: memoryview, offset: int) -> int:

@@ -1,6 +1,6 @@
 """The C library through ctypes, with errors as OSError.
 
-Calls made here release the GIL, so that a call that blocks stops no other thread.
+Calls release the GIL, so that a call that blocks stops no other thread, unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import ctypes
 import os
 
 libc = ctypes.CDLL(None, use_errno=True)
+_holding_gil = ctypes.PyDLL(None, use_errno=True)  # for calls that are over before another thread could run
 libc.syscall.restype = ctypes.c_long
+_holding_gil.syscall.restype = ctypes.c_long
 
 
 def check(result: int, what: str) -> int:
@@ -23,3 +25,8 @@ def check(result: int, what: str) -> int:
 def syscall(number: int, what: str, *arguments: object) -> int:
     """A system call that the C library of older distributions has no wrapper for."""
     return check(libc.syscall(ctypes.c_long(number), *arguments), what)
+
+
+def quick_call(function: str, *arguments: object) -> int:
+    """Call a C function that never blocks, without releasing the GIL: to get it back would cost more."""
+    return check(getattr(_holding_gil, function)(*arguments), function)

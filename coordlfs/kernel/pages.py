@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap as _mmap
 import os
 
-from coordlfs.kernel.libc import check, libc, syscall
+from coordlfs.kernel.libc import check, libc, quick_call
 
 PAGE = _mmap.PAGESIZE
 SYS_CACHESTAT = 451
@@ -72,12 +73,19 @@ def resident(fd: int, offset: int = 0, length: int = 0) -> int | None:
     result = _CacheStat()
     asked = _Range(offset, length)
     try:
-        syscall(SYS_CACHESTAT, "cachestat", fd, ctypes.byref(asked), ctypes.byref(result), ctypes.c_uint(0))
+        quick_call(
+            "syscall", ctypes.c_long(SYS_CACHESTAT), fd, ctypes.byref(asked), ctypes.byref(result), ctypes.c_uint(0)
+        )
     except OSError as e:
         if e.errno in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL):
             return None
         raise
     return int(result.cache)
+
+
+def set_direct(fd: int, on: bool) -> None:
+    """Switch O_DIRECT of an open file. Raises OSError where the file system refuses."""
+    quick_call("fcntl", fd, fcntl.F_SETFL, os.O_DIRECT if on else 0)
 
 
 def drop(fd: int, offset: int, length: int) -> None:
