@@ -380,6 +380,7 @@ class Admission:
     def _answered(self, link: Link, outcome: Outcome, code: int, item: int) -> None:
         if outcome is Outcome.DROPPED:
             self._dropping.discard(item)
+            link.full = False
             if item not in self._pending:
                 self._forget(item)
             return

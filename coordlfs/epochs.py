@@ -68,7 +68,10 @@ class Epochs:
 
         Half of them have to agree, so that somebody who looks at a file or two starts no epoch.
         """
-        epoch, before = self._sentinels.get(sentinel, (self.current.number, 0.0))
+        if sentinel not in self._sentinels:  # watched before this server began: the first opening is where it stands
+            self._sentinels[sentinel] = (self.current.number, now)
+            return
+        epoch, before = self._sentinels[sentinel]
         if now - before < _SAME_OPENING:
             return
         self._sentinels[sentinel] = (epoch + 1, now)
