@@ -1,0 +1,77 @@
+"""`python -m coordlfs_tools.bench NAME`: arguments and printing, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from coordlfs_tools.bench import dataset, epochs, first_epoch, hits, misses, startup, tree
+from coordlfs_tools.bench.machine import BenchError
+from coordlfs_tools.bench.report import Context, Figure, table
+
+_BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
+    "hits": (hits.run, "cached files against the warm page cache"),
+    "epochs": (epochs.run, "bytes read in steady epochs against D − C, and against the page cache alone"),
+    "misses": (misses.run, "a slow disk through the mount and directly; a warm source against bindfs and rclone"),
+    "first-epoch": (first_epoch.run, "filling the cache against reading directly"),
+    "tree": (tree.run, "listing a million files, and the server's memory for them"),
+    "startup": (startup.run, "the command, and from mount to first byte"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m coordlfs_tools.bench",
+        description="Benchmarks of coordlfs. The exit status is 1 if a bound is not kept, 2 if it cannot be measured.",
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, (_, text) in [*_BENCHMARKS.items(), ("all", (None, "every one of them"))]:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "--dir",
+            type=Path,
+            default=Path("/var/tmp/coordlfs-bench"),
+            help="where the data lies, made if it is missing; on the disk to be measured (default: %(default)s)",
+        )
+        command.add_argument("--rounds", type=int, help="how often the sides take turns")
+        command.add_argument("--quick", action="store_true", help="little data: shows that it works, measures nothing")
+        command.add_argument("--clean", action="store_true", help="remove the data in the end")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if os.geteuid():
+        raise BenchError("mounting, cgroups and emptying the page cache need root: run as root")
+    context = Context(arguments.dir, quick=arguments.quick, rounds=arguments.rounds)
+    kept = True
+    try:
+        for name in _BENCHMARKS if arguments.name == "all" else [arguments.name]:
+            run, text = _BENCHMARKS[name]
+            context.console.print(f"{name}: {text}", style="bold")
+            figures = run(context)
+            context.console.print(table(f"{name}: {text}", figures))
+            kept = kept and all(figure.passes for figure in figures)
+    finally:
+        if arguments.clean:
+            dataset.clean(arguments.dir)
+    return 0 if kept else 1
+
+
+def main() -> int:
+    """Run what the command line names; the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing stays mounted
+    try:
+        return _run(_parser().parse_args())
+    except BenchError as e:
+        print(f"bench: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

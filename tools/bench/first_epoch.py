@@ -1,0 +1,78 @@
+"""The first epoch: what it costs to fill the cache, from a cold disk, slow and as fast as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from coordlfs_tools.bench import mounts, reader
+from coordlfs_tools.bench.dataset import Images
+from coordlfs_tools.bench.machine import cgroup, drop_caches
+from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
+
+_READERS = 8
+_ROUNDS = 5
+_THROTTLE = 100_000_000  # bytes per second
+_THROTTLED_FILES = 9_000  # ten seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    seconds: float
+    read: float  # from the disk, in multiples of the dataset
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.2f} s, {self.read:.3f} × D read"
+
+
+def run(context: Context) -> list[Figure]:
+    """Time of the first epoch with admission ÷ the same files read directly."""
+    data = context.images()
+    return [
+        *_compare(context, data.part(_THROTTLED_FILES), _THROTTLE, f"disk of {_THROTTLE / 1e6:.0f} MB/s"),
+        *_compare(context, data, None, "the disk as it is"),
+    ]
+
+
+def _compare(context: Context, data: Images, throttle: int | None, disk: str) -> list[Figure]:
+    def directly(seed: int) -> _Epoch:
+        with cgroup(context.disk, bytes_per_second=throttle) as group:
+            drop_caches()
+            seconds = reader.read(data.root, data.paths, _READERS, seed, group).seconds
+            return _Epoch(seconds, group.disk_bytes() / data.allocated)
+
+    def filling(cache_size: int) -> Callable[[int], _Epoch]:
+        def epoch(seed: int) -> _Epoch:
+            with (
+                cgroup(context.disk, bytes_per_second=throttle) as group,
+                mounts.coordlfs(data.root, cache_size, group) as mount,
+            ):
+                drop_caches()
+                before = group.disk_bytes()
+                seconds = reader.read(mount.point, data.paths, _READERS, seed).seconds
+                mount.settled()
+                return _Epoch(seconds, (group.disk_bytes() - before) / data.allocated)
+
+        return epoch
+
+    epochs = alternate(
+        context,
+        context.rounds(_ROUNDS),
+        {
+            "directly": directly,
+            "cache for all": filling(data.allocated * 11 // 10),
+            "cache for half": filling(data.allocated // 2),
+        },
+    )
+    theirs = [epoch.seconds for epoch in epochs.pop("directly")]
+    return [
+        Figure(
+            f"first epoch, {disk}, {side}: mount ÷ directly",
+            ratios([epoch.seconds for epoch in ours], theirs),
+            Bound(1.1),
+            f"{median(e.seconds for e in ours):.2f} ÷ {median(theirs):.2f} s, "
+            f"{median(e.read for e in ours):.3f} × D read from the disk",
+        )
+        for side, ours in epochs.items()
+    ]

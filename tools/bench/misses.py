@@ -1,0 +1,108 @@
+"""Misses: a slow disk through the mount and directly, and a warm source through the mount, bindfs and rclone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from statistics import median
+
+from coordlfs_tools.bench import mounts, reader
+from coordlfs_tools.bench.dataset import Images
+from coordlfs_tools.bench.machine import cgroup, drop_caches
+from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
+
+_READERS = 8
+_ROUNDS = 5
+_THROTTLE = 100_000_000  # bytes per second
+_THROTTLED_FILES = 9_000  # ten seconds
+_WARM_FILES = 6_000
+
+
+def run(context: Context) -> list[Figure]:
+    """Bytes per second from a disk that gives 100 MB/s; files per second from the page cache."""
+    data = context.images()
+    return [*_throttled(context, data.part(_THROTTLED_FILES)), *_warm(context, data.part(_WARM_FILES))]
+
+
+# -- a slow disk ----------------------------------------------------------------------------------------------------
+
+
+def _throttled(context: Context, data: Images) -> list[Figure]:
+    def directly(seed: int) -> float:
+        with cgroup(context.disk, bytes_per_second=_THROTTLE) as slow:
+            drop_caches()
+            return reader.read(data.root, data.paths, _READERS, seed, slow).bytes_per_second
+
+    def through_mount(cache_size: int) -> Callable[[int], float]:
+        def read(seed: int) -> float:
+            with (
+                cgroup(context.disk, bytes_per_second=_THROTTLE) as slow,
+                mounts.coordlfs(data.root, cache_size, slow) as mount,
+            ):
+                drop_caches()
+                return reader.read(mount.point, data.paths, _READERS, seed).bytes_per_second
+
+        return read
+
+    speeds = alternate(
+        context,
+        context.rounds(_ROUNDS),
+        {
+            "slow disk": directly,
+            "mount without cache": through_mount(0),
+            "mount with cache": through_mount(data.allocated * 11 // 10),
+        },
+    )
+    theirs = speeds.pop("slow disk")
+    return [
+        Figure(
+            f"misses, disk of {_THROTTLE / 1e6:.0f} MB/s, {_READERS} readers: {side} ÷ directly",
+            ratios(ours, theirs),
+            Bound(0.97, at_least=True),
+            f"{median(ours) / 1e6:.1f} ÷ {median(theirs) / 1e6:.1f} MB/s",
+        )
+        for side, ours in speeds.items()
+    ]
+
+
+# -- a warm source --------------------------------------------------------------------------------------------------
+
+
+def _warm(context: Context, data: Images) -> list[Figure]:
+    def through(mounted: Callable[[], AbstractContextManager[Path]]) -> Callable[[int], float]:
+        def read(seed: int) -> float:
+            with mounted() as point:
+                return reader.read(point, data.paths, _READERS, seed).files_per_second
+
+        return read
+
+    reader.read(data.root, data.paths, _READERS, 0)
+    speeds = alternate(
+        context,
+        context.rounds(_ROUNDS),
+        {
+            "mount": _through_coordlfs(data),
+            "bindfs": through(lambda: mounts.bindfs(data.root)),
+            "rclone, no cache": through(lambda: mounts.rclone(data.root, "off")),
+            "rclone, full cache": through(lambda: mounts.rclone(data.root, "full")),
+        },
+    )
+    ours = speeds.pop("mount")
+    return [
+        Figure(
+            f"misses, warm source, {_READERS} readers: mount without cache ÷ {side}",
+            ratios(ours, theirs),
+            Bound(1, at_least=True),
+            f"{median(ours):,.0f} ÷ {median(theirs):,.0f} files/s",
+        )
+        for side, theirs in speeds.items()
+    ]
+
+
+def _through_coordlfs(data: Images) -> Callable[[int], float]:
+    def read(seed: int) -> float:
+        with mounts.coordlfs(data.root, 0) as mount:
+            return reader.read(mount.point, data.paths, _READERS, seed).files_per_second
+
+    return read

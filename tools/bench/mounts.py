@@ -1,0 +1,141 @@
+"""Mounts for the length of a `with`: coordlfs through its public commands, and those it is compared with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coordlfs_tools.bench.machine import BenchError, Group
+
+_LIMIT = 120.0  # seconds that a command may take
+COORDLFS = str(Path(sys.executable).with_name("coordlfs"))
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A coordlfs mount that serves."""
+
+    point: Path
+
+    def status(self) -> dict[str, Any]:
+        """The figures of `coordlfs status --json`."""
+        figures: dict[str, Any] = json.loads(_command([COORDLFS, "status", "--json", str(self.point)]))
+        return figures
+
+    def settled(self) -> dict[str, Any]:
+        """The figures as soon as no item is on its way into the cache any more."""
+        deadline = time.monotonic() + _LIMIT
+        while (figures := self.status())["pending_items"]:
+            if time.monotonic() > deadline:
+                raise BenchError(f"{figures['pending_items']} items are still on their way after {_LIMIT:.0f} s")
+            time.sleep(0.2)
+        return figures
+
+    def warm(self) -> None:
+        """Fill the cache."""
+        _command([COORDLFS, "warm", str(self.point)])
+
+
+class MessageCount:
+    """Counts the messages that a mount's server receives, but for those that reading the status costs."""
+
+    def __init__(self, mount: Mount) -> None:
+        self._mount = mount
+        before, self._start = _messages(mount), _messages(mount)
+        self._status_costs = self._start - before
+
+    def so_far(self) -> int:
+        """Messages since the count was begun; to be asked once."""
+        return _messages(self._mount) - self._start - self._status_costs
+
+
+def _messages(mount: Mount) -> int:
+    requests = mount.status()["requests"]
+    return int(requests["read"] + requests["name"] + requests["refused"])
+
+
+def _command(argv: list[str], group: Group | None = None) -> str:
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=_LIMIT, preexec_fn=group.join if group else None
+    )
+    if done.returncode:
+        raise BenchError(f"{' '.join(argv)}: {done.stderr.strip() or f'status {done.returncode}'}")
+    return done.stdout
+
+
+def _is_mounted(point: Path) -> bool:
+    # From the table, since to look at a mount that is dead or hangs would be worse than an answer.
+    return any(line.split()[4] == str(point) for line in Path("/proc/self/mountinfo").read_text().splitlines())
+
+
+@contextmanager
+def _mountpoint() -> Iterator[Path]:
+    """An empty directory, which at the end is unmounted if it must be, and removed."""
+    point = Path(tempfile.mkdtemp(prefix="coordlfs-bench-"))
+    try:
+        yield point
+    finally:
+        if _is_mounted(point):
+            subprocess.run(["umount", "-l", str(point)], timeout=_LIMIT, check=False)
+        point.rmdir()
+
+
+@contextmanager
+def coordlfs(source: Path, cache_size: int, group: Group | None = None) -> Iterator[Mount]:
+    """`source` mounted with `cache_size` bytes of cache by processes of `group`; ended when the `with` ends."""
+    with _mountpoint() as point:
+        _command([COORDLFS, "mount", str(source), str(point), "--cache-size", str(cache_size)], group)
+        try:
+            yield Mount(point)
+        finally:
+            _command([COORDLFS, "umount", str(point)])
+
+
+@contextmanager
+def _served(program: str, *arguments: str) -> Iterator[Path]:
+    """A mount by a program that stays in the foreground; MNT among its arguments stands for the mountpoint."""
+    if shutil.which(program) is None:
+        raise BenchError(f"{program} is not installed: `apt-get install {program}`")
+    with _mountpoint() as point:
+        argv = [program, *(str(point) if a == "MNT" else a for a in arguments)]
+        process = subprocess.Popen(argv, start_new_session=True)
+        try:
+            deadline = time.monotonic() + _LIMIT
+            while not _is_mounted(point):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise BenchError(f"{' '.join(argv)} did not mount")
+                time.sleep(0.02)
+            yield point
+        finally:
+            if _is_mounted(point):
+                subprocess.run(["umount", str(point)], timeout=_LIMIT, check=False)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def bindfs(source: Path) -> Iterator[Path]:
+    """bindfs, as fast as it goes: with threads and the kernel's cache."""
+    with _served("bindfs", "-f", "-r", "--multithreaded", "-o", "kernel_cache", str(source), "MNT") as point:
+        yield point
+
+
+@contextmanager
+def rclone(source: Path, cache_mode: str) -> Iterator[Path]:
+    """rclone mount with `--vfs-cache-mode` off or full, its cache empty."""
+    with tempfile.TemporaryDirectory(prefix="coordlfs-bench-") as cache:
+        options = ["--read-only", "--vfs-cache-mode", cache_mode, "--cache-dir", cache, "--config", ""]
+        with _served("rclone", "mount", *options, str(source), "MNT") as point:
+            yield point

@@ -1,0 +1,83 @@
+"""A tree of a million files: listing it through the mount and directly, and what the server remembers of it."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from coordlfs_tools.bench import mounts
+from coordlfs_tools.bench.machine import BenchError, drop_caches
+from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
+
+_ROUNDS = 3
+_LIMIT = 900.0  # seconds that a listing may take
+
+
+@dataclass(frozen=True, slots=True)
+class _Listings:
+    """Seconds of both listings; of a mount also bytes of its server for each file, and messages of the second."""
+
+    cold: float
+    again: float
+    memory: float = 0.0
+    catalog: float = 0.0
+    messages: int = 0
+
+
+def run(context: Context) -> list[Figure]:
+    """`find` once cold and once again; the server's memory for each file; the messages of the second time."""
+    root, files = context.names()
+    rounds = alternate(
+        context,
+        context.rounds(_ROUNDS),
+        {"mount": lambda _: _list_mount(root, files), "source": lambda _: _list_source(root, files)},
+    )
+    ours, theirs = rounds["mount"], rounds["source"]
+
+    def times(what: str, mount: list[float], source: list[float]) -> Figure:
+        sides = f"{median(mount):.2f} ÷ {median(source):.2f} s"
+        return Figure(f"tree, find {what}: mount ÷ directly", ratios(mount, source), None, sides)
+
+    catalog = f"of which its catalogue takes {median(r.catalog for r in ours):.0f}"
+    return [
+        times("cold", [r.cold for r in ours], [r.cold for r in theirs]),
+        times("again", [r.again for r in ours], [r.again for r in theirs]),
+        Figure("tree, find again: messages that the server received", [r.messages for r in ours], Bound(0)),
+        Figure("tree, server memory: bytes for each file", [r.memory for r in ours], Bound(400), catalog),
+    ]
+
+
+def _list_source(root: Path, files: int) -> _Listings:
+    drop_caches()
+    return _Listings(_find(root, files), _find(root, files))
+
+
+def _list_mount(root: Path, files: int) -> _Listings:
+    with mounts.coordlfs(root, 0) as mount:
+        server = mount.status()["processes"]["server"]
+        before = _memory(server)
+        drop_caches()
+        cold = _find(mount.point, files)
+        grown = _memory(server) - before
+        messages = mounts.MessageCount(mount)
+        again = _find(mount.point, files)
+        received = messages.so_far()
+        return _Listings(cold, again, grown / files, mount.status()["catalog_bytes"] / files, received)
+
+
+def _find(root: Path, files: int) -> float:
+    start = time.monotonic()
+    found = subprocess.run(["find", str(root)], stdout=subprocess.PIPE, timeout=_LIMIT, check=True).stdout
+    seconds = time.monotonic() - start
+    if found.count(b"\n") < files:
+        raise BenchError(f"find saw only {found.count(bytes([10]))} names of {files} below {root}")
+    return seconds
+
+
+def _memory(pid: int) -> int:
+    """Bytes of the process that no file backs: its own, and those of the catalogue, which is shared memory."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
