@@ -128,6 +128,10 @@ class ByteLane:
         elif opcode in _REFUSED:
             self._counters.add("direct_opens")
             self._reply(fuse.error_reply(unique, errno.ENOSYS))
+        elif opcode == fuse.IOCTL:
+            # Python before 3.14 asks of every file that it opens whether it is a terminal, and the kernel passes it on.
+            self._counters.add("ioctls")
+            self._reply(fuse.error_reply(unique, errno.ENOTTY))
         elif opcode not in _SILENT:
             if opcode in (fuse.READDIR, fuse.READDIRPLUS):
                 _HANDLE.pack_into(request, fuse.IN_HEADER.size, node)

@@ -14,6 +14,7 @@ NAMES = (
     "reads",  # READ messages
     "name_requests",  # messages handed to the name lane
     "direct_opens",  # messages refused to make opening free
+    "ioctls",  # refused; not so that the kernel would remember
     "not_admitted",  # items that had room and yet were not pinned
     "pin_retries",
     "pin_errors",

@@ -96,6 +96,7 @@ class Stats:
                 "read": c["reads"],
                 "name": c["name_requests"],
                 "refused": c["direct_opens"],
+                "ioctl": c["ioctls"],
                 "stash_bytes": c["stash_bytes"],
             },
             "admission": {

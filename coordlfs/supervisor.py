@@ -25,7 +25,9 @@ from coordlfs.kernel import fuse, mounts, process
 log = logging.getLogger(__name__)
 
 FSTYPE = "fuse.coordlfs"
-_READAHEAD_KIB = 1024
+# What the source's device has, but enough to read large files fast through FUSE (measured: 128 KiB reads a file of
+# 400 MB at 0.4 of the disk's speed, 512 at 0.6, 4096 at all of it), and not so much that random faults read megabytes.
+_READAHEAD_KIB = (512, 4096)
 _RESTARTS = 5  # in a minute; a server that dies faster than that will not do better the next time
 
 
@@ -56,6 +58,12 @@ class Supervisor:
 
     # -- beginning ----------------------------------------------------------------------------------------------
 
+    @property
+    def readahead(self) -> int:
+        """KiB that the kernel reads ahead on the mount."""
+        least, most = _READAHEAD_KIB
+        return min(most, max(least, mounts.readahead(os.fstat(self.root).st_dev) or 0))
+
     def mount(self) -> None:
         """Mount, and settle with the kernel what both can do. Raises OSError, with nothing left mounted."""
         mountpoint = os.fsencode(self.config["mountpoint"])
@@ -72,7 +80,7 @@ class Supervisor:
                 for m in reversed(list(mounts.table()))
                 if m.point == mountpoint and m.fstype == FSTYPE.encode()
             )
-            mounts.set_readahead(self.mount_device, _READAHEAD_KIB)
+            mounts.set_readahead(self.mount_device, self.readahead)
             self.records, self.names = memfds.allocate()
         except BaseException:
             self._unmount(lazy=True)
@@ -109,7 +117,7 @@ class Supervisor:
                 "socket": theirs.fileno(),
                 "tree": self.tree,
                 "device": self.device,
-                "readahead": _READAHEAD_KIB << 10,
+                "readahead": self.readahead << 10,
             }
             child = self._spawn("coordlfs.keeper", config, [theirs.fileno(), self.tree, self.device])
         keeper = _Keeper(self.next_index, child, ours)

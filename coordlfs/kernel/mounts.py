@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from coordlfs.kernel.libc import check, libc, syscall
@@ -68,6 +69,15 @@ def table() -> Iterator[Mount]:
             fstype, source, *_ = back.split(b" ")
             major, _, minor = device.partition(b":")
             yield Mount(int(mount_id), os.makedev(int(major), int(minor)), _unescape(point), fstype, _unescape(source))
+
+
+def readahead(device: int) -> int | None:
+    """How far ahead, in KiB, the kernel reads on the device with this number; None if nobody says."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for place in (f"/sys/class/bdi/{number}", f"/sys/dev/block/{number}/bdi", f"/sys/dev/block/{number}/../bdi"):
+        with suppress(OSError), open(f"{place}/read_ahead_kb") as f:
+            return int(f.read())
+    return None
 
 
 def set_readahead(device: int, kib: int) -> bool:
