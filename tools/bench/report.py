@@ -16,6 +16,7 @@ from rich.table import Table
 
 T = TypeVar("T")
 _QUICK_ROUNDS = 2
+_WIDTH = 160  # at least, for a Markdown table is no table with its rows folded
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ class Context:
         self.disk = disk_of(directory)
         self.quick = quick
         self.console = Console()
+        if self.console.width < _WIDTH:
+            self.console.width = _WIDTH
         self._rounds = rounds
 
     def rounds(self, usual: int) -> int:
@@ -99,7 +102,9 @@ def alternate(context: Context, rounds: int, sides: Mapping[str, Callable[[int],
     for number in range(rounds):
         for name in list(sides)[:: -1 if number % 2 else 1]:
             results[name].append(sides[name](number))
-            context.say(f"  round {number + 1} of {rounds}, {name}: {results[name][-1]}")
+            result = results[name][-1]
+            shown = _number(result) if isinstance(result, float) else result
+            context.say(f"  round {number + 1} of {rounds}, {name}: {shown}")
     return results
 
 
