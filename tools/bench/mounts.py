@@ -60,7 +60,7 @@ class MessageCount:
 
 def _messages(mount: Mount) -> int:
     requests = mount.status()["requests"]
-    return int(requests["read"] + requests["name"] + requests["refused"])
+    return sum(int(requests[kind]) for kind in ("read", "name", "refused", "ioctl"))
 
 
 def _command(argv: list[str], group: Group | None = None) -> str:
