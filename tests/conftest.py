@@ -1,0 +1,81 @@
+"""Fixtures of the tests that mount: each takes down what it put up, and fails the test if something stays."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from mounts import Cgroup, MakeMount, Mount, coordlfs, unmount_lazily
+
+
+@pytest.fixture(scope="module")
+def _may_mount() -> None:
+    if os.geteuid() or not os.path.exists("/dev/fuse"):
+        pytest.skip("mounting needs root and /dev/fuse")
+
+
+def _directory(prefix: str) -> Iterator[Path]:
+    # Not below /tmp, which is memory in many places: the page cache of a disk is what is tested.
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir="/var/tmp")).resolve()
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+@pytest.fixture
+def source() -> Iterator[Path]:
+    """An empty directory on a disk, to be filled and mounted."""
+    yield from _directory("coordlfs-source-")
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """An empty directory for mountpoints and logs."""
+    yield from _directory("coordlfs-place-")
+
+
+def _mounts(place: Path) -> Iterator[MakeMount]:
+    with ExitStack() as stack:
+        count = 0
+
+        def make(source: Path, cache: str = "64M", *, mountpoint: Path | None = None) -> Mount:
+            nonlocal count
+            count += 1
+            path = mountpoint or place / f"mnt{count}"
+            log = place / f"log{count}"
+            stack.callback(unmount_lazily, path)
+            coordlfs("mount", source, path, "--cache-size", cache, "--log-file", log)
+            mount = Mount(source, path, log)
+            stack.callback(mount.end)
+            return mount
+
+        yield make
+
+
+@pytest.fixture
+def mount(source: Path, place: Path, _may_mount: None) -> Iterator[MakeMount]:
+    """Mounts a directory; see `mounts.Mount`."""
+    yield from _mounts(place)
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Callable[[int], Cgroup]]:
+    """Makes a memory cgroup with a limit in bytes."""
+    with ExitStack() as stack:
+        count = 0
+
+        def make(limit: int) -> Cgroup:
+            nonlocal count
+            count += 1
+            group = Cgroup(f"coordlfs-test-{os.getpid()}-{count}", limit)
+            stack.callback(group.remove)
+            return group
+
+        yield make

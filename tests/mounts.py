@@ -1,0 +1,294 @@
+"""Mounts of coordlfs for the tests: made through the command line, and gone at the end whatever happened.
+
+A reader of a mount whose server hangs cannot be interrupted by Python, least of all one that faults on a mapping. So a
+watchdog, a process of its own, kills the supervisor of a mount that lives too long: the kernel then fails every
+request, the test fails, and the next one can run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COORDLFS = [sys.executable, "-m", "coordlfs"]
+PAGE = 4096
+MIB = 1 << 20
+CHUNK = 16 * MIB
+NOBODY = 65534
+_WATCHDOG = 100.0  # seconds that a mount may live
+_MNT_DETACH = 2
+
+
+def coordlfs(*arguments: object, status: int | None = 0, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run the command; the test fails if it does not exit with `status` (None: any) within `timeout` seconds."""
+    command = [*COORDLFS, *map(os.fsdecode, map(str, arguments))]
+    done = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", timeout=timeout)
+    if status is not None:
+        assert done.returncode == status, f"{command} exited with {done.returncode}: {done.stdout}{done.stderr}"
+    return done
+
+
+def script(text: str, *arguments: object, timeout: float = 60, **options: Any) -> str:
+    """Run a Python program in a process of its own; what it printed. The test fails if the program does."""
+    done = subprocess.run(
+        [sys.executable, "-c", text, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **options
+    )
+    assert done.returncode == 0, f"exited with {done.returncode}: {done.stdout}{done.stderr}"
+    printed: str = done.stdout
+    return printed
+
+
+def eventually(condition: Callable[[], object], timeout: float = 20, what: str = "") -> None:
+    """Wait until `condition` holds; the test fails if it does not within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what or condition}"
+        time.sleep(0.01)
+
+
+# -- processes and mounts as the kernel shows them ----------------------------------------------------------------
+
+
+def mountpoints() -> list[bytes]:
+    """Every mountpoint of this namespace, in the order of the mounts."""
+    with open("/proc/self/mountinfo", "rb") as table:
+        fields = [line.split(b" ")[4] for line in table]
+    return [f.decode("latin-1").encode("latin-1").decode("unicode_escape").encode("latin-1") for f in fields]
+
+
+def is_mounted(path: Path) -> bool:
+    """Whether something is mounted on `path`."""
+    return os.fsencode(path) in mountpoints()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not yet waited for does not."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            return f.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def children(parent: int) -> list[int]:
+    """The processes whose parent is `parent`."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with suppress(OSError), open(f"/proc/{entry}/stat", "rb") as f:
+                if int(f.read().rpartition(b")")[2].split()[1]) == parent:
+                    found.append(int(entry))
+    return found
+
+
+def mentions(text: str | Path) -> list[int]:
+    """The coordlfs processes whose command line mentions `text`."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with suppress(OSError), open(f"/proc/{entry}/cmdline", "rb") as f:
+                command = f.read()
+                if b"coordlfs." in command and os.fsencode(text) in command and is_alive(int(entry)):
+                    found.append(int(entry))
+    return found
+
+
+def unmount_lazily(path: Path) -> None:
+    """Detach whatever is mounted on `path`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    while is_mounted(path) and libc.umount2(os.fsencode(path), _MNT_DETACH) == 0:
+        pass
+
+
+def drop_caches() -> None:
+    """Have the kernel forget every page, name and inode that it may."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+# -- a mount ------------------------------------------------------------------------------------------------------
+
+
+class Mount:
+    """One mount under test.
+
+    `expect_errors`: the test makes the server fail, so that its log and its restarts prove nothing.
+    """
+
+    def __init__(self, source: Path, path: Path, log: Path) -> None:
+        self.source = source
+        self.path = path
+        self.log = log
+        self.expect_errors = False
+        self.processes: dict[str, Any] = self.stats()["processes"]
+        self.supervisor: int = self.processes["supervisor"]
+        command = f"sleep {_WATCHDOG}; kill -KILL {self.supervisor}"
+        self._watchdog = subprocess.Popen(["sh", "-c", command], start_new_session=True)
+
+    @property
+    def pids(self) -> list[int]:
+        """Every process of the mount that runs now."""
+        return [pid for pid in [self.supervisor, *children(self.supervisor)] if is_alive(pid)]
+
+    def stats(self) -> dict[str, Any]:
+        """The figures, by the extended attribute."""
+        figures: dict[str, Any] = json.loads(os.getxattr(self.path, "user.coordl.stats"))
+        return figures
+
+    def source_bytes(self) -> int:
+        """Bytes read from the source so far."""
+        return int(self.stats()["source"]["bytes"])
+
+    def cached(self, name: str) -> str:
+        """How a file stands with the cache: pinned, partial or no."""
+        return os.getxattr(self.path / name, "user.coordl.cached").decode()
+
+    def settle(self) -> dict[str, Any]:
+        """Wait until nothing is on its way into the cache or out of it; the figures then."""
+        quiet = 0
+        before: tuple[int, int] | None = None
+        deadline = time.monotonic() + 30
+        while quiet < 3:
+            figures = self.stats()
+            now = figures["requests"]["read"], figures["pinned_items"]
+            quiet = quiet + 1 if figures["pending_items"] == 0 and now == before else 0
+            before = now
+            assert time.monotonic() < deadline, f"the cache does not settle: {figures}"
+            time.sleep(0.03)
+        return figures
+
+    @contextmanager
+    def messages(self) -> Iterator[dict[str, int]]:
+        """How many messages of each kind the body sends; the reading of the figures is not counted."""
+        first, second = self.stats()["requests"], self.stats()["requests"]
+        sent: dict[str, int] = {}
+        yield sent
+        last = self.stats()["requests"]
+        for kind in ("read", "name", "refused"):
+            sent[kind] = last[kind] - second[kind] - (second[kind] - first[kind])
+
+    def end(self) -> None:
+        """Unmount by one way or another; the test fails if anything is left, or went wrong unasked."""
+        problems = []
+        pids = self.pids
+        with suppress(OSError):
+            os.killpg(self._watchdog.pid, signal.SIGKILL)
+        self._watchdog.wait()
+        if is_mounted(self.path):
+            if not self.expect_errors and (server := self.stats()["processes"]["server"]) != self.processes["server"]:
+                problems.append(f"the server was restarted as {server}")
+            with suppress(subprocess.TimeoutExpired):
+                done = coordlfs("umount", self.path, status=None, timeout=40)
+                if done.returncode:
+                    problems.append(f"umount: {done.stderr}")
+        if is_mounted(self.path):
+            problems.append(f"{self.path} was still mounted")
+            unmount_lazily(self.path)
+        deadline = time.monotonic() + 10
+        while any(map(is_alive, pids)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for pid in filter(is_alive, pids):
+            problems.append(f"process {pid} was left")
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        log = self.log.read_text(errors="replace") if self.log.exists() else ""
+        if not self.expect_errors and any(word in log for word in ("ERROR", "CRITICAL", "Traceback")):
+            problems.append(f"the log says:\n{log}")
+        assert not problems, "\n".join(problems)
+
+
+MakeMount = Callable[..., Mount]
+
+# -- data ---------------------------------------------------------------------------------------------------------
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    """Bytes that no mistake makes by chance."""
+    return random.Random(f"{size} {seed}").randbytes(size)
+
+
+def write_files(directory: Path, count: int, size: int) -> list[str]:
+    """Files of `size` random bytes each, every one different; their names."""
+    names = [f"item-{number:05}" for number in range(count)]
+    for number, name in enumerate(names):
+        (directory / name).write_bytes(noise(size, number))
+    os.sync()
+    return names
+
+
+def read(path: Path | str | bytes) -> bytes:
+    """A whole file by open, read and close, and nothing else (Python's `open` also asks whether it is a terminal)."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        parts = []
+        while part := os.read(fd, MIB):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+def raises(code: int, action: Callable[[], object]) -> None:
+    """The test fails unless `action` fails with the error number `code`."""
+    with pytest.raises(OSError) as caught:
+        action()
+    assert caught.value.errno == code, f"{caught.value} instead of {errno.errorcode[code]}"
+
+
+# -- memory cgroups -----------------------------------------------------------------------------------------------
+
+
+class Cgroup:
+    """A memory cgroup, of version 1 or 2, for jobs of a test."""
+
+    _V1 = Path("/sys/fs/cgroup/memory")
+
+    def __init__(self, name: str, limit: int) -> None:
+        self._old = (self._V1 / "memory.limit_in_bytes").exists()
+        root = self._V1 if self._old else Path("/sys/fs/cgroup")
+        if not self._old:
+            (root / "cgroup.subtree_control").write_text("+memory")
+        self.path = root / name
+        self.path.mkdir()
+        (self.path / ("memory.limit_in_bytes" if self._old else "memory.max")).write_text(str(limit))
+
+    def enter(self) -> None:
+        """Move the process that calls into the group: for `preexec_fn`."""
+        (self.path / "cgroup.procs").write_text("0")
+
+    def usage(self) -> int:
+        """Bytes charged to the group."""
+        return int((self.path / ("memory.usage_in_bytes" if self._old else "memory.current")).read_text())
+
+    def stat(self) -> dict[str, int]:
+        """The kernel's table of what they are."""
+        pairs = (line.split() for line in (self.path / "memory.stat").read_text().splitlines())
+        return {key: int(value) for key, value in pairs}
+
+    def reclaim(self) -> None:
+        """Have the kernel take back whatever it can."""
+        with suppress(OSError):  # version 2 says EAGAIN if there is less than was asked for
+            if self._old:
+                (self.path / "memory.force_empty").write_text("0")
+            else:
+                (self.path / "memory.reclaim").write_text("1G")
+
+    def remove(self) -> None:
+        """Remove the group; its processes must have ended."""
+        for pid in (self.path / "cgroup.procs").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        eventually(lambda: not (self.path / "cgroup.procs").read_text().split())
+        self.path.rmdir()
