@@ -111,8 +111,13 @@ class Catalog:
     def path(self, record: int) -> bytes:
         """The path relative to the root; empty for the root."""
         parent, name = self.entry(record)
-        directory = self.directory_path(parent)
-        return directory + b"/" + name if directory else name
+        names = [name]
+        while (known := self._directories.get(parent)) is None:
+            parent, name = self.entry(parent)
+            names.append(name)
+        if known:
+            names.append(known)
+        return b"/".join(reversed(names))
 
     def directory_path(self, record: int) -> bytes:
         """`path` of a directory, remembered."""

@@ -74,16 +74,17 @@ class Client:
 
 
 def walk(source: Source, path: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Everything at and below `path`, by name, directories before what they hold; what vanishes is left out."""
-    with suppress(FileNotFoundError):
-        st = source.lstat(path)
-        yield path, st
-        if not stat.S_ISDIR(st.st_mode):
-            return
-        listing = source.listing(path)
-        listing.close()
-        for name in listing.names:
-            yield from walk(source, path + b"/" + name if path else name)
+    """Everything at and below `path`, directories before what they hold; what vanishes meanwhile is left out."""
+    waiting = [path]
+    while waiting:
+        path = waiting.pop()
+        with suppress(FileNotFoundError):
+            st = source.lstat(path)
+            yield path, st
+            if stat.S_ISDIR(st.st_mode):
+                listing = source.listing(path)
+                listing.close()
+                waiting += [path + b"/" + name if path else name for name in reversed(listing.names)]
 
 
 def _by_extent(source: Source, files: list[bytes]) -> list[bytes]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import socket
 import sys
 from contextlib import suppress
@@ -175,7 +176,7 @@ class Keeper:
 def main() -> None:
     """`python -m coordlfs.keeper JSON`, started by the supervisor, with the descriptors that the JSON names."""
     config = json.loads(sys.argv[1])
-    process.die_with_parent(config["parent"])
+    process.end_with_parent(config["parent"], signal.SIGKILL)
     process.set_name("coordlfs-keeper")
     with open("/proc/sys/vm/max_map_count") as f:
         limit = max(1, int(f.read()) - _SPARE_MAPPINGS)

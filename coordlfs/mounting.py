@@ -144,8 +144,13 @@ def _supports_acl(source_fd: int) -> bool:
     return True
 
 
-def mount(source: str, mountpoint: str, options: Options, *, foreground: bool = False) -> subprocess.Popen[bytes]:
-    """Mount, and return when the mount serves; the supervisor. Raises UserError."""
+def mount(
+    source: str, mountpoint: str, options: Options, *, foreground: bool = False, bound: bool = False
+) -> subprocess.Popen[bytes]:
+    """Mount, and return when the mount serves; the supervisor. Raises UserError.
+
+    `foreground` logs to standard error; it and `bound` have the mount end with this process.
+    """
     if not source or not mountpoint:
         raise UserError("an empty path names no directory", 2)
     source, mountpoint = os.path.realpath(source), os.path.realpath(mountpoint)
@@ -157,7 +162,7 @@ def mount(source: str, mountpoint: str, options: Options, *, foreground: bool = 
         _check_fuse()
         made = _check_mountpoint(source, mountpoint)
         try:
-            supervisor = _start(source, mountpoint, capacity, options, root, foreground)
+            supervisor = _start(source, mountpoint, capacity, options, root, foreground, foreground or bound)
         except BaseException:
             if made:
                 with suppress(OSError):
@@ -176,7 +181,7 @@ def mount(source: str, mountpoint: str, options: Options, *, foreground: bool = 
 
 
 def _start(
-    source: str, mountpoint: str, capacity: int, options: Options, root: int, foreground: bool
+    source: str, mountpoint: str, capacity: int, options: Options, root: int, foreground: bool, bound: bool
 ) -> subprocess.Popen[bytes]:
     report_in, report_out = os.pipe2(os.O_CLOEXEC)
     log_target = os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None
@@ -188,6 +193,7 @@ def _start(
         "acl": _supports_acl(root),
         "report": report_out,
         "root": root,
+        "bound_to": os.getpid() if bound else None,
     }
     quiet = None if foreground else subprocess.DEVNULL
     supervisor = subprocess.Popen(
@@ -281,7 +287,7 @@ def run(source: str, command: list[str], options: Options) -> int:
         process.unshare_mounts()
     except OSError as e:
         raise UserError(f"a private mount namespace cannot be made ({e.strerror}): run as root") from None
-    supervisor = mount(source, source, options)
+    supervisor = mount(source, source, options, bound=True)
     try:
         # The directory was entered before it was mounted over: enter it again.
         with suppress(OSError):

@@ -7,11 +7,14 @@ reads from a socket pair that the byte lane feeds; see `coordlfs.server`.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 
@@ -26,6 +29,26 @@ log = logging.getLogger(__name__)
 TIMEOUT = 86400.0  # seconds that the kernel may believe names and attributes
 _LISTINGS = 64
 XATTR_PREFIX = b"user.coordl."
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _errno(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Answer an error of the source with its errno, and a mistake of ours with EIO: neither may end the server."""
+
+    @functools.wraps(method)
+    async def answer(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await method(*args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except OSError as e:
+            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        except Exception as e:
+            log.exception("a request about names failed")
+            raise pyfuse3.FUSEError(errno.EIO) from e
+
+    return answer
 
 
 class NameLane(pyfuse3.Operations):
@@ -69,11 +92,9 @@ class NameLane(pyfuse3.Operations):
         # One node for all hard links of a file: it is read by one of its names, which must still be there.
         if self._catalog.entry(record) == (parent, name):
             return
-        try:
+        with suppress(OSError):
             if self._source.lstat(self._catalog.path(record)).st_ino == st.st_ino:
                 return
-        except OSError:
-            pass
         self._catalog.move(record, parent, name)
 
     def _attributes(self, node: int, st: os.stat_result) -> pyfuse3.EntryAttributes:
@@ -94,13 +115,11 @@ class NameLane(pyfuse3.Operations):
         a.attr_timeout = TIMEOUT
         return a
 
+    @_errno
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """Attributes of a node; ESTALE if its name leads to another file by now."""
         record = self.record_of(inode)
-        try:
-            st = self._source.lstat(self._catalog.path(record))
-        except OSError as e:
-            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        st = self._source.lstat(self._catalog.path(record))
         if not self._catalog.shows(record, st):
             flags = self._catalog.flags(record)
             if self._catalog.supersedes(record, st):
@@ -115,6 +134,7 @@ class NameLane(pyfuse3.Operations):
                 self._catalog.set_version(record, Version.of(st))
         return self._attributes(inode, st)
 
+    @_errno
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """A name in a directory."""
         parent = self.record_of(parent_inode)
@@ -122,28 +142,21 @@ class NameLane(pyfuse3.Operations):
             record = parent if name == b"." else self._catalog.entry(parent)[0]
             return await self.getattr(self._catalog.node(record), ctx)
         directory = self._catalog.directory_path(parent)
-        try:
-            st = self._source.lstat(directory + b"/" + name if directory else name)
-        except OSError as e:
-            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        st = self._source.lstat(directory + b"/" + name if directory else name)
         return self._attributes(self._catalog.node(self.enter(parent, name, st)), st)
 
+    @_errno
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         """Where a symbolic link leads."""
-        try:
-            return self._source.readlink(self._catalog.path(self.record_of(inode)))
-        except OSError as e:
-            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        return self._source.readlink(self._catalog.path(self.record_of(inode)))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Nothing is kept per kernel reference."""
 
+    @_errno
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         """The source's figures."""
-        try:
-            v = self._source.statvfs()
-        except OSError as e:
-            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        v = self._source.statvfs()
         d = pyfuse3.StatvfsData()
         d.f_bsize, d.f_frsize, d.f_blocks, d.f_bfree, d.f_bavail = (
             v.f_bsize,
@@ -157,13 +170,11 @@ class NameLane(pyfuse3.Operations):
 
     # -- directories --------------------------------------------------------------------------------------------
 
+    @_errno
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """Entries from position `start_id` on; `fh` is the node id, since directories are not opened."""
         record = self.record_of(fh)
-        try:
-            listing = self._listing(fh, record, start_id)
-        except OSError as e:
-            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        listing = self._listing(fh, record, start_id)
         names = listing.names
         position = start_id
         while position < 2:
@@ -181,12 +192,11 @@ class NameLane(pyfuse3.Operations):
                 st = listing.lstat(name)
             except FileNotFoundError:
                 continue
-            except OSError as e:
-                raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
             node = self._catalog.node(self.enter(record, name, st))
             if not pyfuse3.readdir_reply(token, name, self._attributes(node, st), position):
                 return
-        self._close_listing(fh)
+        if start_id >= position:  # the empty reply that ends it
+            self._close_listing(fh)
 
     def _listing(self, node: int, record: int, position: int) -> Listing:
         listing = self._listings.get(node)
@@ -206,15 +216,13 @@ class NameLane(pyfuse3.Operations):
 
     # -- extended attributes ------------------------------------------------------------------------------------
 
+    @_errno
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         """The source's, and those of coordlfs itself beneath `user.coordl.`."""
         record = self.record_of(inode)
         if name.startswith(XATTR_PREFIX):
             return self._own_xattr(record, name[len(XATTR_PREFIX) :])
-        try:
-            return self._source.xattr(self._catalog.path(record), name)
-        except OSError as e:
-            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        return self._source.xattr(self._catalog.path(record), name)
 
     def _own_xattr(self, record: int, name: bytes) -> bytes:
         if name == b"cached" and self._catalog.flags(record) & REGULAR:
@@ -229,9 +237,7 @@ class NameLane(pyfuse3.Operations):
         whole = sum(pages.count(items.span(item, size)[1]) for item in items.items_of(record, size))
         return b"pinned" if pinned >= whole else b"partial" if pinned else b"no"
 
+    @_errno
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         """The source's: a copy made with its attributes must equal the source."""
-        try:
-            return self._source.xattrs(self._catalog.path(self.record_of(inode)))
-        except OSError as e:
-            raise pyfuse3.FUSEError(e.errno or errno.EIO) from e
+        return self._source.xattrs(self._catalog.path(self.record_of(inode)))

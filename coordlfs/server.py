@@ -24,7 +24,7 @@ from coordlfs.byte_lane import ByteLane
 from coordlfs.catalog import Catalog
 from coordlfs.control import Control
 from coordlfs.epochs import Epoch, Epochs
-from coordlfs.kernel import fuse, pages, process
+from coordlfs.kernel import fuse, mounts, pages, process
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO
 from coordlfs.name_lane import NameLane
@@ -103,12 +103,13 @@ def serve(config: dict[str, Any]) -> None:
         stack.callback(admission.close)
         notifier.start()
         stack.callback(notifier.close)
-        trio.run(_tasks, lane, stats, control, link, admission, epochs, counters)
+        trio.run(_tasks, config["mountpoint"], lane, stats, control, link, admission, epochs, counters)
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
 
 
 async def _tasks(
+    mountpoint: str,
     lane: ByteLane,
     stats: Stats,
     control: Control,
@@ -124,10 +125,16 @@ async def _tasks(
             with suppress(trio.RunFinishedError):
                 token.run_sync_soon(nursery.cancel_scope.cancel)
 
+        def orphaned() -> None:
+            log.error("the supervisor died: unmounting %s", mountpoint)
+            with suppress(OSError):
+                mounts.unmount(os.fsencode(mountpoint), lazy=True)
+            nursery.cancel_scope.cancel()
+
         lane.on_end = unmounted
         lane.start()
         nursery.start_soon(control.run)
-        nursery.start_soon(link.run, admission)
+        nursery.start_soon(link.run, admission, orphaned)
         nursery.start_soon(_tick, stats, epochs, counters)
         nursery.start_soon(pyfuse3.main)
         link.ready()
@@ -143,7 +150,6 @@ async def _tick(stats: Stats, epochs: Epochs, counters: Counters) -> None:
 def main() -> None:
     """`python -m coordlfs.server JSON`, started by the supervisor."""
     config = json.loads(sys.argv[1])
-    process.die_with_parent(config["parent"])
     process.set_name("coordlfs-server")
     process.keep_freed_memory(_STASH_LIMIT)
     logs.configure(config["log"])

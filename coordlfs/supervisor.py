@@ -155,13 +155,15 @@ class Supervisor:
         if wire.receive(self.link) is None:
             raise OSError(5, "the server ended as soon as it was started")
 
-    def run(self) -> None:
-        """Watch over the mount until it is gone."""
+    def run(self, bound_to: int | None) -> None:
+        """Watch over the mount until it is gone; unmount when the parent `bound_to` ends, if there is one."""
         restarts: list[float] = []
         wake_in, wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_out, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
+        if bound_to is not None:
+            process.end_with_parent(bound_to, signal.SIGTERM)
         with open("/proc/self/mountinfo", "rb") as table:
             while True:
                 assert self.server is not None
@@ -252,7 +254,7 @@ class Supervisor:
 def main() -> None:
     """`python -m coordlfs.supervisor JSON`, started by `coordlfs mount`; reports to the descriptor `report`."""
     config = json.loads(sys.argv[1])
-    report, root = config.pop("report"), config.pop("root")
+    report, root, bound_to = config.pop("report"), config.pop("root"), config.pop("bound_to")
     process.set_name("coordlfs-superv")
     logs.configure(config["log"])
     os.chdir("/")
@@ -266,7 +268,7 @@ def main() -> None:
             _tell(report, {"errno": e.errno, "error": str(e)})
             sys.exit(1)
         _tell(report, {"ready": True, "pid": os.getpid()})
-        supervisor.run()
+        supervisor.run(bound_to)
     finally:
         supervisor.close()
 

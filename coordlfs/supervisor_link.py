@@ -6,6 +6,7 @@ JSON packets on a SOCK_SEQPACKET pair; a keeper's socket travels as SCM_RIGHTS.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -30,8 +31,8 @@ class SupervisorLink:
         """Ask for another keeper: the others hold as many mappings as one process may."""
         send(self._sock, {"want_keeper": True})
 
-    async def run(self, admission: Admission) -> None:
-        """Take what the supervisor says, until cancelled."""
+    async def run(self, admission: Admission, on_death: Callable[[], None]) -> None:
+        """Take what the supervisor says, until cancelled or it is dead, which is told by calling `on_death`."""
         self._sock.setblocking(False)
         while True:
             await trio.lowlevel.wait_readable(self._sock)
@@ -40,6 +41,7 @@ class SupervisorLink:
             except BlockingIOError:
                 continue
             if received is None:
+                on_death()
                 return
             message, fds = received
             if "lost" in message:

@@ -14,14 +14,14 @@ PR_SET_NAME = 15
 CLONE_NEWNS = 0x20000
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends; `parent` is the pid expected.
+def end_with_parent(parent: int, number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent ends; `parent` is the pid expected.
 
     A parent that ended before the call is noticed by comparing, since no signal comes for it.
     """
-    check(libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0), "prctl")
+    check(libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(number), 0, 0, 0), "prctl")
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
 
 
 def set_name(name: str) -> None:
