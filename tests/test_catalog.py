@@ -1,0 +1,358 @@
+"""The catalogue against a naive model: with restarts, collisions, replaced files, hard links and growth."""
+
+from __future__ import annotations
+
+import os
+import random
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from coordlfs import memfds
+from coordlfs.catalog import COUNTERS, DIRECTORY, LINKED, REGULAR, SERVED, Catalog, Version, node_of_path
+from coordlfs.kernel.fuse import ROOT_NODE
+
+NAMES = (
+    st.sampled_from([b"a", b"b", b"c", b"\xff\xfe", b" ", b"\n", b"x" * 255])
+    | st.binary(min_size=1, max_size=255).map(lambda name: name.replace(b"\0", b"0").replace(b"/", b"|"))
+).filter(lambda name: name not in (b".", b".."))
+
+
+def attributes(
+    inode: int, *, size: int = 0, mtime_ns: int = 0, kind: int = stat.S_IFREG, links: int = 1, device: int = 1
+) -> os.stat_result:
+    """What stat(2) would say."""
+    return os.stat_result((kind | 0o644, inode, device, links, 0, 0, size, 0, 0, 0), {"st_mtime_ns": mtime_ns})
+
+
+def directory(inode: int) -> os.stat_result:
+    """What stat(2) would say of a directory."""
+    return attributes(inode, kind=stat.S_IFDIR, links=2)
+
+
+@contextmanager
+def memory() -> Iterator[tuple[int, int]]:
+    """The memfds of a new catalogue."""
+    fds = memfds.allocate()
+    try:
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+@pytest.fixture
+def fds() -> Iterator[tuple[int, int]]:
+    """The memfds of a new catalogue."""
+    with memory() as fds:
+        yield fds
+
+
+class Model(RuleBasedStateMachine):
+    """Files come, change, are replaced, linked and read, and servers die, in any order.
+
+    Node ids have 8 bits, so that most of them collide.
+    """
+
+    @initialize()
+    def begin(self) -> None:
+        self.memory = memory()
+        self.fds = self.memory.__enter__()
+        self.inode = 100
+        self.directories = {0: b""}  # record → path
+        self.source: dict[tuple[int, bytes], os.stat_result] = {}
+        self.node: dict[tuple[int, bytes], int] = {}  # that the name leads to
+        self.links: dict[int, int] = {}  # inode → node
+        self.shown: dict[int, tuple[bytes, Version | None]] = {ROOT_NODE: (b"", None)}  # every node there ever was
+        self.served: set[int] = set()
+        self.restart()
+
+    def teardown(self) -> None:
+        self.memory.__exit__(None, None, None)
+
+    @rule()
+    def restart(self) -> None:
+        """Another server takes over."""
+        self.catalog = Catalog(*self.fds, id_bits=8)
+
+    def enter(self, parent: int, name: bytes, attributes: os.stat_result) -> tuple[int, int]:
+        """Look a name up as the server does: record, and node."""
+        record, changed = self.catalog.enter(parent, name, attributes)
+        node = self.catalog.node(record)
+        before = self.shown.get(node, (b"", None))[1]
+        assert changed == (before is not None and before != Version.of(attributes))
+        if changed:
+            assert self.catalog.version(record) == before, "recorded before the pages went"
+            self.catalog.set_version(record, Version.of(attributes))
+            self.served.discard(node)
+        return record, node
+
+    def path(self, parent: int, name: bytes) -> bytes:
+        return self.directories[parent] + b"/" + name if parent else name
+
+    def new_inode(self) -> int:
+        self.inode += 1
+        return self.inode
+
+    @precondition(lambda self: len(self.shown) < 60)
+    @rule(data=st.data(), name=NAMES, kind=st.sampled_from(["file", "directory", "link"]))
+    def appears(self, data: st.DataObject, name: bytes, kind: str) -> None:
+        parent = data.draw(st.sampled_from(sorted(self.directories)), "directory")
+        if (parent, name) in self.source or self.path(parent, name) in self.directories.values():
+            return
+        if kind == "directory":
+            record, node = self.enter(parent, name, found := directory(self.new_inode()))
+            self.directories[record] = self.path(parent, name)
+        elif kind == "file":
+            found = self.source[parent, name] = attributes(self.new_inode(), size=self.inode)
+            record, node = self.enter(parent, name, found)
+            self.node[parent, name] = node
+        else:
+            linked = data.draw(st.sampled_from([*sorted(self.links), self.new_inode()]), "inode")
+            record, node = self.enter(parent, name, found := attributes(linked, links=9))
+            known = self.links.setdefault(linked, node)
+            assert node == known, "hard links are one node"
+            self.source[parent, name] = found
+            if node in self.shown:
+                return
+        assert node not in self.shown, "a node of another file"
+        self.shown[node] = (self.path(parent, name), Version.of(found))
+
+    @precondition(lambda self: self.node)
+    @rule(data=st.data(), what=st.sampled_from(["nothing", "grows", "touched", "replaced", "served"]))
+    def happens(self, data: st.DataObject, what: str) -> None:
+        parent, name = at = data.draw(st.sampled_from(sorted(self.node)), "file")
+        node, old = self.node[at], self.source[at]
+        if what == "served":
+            record = self.catalog.find(node)
+            assert record is not None
+            self.catalog.set_served(record)
+            self.served.add(node)
+            return
+        self.source[at] = attributes(
+            self.new_inode() if what == "replaced" else old.st_ino,
+            size=old.st_size + (what == "grows"),
+            mtime_ns=old.st_mtime_ns - (what == "touched") * 10**18,
+        )
+        _, now = self.enter(parent, name, self.source[at])
+        if what == "replaced" and node in self.served:
+            assert now not in self.shown, "whoever has the old file open would read the new one"
+            self.node[at] = now
+        else:
+            assert now == node
+        self.shown[now] = (self.path(*at), Version.of(self.source[at]))
+
+    @invariant()
+    def every_node_leads_where_it_did(self) -> None:
+        assert len(self.catalog) == len(self.shown)
+        for node, (path, version) in self.shown.items():
+            record = self.catalog.find(node)
+            assert record is not None
+            assert self.catalog.node(record) == node
+            assert self.catalog.path(record) == path
+            assert version is None or self.catalog.version(record) == version
+            assert bool(self.catalog.flags(record) & SERVED) == (node in self.served)
+
+    @invariant()
+    def every_name_leads_where_it_did(self) -> None:
+        for (parent, name), found in self.source.items():
+            node = self.links[found.st_ino] if found.st_nlink > 1 else self.node[parent, name]
+            record, changed = self.catalog.enter(parent, name, found)
+            assert (self.catalog.node(record), changed) == (node, False)
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+TREES = st.lists(st.tuples(st.integers(0, 1 << 30), NAMES), min_size=1, max_size=80)
+
+
+def grow(catalog: Catalog, tree: list[tuple[int, bytes]], at: int = 0) -> list[int]:
+    """Enter directories, each in one of those before it; their nodes."""
+    records = list(range(len(catalog)))
+    nodes = []
+    for number, (parent, name) in enumerate(tree, at):
+        record, _ = catalog.enter(records[parent % len(records)], name, directory(number + 2))
+        if record == len(records):
+            records.append(record)
+        nodes.append(catalog.node(record))
+    return nodes
+
+
+@settings(max_examples=60, deadline=None)
+@given(tree=TREES, restart=st.integers(0, 80), id_bits=st.sampled_from([8, 63]))
+def test_node_ids_depend_on_the_order_of_names_alone(tree: list[tuple[int, bytes]], restart: int, id_bits: int) -> None:
+    with memory() as one, memory() as other:
+        nodes = grow(Catalog(*one, id_bits=id_bits), tree)
+        first = grow(Catalog(*other, id_bits=id_bits), tree[:restart])
+        assert first + grow(Catalog(*other, id_bits=id_bits), tree[restart:], restart) == nodes
+
+
+@settings(max_examples=60, deadline=None)
+@given(tree=TREES)
+def test_node_ids_are_made_of_the_path(tree: list[tuple[int, bytes]]) -> None:
+    with memory() as fds:
+        catalog = Catalog(*fds)
+        grow(catalog, tree)
+        for record in range(1, len(catalog)):
+            assert catalog.node(record) == node_of_path(catalog.path(record))
+
+
+def test_growth_past_the_index_is_seen_by_a_server_that_takes_over(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    names = [b"%016x.jpg" % number for number in range(20_000)]
+    home, _ = catalog.enter(0, b"images", directory(2))
+    records = {
+        name: catalog.enter(home, name, attributes(inode, size=inode, mtime_ns=-inode))[0]
+        for inode, name in enumerate(names, 3)
+    }
+    assert len(set(records.values())) == len(names)
+    for seen in (catalog, Catalog(*fds)):
+        assert len(seen) == len(names) + 2
+        for inode, (name, record) in enumerate(records.items(), 3):
+            assert seen.find(seen.node(record)) == record
+            assert seen.path(record) == b"images/" + name
+            assert seen.version(record) == Version(inode, -inode, inode)
+        assert seen.find(12345) is None
+        assert seen.memory / len(names) <= 400
+    allocated = sum(os.fstat(fd).st_blocks * 512 for fd in fds)
+    assert allocated <= seen.memory + (1 << 20), "what is said to be used is less than what is"
+
+
+def test_readers_find_everything_while_the_catalogue_grows(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    known: list[tuple[int, bytes]] = []
+    wrong: list[object] = []
+    done = threading.Event()
+
+    def find() -> None:
+        rng = random.Random(1)
+        while not done.is_set():
+            if known:
+                node, path = rng.choice(known)
+                record = catalog.find(node)
+                if record is None or catalog.path(record) != path:
+                    wrong.append((node, record, path))
+
+    readers = [threading.Thread(target=find) for _ in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for reader in readers:
+            reader.start()
+        for inode in range(2, 10_000):
+            name = b"%d" % inode
+            known.append((catalog.node(catalog.enter(0, name, attributes(inode))[0]), name))
+    finally:
+        done.set()
+        for reader in readers:
+            reader.join()
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_a_server_that_takes_over_knows_paths_as_deep_as_path_max(fds: tuple[int, int]) -> None:
+    catalog, record = Catalog(*fds), 0
+    for inode in range(2, 2048):
+        record, _ = catalog.enter(record, b"d", directory(inode))
+    path = b"/".join([b"d"] * 2046)
+    assert catalog.path(record) == path
+    assert Catalog(*fds).path(record) == path
+
+
+# -- versions -----------------------------------------------------------------------------------------------------
+
+
+def test_kinds_are_told_apart(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    kinds = {stat.S_IFREG: REGULAR, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: 0, stat.S_IFIFO: 0, stat.S_IFSOCK: 0}
+    for number, (kind, flags) in enumerate(kinds.items()):
+        record, _ = catalog.enter(0, b"%d" % number, attributes(number + 2, kind=kind))
+        assert catalog.flags(record) == flags
+
+
+def test_a_file_that_comes_back_has_its_old_node_again(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    first, second = attributes(2, size=1), attributes(3, size=2)
+    old, _ = catalog.enter(0, b"f", first)
+    catalog.set_served(old)
+    new, _ = catalog.enter(0, b"f", second)
+    catalog.set_served(new)
+    assert catalog.enter(0, b"f", first) == (old, False)
+    assert catalog.enter(0, b"f", second) == (new, False)
+
+
+def test_a_file_that_became_a_directory_is_one(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    file, _ = catalog.enter(0, b"n", attributes(2))
+    catalog.set_served(file)
+    record, changed = catalog.enter(0, b"n", directory(3))
+    assert (catalog.flags(record), changed) == (DIRECTORY, False)
+    assert record != file
+
+
+def test_hard_links_of_other_devices_are_other_files(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    nodes = {catalog.enter(0, b"%d" % d, attributes(7, links=2, device=d))[0] for d in range(5)}
+    assert len(nodes) == 5
+
+
+def test_a_link_that_is_the_last_has_a_node_of_its_own(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    both = {catalog.enter(0, name, attributes(7, links=2))[0] for name in (b"a", b"b")}
+    last, _ = catalog.enter(0, b"b", attributes(7))
+    assert len(both) == 1
+    assert last not in both
+    assert catalog.path(last) == b"b"
+
+
+def test_a_moved_link_is_read_by_its_other_name(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    home, _ = catalog.enter(0, b"home", directory(2))
+    record, _ = catalog.enter(0, b"a", attributes(7, size=5, links=2))
+    catalog.set_served(record)
+    catalog.move(record, home, b"longer")
+    for seen in (catalog, Catalog(*fds)):
+        assert seen.path(record) == b"home/longer"
+        assert seen.flags(record) == REGULAR | LINKED | SERVED
+        assert seen.version(record) == Version(5, 0, 7)
+        assert seen.enter(0, b"a", attributes(7, size=5, links=2)) == (record, False)
+
+
+# -- books that survive the server --------------------------------------------------------------------------------
+
+
+@given(
+    misses=st.tuples(st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 32) - 1)),
+    mtime=st.integers(-(1 << 63), (1 << 63) - 1),
+)
+def test_books_of_a_file_survive_the_server(misses: tuple[int, int], mtime: int) -> None:
+    with memory() as fds:
+        catalog = Catalog(*fds)
+        record, _ = catalog.enter(0, b"f", attributes(2, mtime_ns=mtime))
+        catalog.set_last_miss(record, *misses)
+        catalog.add_pinned_pages(record, 10)
+        catalog.add_pinned_pages(record, -3)
+        seen = Catalog(*fds)
+        assert (seen.last_miss(record), seen.pinned_pages(record)) == (misses, 7)
+        assert seen.version(record).mtime_ns == mtime
+        seen.clear_pinned_pages()
+        assert catalog.pinned_pages(record) == 0
+
+
+def test_counters_and_records_do_not_overlap(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    record, _ = catalog.enter(0, b"f", attributes(2, size=9))
+    before = (len(catalog), catalog.path(record), catalog.version(record), catalog.find(ROOT_NODE))
+    for word in range(COUNTERS):
+        catalog.counters[word] = (1 << 64) - 1
+    seen = Catalog(*fds)
+    assert (len(seen), seen.path(record), seen.version(record), seen.find(ROOT_NODE)) == before
+    assert list(seen.counters) == [(1 << 64) - 1] * COUNTERS
