@@ -125,11 +125,12 @@ class Admission:
                     # Every page was allocated by this READ, and charged where the keeper's are: pin them as they are.
                     self._ask(item, self._pending.setdefault(item, _Pending(flags=How.KEEP)))
                     return
-                if not self.stash.put(item, offset, data):
+                if not self.stash.reserve(item, length):
                     self.policy.release(item)
                     self.counters.add("not_admitted")
                     return
                 pending = self._pending[item] = _Pending()
+                self.stash.put(item, offset, data)
             else:
                 pending = self._pending[item]
                 if pending.keeper is not None:

@@ -136,9 +136,11 @@ class Keeper:
 
     def _watch(self, request: _Request) -> None:
         """Make one of the first pinned files a sentinel, from which epochs are told where nothing misses."""
-        if len(self.sentinels) >= _SENTINELS or request.offset:
+        if len(self.sentinels) >= _SENTINELS:
             return
         with suppress(OSError):  # without rights or room for watches, epochs are told from misses alone
+            if os.fstat(request.fd).st_size != request.length:
+                return  # a chunk: pinning the others opens the same file
             self.sentinels[self.watch.add(request.fd)] = request.item
             self.sock.send(request.reply(Outcome.WATCHED))
 

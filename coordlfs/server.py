@@ -18,7 +18,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from coordlfs import logs
+from coordlfs import items, logs
 from coordlfs.admission import Admission
 from coordlfs.byte_lane import ByteLane
 from coordlfs.catalog import Catalog
@@ -38,7 +38,7 @@ from coordlfs.supervisor_link import SupervisorLink
 log = logging.getLogger(__name__)
 
 _NAME_MESSAGE = 1 << 21
-_STASH_LIMIT = 256 << 20
+_STASH_LEAST, _STASH_MOST = 4 * items.CHUNK, 16 * items.CHUNK
 
 
 def _attach_pyfuse3(names: NameLane, init: bytes) -> tuple[socket.socket, socket.socket]:
@@ -75,7 +75,7 @@ def serve(config: dict[str, Any]) -> None:
     epochs = Epochs(Epoch(counters["epochs_before"]))
     policy = MinIO(config["capacity"] // pages.PAGE)
     link = SupervisorLink(config["link"])
-    stash = Stash(min(_STASH_LIMIT, max(config["capacity"] // 8, fuse.MAX_READ)))
+    stash = Stash(min(_STASH_MOST, max(_STASH_LEAST, config["capacity"] // 8)))
     admission = Admission(catalog, policy, stash, epochs, counters, link.want_keeper)
     notifier = Notifier(device)
     reader = Reader(catalog, source, admission, counters, notifier)
@@ -151,7 +151,7 @@ def main() -> None:
     """`python -m coordlfs.server JSON`, started by the supervisor."""
     config = json.loads(sys.argv[1])
     process.set_name("coordlfs-server")
-    process.keep_freed_memory(_STASH_LIMIT)
+    process.keep_freed_memory(_STASH_MOST)
     logs.configure(config["log"])
     os.chdir("/")
     try:

@@ -1,8 +1,8 @@
 """Bytes of items that are being admitted, kept until the keeper has pinned them.
 
 The pages that a job's READ filled are charged to the job, so the keeper drops them and faults the item in anew; its
-READs are answered from here, and the source is read once. The stash is bounded: without room an item is not admitted
-this time. Not thread-safe.
+READs are answered from here, and the source is read once. The stash is bounded: an item reserves room for all of itself
+before it is admitted, and without room it is not admitted this time. Not thread-safe.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class _Pieces:
+    reserved: int
     pieces: dict[int, bytes] = field(default_factory=dict)  # by offset in the file
     size: int = 0
 
@@ -21,19 +22,34 @@ class Stash:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.size = 0
+        self.reserved = 0
         self._items: dict[int, _Pieces] = {}
 
-    def put(self, item: int, offset: int, data: bytes | memoryview) -> bool:
-        """Keep a copy of `data`, found at `offset` of the file; False if there is no room for it."""
-        if self.size + len(data) > self.limit:
+    @property
+    def size(self) -> int:
+        """Bytes kept."""
+        return sum(kept.size for kept in self._items.values())
+
+    def reserve(self, item: int, length: int) -> bool:
+        """Take room for an item of `length` bytes; False if there is too little, and then nothing changes."""
+        if item in self._items or self.reserved + length > self.limit:
             return False
-        kept = self._items.setdefault(item, _Pieces())
-        before = len(kept.pieces.get(offset, b""))
-        if before < len(data):
-            kept.pieces[offset] = bytes(data)
-            kept.size += len(data) - before
-            self.size += len(data) - before
+        self._items[item] = _Pieces(length)
+        self.reserved += length
+        return True
+
+    def put(self, item: int, offset: int, data: bytes | memoryview) -> bool:
+        """Keep a copy of `data`, found at `offset` of the file; False if the item has no room for it."""
+        kept = self._items.get(item)
+        if kept is None:
+            return False
+        known = len(kept.pieces.get(offset, b""))
+        if known >= len(data):
+            return True
+        if kept.size - known + len(data) > kept.reserved:
+            return False  # pieces that overlap
+        kept.pieces[offset] = bytes(data)
+        kept.size += len(data) - known
         return True
 
     def held(self, item: int) -> int:
@@ -67,4 +83,4 @@ class Stash:
         """Forget an item's bytes."""
         kept = self._items.pop(item, None)
         if kept is not None:
-            self.size -= kept.size
+            self.reserved -= kept.reserved

@@ -18,7 +18,6 @@ _ATTRIBUTES = (
     "st_gid",
     "st_rdev",
     "st_size",
-    "st_blocks",
     "st_mtime_ns",
     "st_ctime_ns",
 )
@@ -111,7 +110,7 @@ def verify(mountpoint: str) -> tuple[int, int, list[str]]:
         columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
             for path, st in progress.track(everything):
-                found += [f"{os.fsdecode(path) or '.'}: {d}" for d in differences(mount, source, path, buffer)]
+                found += [f"{os.fsdecode(path or b'.')!r}: {d}" for d in differences(mount, source, path, buffer)]
                 total += st.st_size if stat.S_ISREG(st.st_mode) else 0
         return len(everything), total, found
     finally:
