@@ -51,10 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="compare every byte, name and attribute with the source")
     verify.add_argument("mountpoint", metavar="MNT")
 
-    run = commands.add_parser("run", help="mount over SRC for one command, which alone sees it")
+    run = commands.add_parser(
+        "run",
+        help="mount over SRC for one command, which alone sees it",
+        usage="coordlfs run SRC [--cache-size SIZE] [--log-file FILE] -- COMMAND …",
+    )
     run.add_argument("source", metavar="SRC")
     add_options(run)
-    run.add_argument("argv", metavar="-- COMMAND …", nargs=argparse.REMAINDER)
     return parser
 
 
@@ -116,10 +119,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from coordlfs import mounting
 
-    argv = arguments.argv[1:] if arguments.argv[:1] == ["--"] else arguments.argv
-    if not argv:
+    if not arguments.job:
         raise UserError("run needs a command: coordlfs run SRC -- python train.py", 2)
-    return mounting.run(arguments.source, argv, mounting.Options(arguments.cache_size, arguments.log_file))
+    return mounting.run(arguments.source, arguments.job, mounting.Options(arguments.cache_size, arguments.log_file))
 
 
 _COMMANDS = {
@@ -135,7 +137,10 @@ _COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """The command `coordlfs`; the exit status: 2 for usage, 1 for what else went wrong."""
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    ours = words.index("--") if words[:1] == ["run"] and "--" in words else len(words)
+    arguments = _parser().parse_args(words[:ours])
+    arguments.job = words[ours + 1 :]
     try:
         return _COMMANDS[arguments.command](arguments)
     except UserError as e:

@@ -87,7 +87,15 @@ class Epochs:
 
     @property
     def latest(self) -> Epoch | None:
-        """The last epoch whose figures are whole: the one that runs if it has read nearly all, else the one before."""
-        if self.current.number and (self.current.is_read or not self.finished):
+        """The last epoch whose figures are whole: the one that runs if it is nearly over, else the one before.
+
+        It is nearly over when it has read nearly all that is not pinned, or opened nearly all sentinels: what is
+        not pinned may hit all the same, as long as memory is plentiful.
+        """
+        if not self.current.number:
+            return None
+        opened = sum(epoch >= self.current.number for epoch, _ in self._sentinels.values())
+        nearly_opened = opened > 0 and opened >= len(self._sentinels) * _NEARLY_ALL
+        if self.current.is_read or nearly_opened or not self.finished:
             return self.current
         return self.finished[-1] if self.finished else None

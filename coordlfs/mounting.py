@@ -256,7 +256,7 @@ def holders(device: int) -> list[tuple[int, str]]:
     """Processes with a file, directory or mapping on the file system `device`: pid and name."""
     found = []
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and _holds(entry, device):
+        if entry.isdigit() and int(entry) != os.getpid() and _holds(entry, device):
             with suppress(OSError), open(f"/proc/{entry}/comm") as f:
                 name = f.read().strip()
                 if not name.startswith("coordlfs-"):
