@@ -48,6 +48,7 @@ class _Pending:
     keeper: int | None = None  # who is asked
     contended: bool = False  # a job READ it since
     cancelled: bool = False
+    at_home: bool = False  # every READ of it came from the keeper's own memory cgroup
     attempts: int = 0
     flags: int = 0
 
@@ -98,16 +99,17 @@ class Admission:
 
     # -- called by the byte lane --------------------------------------------------------------------------------
 
-    def stashed(self, item: int, offset: int, size: int, end: int, by_keeper: bool) -> list[bytes | memoryview] | None:
-        """Bytes of an item on its way, if they are all here: they need not be read again."""
+    def stashed(self, item: int, offset: int, size: int, end: int, pid: int) -> list[bytes | memoryview] | None:
+        """Bytes of an item on its way, for process `pid`, if they are all here: they need not be read again."""
         if item not in self._pending:
             return None
         with self._lock:
             pending = self._pending.get(item)
             if pending is None:
                 return None
-            if not by_keeper:
+            if pid not in self.keeper_pids:
                 pending.contended = True
+                pending.at_home = pending.at_home and self._shares_cgroup(pid)
             return self.stash.get(item, offset, size, end)
 
     def missed(self, record: int, item: int, offset: int, data: memoryview, file_size: int, pid: int) -> None:
@@ -121,27 +123,32 @@ class Admission:
             if state is State.ABSENT:
                 if not length or not self.policy.admit(item, pages.count(length)):
                     return
-                if len(data) == length and self._shares_cgroup(pid):
-                    # Every page was allocated by this READ, and charged where the keeper's are: pin them as they are.
+                at_home = self._shares_cgroup(pid)
+                if at_home and len(data) == length:
                     self._ask(item, self._pending.setdefault(item, _Pending(flags=How.KEEP)))
                     return
                 if not self.stash.reserve(item, length):
                     self.policy.release(item)
                     self.counters.add("not_admitted")
                     return
-                pending = self._pending[item] = _Pending()
+                pending = self._pending[item] = _Pending(at_home=at_home)
                 self.stash.put(item, offset, data)
             else:
                 pending = self._pending[item]
+                pending.at_home = pending.at_home and self._shares_cgroup(pid)
+                self.stash.put(item, offset, data)
                 if pending.keeper is not None:
                     pending.contended = True
-                self.stash.put(item, offset, data)
-                if pending.keeper is not None or pending.attempts:
                     return
-            if self.stash.held(item) >= length:
-                self._ask(item, pending)
-            else:
+                if pending.attempts:
+                    return
+            if self.stash.held(item) < length:
                 self._later(item, _IDLE)
+                return
+            if pending.at_home:
+                # Each page was allocated by a READ that was charged where the keeper is: pin them as they are.
+                pending.flags |= How.KEEP
+            self._ask(item, pending)
 
     def _shares_cgroup(self, pid: int) -> bool:
         """Whether a job is charged for memory where every keeper is; remembered for a moment."""

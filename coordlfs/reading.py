@@ -48,9 +48,8 @@ class Reader:
         record = self.catalog.find(node)
         if record is None:
             raise OSError(errno.ESTALE, "unknown node")
-        by_keeper = pid in self.admission.keeper_pids
         end = self.catalog.size(record)
-        data = self.admission.stashed(items.item_at(record, offset), offset, size, end, by_keeper)
+        data = self.admission.stashed(items.item_at(record, offset), offset, size, end, pid)
         if data is not None:
             self.counters.add("stash_bytes", sum(map(len, data)))
         return record, data

@@ -51,7 +51,8 @@ def _mounts(place: Path) -> Iterator[MakeMount]:
             path = mountpoint or place / f"mnt{count}"
             log = place / f"log{count}"
             stack.callback(unmount_lazily, path)
-            coordlfs("mount", source, path, "--cache-size", cache, "--log-file", log)
+            done = coordlfs("mount", source, path, "--cache-size", cache, "--log-file", log, status=None)
+            assert done.returncode == 0, done.stderr + (log.read_text() if log.exists() else "")
             mount = Mount(source, path, log)
             stack.callback(mount.end)
             return mount

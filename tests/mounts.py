@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+from coordlfs.kernel import pages
+
 COORDLFS = [sys.executable, "-m", "coordlfs"]
 PAGE = 4096
 MIB = 1 << 20
@@ -177,7 +179,7 @@ class Mount:
         sent: dict[str, int] = {}
         yield sent
         last = self.stats()["requests"]
-        for kind in ("read", "name", "refused"):
+        for kind in ("read", "name", "refused", "ioctl"):
             sent[kind] = last[kind] - second[kind] - (second[kind] - first[kind])
 
     def end(self) -> None:
@@ -246,6 +248,31 @@ def raises(code: int, action: Callable[[], object]) -> None:
     with pytest.raises(OSError) as caught:
         action()
     assert caught.value.errno == code, f"{caught.value} instead of {errno.errorcode[code]}"
+
+
+def resident(path: Path) -> int:
+    """How many pages of a file are in the page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        found = pages.resident(fd)
+        assert found is not None, "this kernel has no cachestat"
+        return found
+    finally:
+        os.close(fd)
+
+
+def forget(path: Path) -> None:
+    """Have the kernel drop the pages of a file that nobody holds."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def page_count(size: int) -> int:
+    """How many pages a file of `size` bytes takes up."""
+    return -(-size // PAGE)
 
 
 # -- memory cgroups -----------------------------------------------------------------------------------------------
