@@ -65,7 +65,7 @@ def _through_mount(
         for seed in range(1, epochs + 1):
             read.append(_epoch(mount.point, data, seed, [servers, job]))
             figures = mount.settled()
-            rates.append(figures["hit_rate"])
+            rates.append(figures["epoch"]["hit_rate"])
             context.say(f"  capacity {capacity / 1e6:,.0f} MB, epoch {seed + 1}: {read[-1] / 1e6:,.0f} MB read")
         return read, rates, pinned
 

@@ -25,6 +25,12 @@ def drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
+def reclaims_idle_pages() -> bool:
+    """Whether DAMON takes pages back that nobody used of late, however much memory is free: clouds set it up so."""
+    schemes = Path("/sys/kernel/mm/damon/admin/kdamonds").glob("*/contexts/*/schemes/*/action")
+    return any(scheme.read_text().strip() == "pageout" for scheme in schemes)
+
+
 def disk_of(path: Path) -> str:
     """The disk that `path` lies on, as MAJOR:MINOR; a partition's whole disk. Raises BenchError if it lies on none."""
     number = path.stat().st_dev

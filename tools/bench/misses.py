@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -72,17 +72,17 @@ def _throttled(context: Context, data: Images) -> list[Figure]:
 def _warm(context: Context, data: Images) -> list[Figure]:
     def through(mounted: Callable[[], AbstractContextManager[Path]]) -> Callable[[int], float]:
         def read(seed: int) -> float:
+            reader.read(data.root, data.paths, _READERS, seed)  # what is to be warm is so
             with mounted() as point:
                 return reader.read(point, data.paths, _READERS, seed).files_per_second
 
         return read
 
-    reader.read(data.root, data.paths, _READERS, 0)
     speeds = alternate(
         context,
         context.rounds(_ROUNDS),
         {
-            "mount": _through_coordlfs(data),
+            "mount": through(lambda: _coordlfs_point(data.root)),
             "bindfs": through(lambda: mounts.bindfs(data.root)),
             "rclone, no cache": through(lambda: mounts.rclone(data.root, "off")),
             "rclone, full cache": through(lambda: mounts.rclone(data.root, "full")),
@@ -100,9 +100,7 @@ def _warm(context: Context, data: Images) -> list[Figure]:
     ]
 
 
-def _through_coordlfs(data: Images) -> Callable[[int], float]:
-    def read(seed: int) -> float:
-        with mounts.coordlfs(data.root, 0) as mount:
-            return reader.read(mount.point, data.paths, _READERS, seed).files_per_second
-
-    return read
+@contextmanager
+def _coordlfs_point(source: Path) -> Iterator[Path]:
+    with mounts.coordlfs(source, 0) as mount:
+        yield mount.point
