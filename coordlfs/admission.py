@@ -99,18 +99,16 @@ class Admission:
 
     # -- called by the byte lane --------------------------------------------------------------------------------
 
-    def stashed(self, item: int, offset: int, size: int, end: int, pid: int) -> list[bytes | memoryview] | None:
-        """Bytes of an item on its way, for process `pid`, if they are all here: they need not be read again."""
+    def stashed(self, item: int, offset: int, size: int, end: int, pid: int) -> list[memoryview | int]:
+        """`Stash.parts` of an item of a file that ends at `end`, for process `pid`: it need not be read again."""
         if item not in self._pending:
-            return None
+            return [size]
         with self._lock:
             pending = self._pending.get(item)
-            if pending is None:
-                return None
-            if pid not in self.keeper_pids:
+            if pending is not None and pid not in self.keeper_pids:
                 pending.contended = True
                 pending.at_home = pending.at_home and self._shares_cgroup(pid)
-            return self.stash.get(item, offset, size, end)
+            return self.stash.parts(item, offset, min(size, end - offset))
 
     def missed(self, record: int, item: int, offset: int, data: memoryview, file_size: int, pid: int) -> None:
         """A READ of job `pid` brought `data` from the source: count it, and admit its item if there is room."""
@@ -167,7 +165,9 @@ class Admission:
             return
         if self.catalog.last_miss(record)[0] != remember[0]:
             self.counters.add("source_files")
-        self._remember_miss(record, item, file_size, remember)
+        if file_size > items.CHUNK:
+            self._chunk_misses[item] = remember
+        self.catalog.set_last_miss(record, *remember)  # of a large file: when any of it missed
 
     def _know(self, record: int, item: int, file_size: int) -> tuple[int, int]:
         """The last miss of an item, which from now on counts as part of the dataset."""
@@ -177,13 +177,11 @@ class Admission:
             return last
         self.counters.add("dataset_items")
         self.counters.add("dataset_bytes", items.length(item, file_size))
-        self._remember_miss(record, item, file_size, _NEVER_MISSED)
+        if whole:
+            self.catalog.set_last_miss(record, *_NEVER_MISSED)
+        else:
+            self._chunk_misses[item] = _NEVER_MISSED
         return _NEVER_MISSED
-
-    def _remember_miss(self, record: int, item: int, file_size: int, miss: tuple[int, int]) -> None:
-        if file_size > items.CHUNK:
-            self._chunk_misses[item] = miss
-        self.catalog.set_last_miss(record, *miss)
 
     def _unpinned(self) -> int:
         """Bytes that were ever read and are not pinned: what an epoch that begins now will read."""

@@ -139,27 +139,22 @@ class ByteLane:
             self._names.send(message)
 
     def _read(self, unique: int, node: int, offset: int, size: int, pid: int, into: pages.Buffer) -> None:
-        size = min(size, fuse.MAX_READ)
-        record, stashed = self._reader.begin(node, offset, size, pid)
-        if stashed is not None:
-            self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + sum(map(len, stashed)), 0, unique), *stashed)
-            return
         waited = False
 
         def before_wait() -> None:
             nonlocal waited
-            waited = True
-            self._before_wait()
+            if not waited:
+                waited = True
+                self._before_wait()
 
         try:
-            n, cacheable = self._reader.fetch(record, offset, size, into, before_wait)
+            answer = self._reader.read(node, offset, min(size, fuse.MAX_READ), pid, into, before_wait)
         finally:
             if waited:
                 self._after_wait()
-        data = memoryview(into)[:n]
-        self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + n, 0, unique), data)
-        if cacheable and n:
-            self._reader.account(record, offset, data, pid)
+        length = fuse.OUT_HEADER.size + sum(map(len, answer.data))
+        self._reply(fuse.OUT_HEADER.pack(length, 0, unique), *answer.data)
+        self._reader.account(answer)
 
     def _reply(self, *parts: bytes | memoryview) -> None:
         try:

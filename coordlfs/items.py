@@ -6,6 +6,8 @@ memory-mapped token files are cached by the part. An item is named by one intege
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 CHUNK = 16 << 20
 _CHUNK_BITS = 28  # 4 PiB a file
 
@@ -35,3 +37,12 @@ def items_of(record: int, file_size: int) -> range:
     """Every item of a file; none if it is empty."""
     first = record << _CHUNK_BITS
     return range(first, first + -(-file_size // CHUNK))
+
+
+def cut(record: int, offset: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """A range of a file, item by item: item, offset in the file, length."""
+    end = offset + size
+    while offset < end:
+        length = min(end - offset, CHUNK - offset % CHUNK)
+        yield item_at(record, offset), offset, length
+        offset += length

@@ -13,17 +13,25 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from mmap import mmap
+from dataclasses import dataclass, field
 
 from coordlfs import items
 from coordlfs.admission import Admission
 from coordlfs.catalog import SERVED, Catalog, Version
-from coordlfs.kernel import fuse
+from coordlfs.kernel import fuse, pages
 from coordlfs.metrics import Counters
 from coordlfs.notifier import Notifier
 from coordlfs.source import Source
 
-Reply = list[bytes | memoryview]
+
+@dataclass(slots=True)
+class Answer:
+    """What to reply to a READ, and what of it came from the source and may be cached."""
+
+    record: int
+    pid: int
+    data: list[memoryview] = field(default_factory=list)
+    fetched: list[tuple[int, int, memoryview]] = field(default_factory=list)  # item, offset in the file, bytes
 
 
 class Reader:
@@ -43,27 +51,41 @@ class Reader:
         self.counters = counters
         self.notifier = notifier
 
-    def begin(self, node: int, offset: int, size: int, pid: int) -> tuple[int, Reply | None]:
-        """The record of `node`, and the bytes if they are in the stash. Raises ESTALE for a node that is unknown."""
+    def read(
+        self, node: int, offset: int, size: int, pid: int, into: pages.Buffer, before_wait: Callable[[], None]
+    ) -> Answer:
+        """The bytes of a READ by process `pid`: from the stash what is there, and the rest from the source.
+
+        `into` is page-aligned memory with room for them, which the answer refers to. `before_wait` is called if the
+        source's disk has to be waited for. Raises OSError: ESTALE for an unknown node, else what the source does.
+        """
         record = self.catalog.find(node)
         if record is None:
             raise OSError(errno.ESTALE, "unknown node")
-        end = self.catalog.size(record)
-        data = self.admission.stashed(items.item_at(record, offset), offset, size, end, pid)
-        if data is not None:
-            self.counters.add("stash_bytes", sum(map(len, data)))
-        return record, data
+        answer = Answer(record, pid)
+        at, end = offset, self.catalog.size(record)
+        for item, start, length in items.cut(record, offset, size):
+            for part in self.admission.stashed(item, start, length, end, pid):
+                if isinstance(part, int):
+                    view = memoryview(into)[at - offset :]
+                    n = self._fetch(answer, item, at, part, view, before_wait)
+                    answer.data.append(view[:n])
+                    if n < part:
+                        return answer  # the file ends here
+                    at += n
+                else:
+                    self.counters.add("stash_bytes", len(part))
+                    answer.data.append(part)
+                    at += len(part)
+        return answer
 
-    def fetch(
-        self, record: int, offset: int, size: int, into: mmap, before_wait: Callable[[], None]
-    ) -> tuple[int, bool]:
-        """Read from the source into `into`; how many bytes, and whether they may be cached. Raises OSError.
-
-        `before_wait` is called if the source's disk has to be waited for.
-        """
+    def _fetch(
+        self, answer: Answer, item: int, offset: int, size: int, into: memoryview, before_wait: Callable[[], None]
+    ) -> int:
+        """Read from the source into `into`; how many bytes."""
+        record = answer.record
         try:
-            path = self.catalog.path(record)
-            n, st = self.source.read(record, path, into, offset, size, before_wait)
+            n, st = self.source.read(record, self.catalog.path(record), into, offset, size, before_wait)
         except OSError as e:
             self.counters.add("source_errors")
             self.source.forget(record)
@@ -75,24 +97,19 @@ class Reader:
         self.counters.add("source_reads")
         if self.catalog.shows(record, st):
             self.catalog.set_served(record)
-            return n, True
-        self._changed(record, offset, st)
-        return n, False
+            if n:
+                answer.fetched.append((item, offset, into[:n]))
+        else:
+            self._changed(record, offset, st)
+        return n
 
-    def account(self, record: int, offset: int, data: memoryview, pid: int) -> None:
-        """What follows once a READ is answered with bytes of the source: count the miss, admit the item."""
-        if pid in self.admission.keeper_pids:
+    def account(self, answer: Answer) -> None:
+        """What follows once a READ is answered: count what was missed, and admit it if there is room."""
+        if answer.pid in self.admission.keeper_pids:
             return
-        size = self.catalog.size(record)
-        done = 0
-        while done < len(data):
-            item = items.item_at(record, offset + done)
-            start, length = items.span(item, size)
-            part = data[done : start + length - offset]
-            if not part:
-                return
-            self.admission.missed(record, item, offset + done, part, size, pid)
-            done += len(part)
+        size = self.catalog.size(answer.record)
+        for item, offset, data in answer.fetched:
+            self.admission.missed(answer.record, item, offset, data, size, answer.pid)
 
     def _vanished(self, record: int) -> None:
         self.admission.drop_record(record)

@@ -100,7 +100,7 @@ class Source:
         self,
         record: int,
         path: bytes,
-        into: mmap,
+        into: mmap | memoryview,
         offset: int,
         size: int,
         slow: Callable[[], None],
@@ -164,7 +164,9 @@ class Source:
         for fd in fds:
             os.close(fd)
 
-    def _read(self, fd: int, into: mmap, offset: int, size: int, file_size: int, slow: Callable[[], None]) -> int:
+    def _read(
+        self, fd: int, into: mmap | memoryview, offset: int, size: int, file_size: int, slow: Callable[[], None]
+    ) -> int:
         want = min(size, file_size - offset)
         if want <= 0:
             return 0

@@ -57,27 +57,24 @@ class Stash:
         kept = self._items.get(item)
         return kept.size if kept else 0
 
-    def get(self, item: int, offset: int, size: int, end: int) -> list[bytes | memoryview] | None:
-        """Pieces that make up `size` bytes at `offset`, or fewer if the file ends at `end`; None if any is missing."""
+    def parts(self, item: int, offset: int, size: int) -> list[memoryview | int]:
+        """What makes up `size` bytes at `offset`: bytes that are kept, and between them the lengths of gaps."""
         kept = self._items.get(item)
-        if kept is None:
-            return None
-        want = min(size, end - offset)
-        whole = kept.pieces.get(offset)
-        if whole is not None and len(whole) >= want:
-            return [whole if len(whole) == want else memoryview(whole)[:want]]
-        found: list[bytes | memoryview] = []
-        starts = sorted(kept.pieces)
-        at = offset
-        for start in starts:
-            piece = kept.pieces[start]
-            if start <= at < start + len(piece):
-                part = memoryview(piece)[at - start : offset + want - start]
-                found.append(part)
-                at += len(part)
-                if at >= offset + want:
-                    return found
-        return None
+        found: list[memoryview | int] = []
+        at, end = offset, offset + size
+        for start, piece in sorted(kept.pieces.items()) if kept else ():
+            if start >= end:
+                break
+            if start + len(piece) <= at:
+                continue
+            if start > at:
+                found.append(start - at)
+                at = start
+            found.append(memoryview(piece)[at - start : end - start])
+            at = min(end, start + len(piece))
+        if at < end:
+            found.append(end - at)
+        return found
 
     def remove(self, item: int) -> None:
         """Forget an item's bytes."""
