@@ -19,9 +19,9 @@ def _may_mount() -> None:
         pytest.skip("mounting needs root and /dev/fuse")
 
 
-def _directory(prefix: str) -> Iterator[Path]:
+def _directory(prefix: str, beneath: str = "/var/tmp") -> Iterator[Path]:
     # Not below /tmp, which is memory in many places: the page cache of a disk is what is tested.
-    path = Path(tempfile.mkdtemp(prefix=prefix, dir="/var/tmp")).resolve()
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir=beneath)).resolve()
     path.chmod(0o755)
     try:
         yield path
@@ -33,6 +33,12 @@ def _directory(prefix: str) -> Iterator[Path]:
 def source() -> Iterator[Path]:
     """An empty directory on a disk, to be filled and mounted."""
     yield from _directory("coordlfs-source-")
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """`source` on a file system in memory, where many files are quickly made and removed."""
+    yield from _directory("coordlfs-source-", "/dev/shm")
 
 
 @pytest.fixture

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -343,14 +341,6 @@ def test_a_cgroup_smaller_than_a_capacity_that_is_too_small(
 
 
 # -- more files than one process may map --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def in_memory() -> Iterator[Path]:
-    """A directory on a file system in memory, where many files are quickly made and removed."""
-    path = Path(tempfile.mkdtemp(prefix="coordlfs-source-", dir="/dev/shm"))
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.mark.timeout(180)

@@ -288,11 +288,11 @@ def test_a_file_that_is_one_hole(source: Path, mount: MakeMount) -> None:
     assert os.stat(mounted.path / "hole").st_blocks == os.stat(source / "hole").st_blocks
 
 
-def test_a_directory_of_a_hundred_thousand_entries(source: Path, mount: MakeMount) -> None:
+def test_a_directory_of_a_hundred_thousand_entries(in_memory: Path, mount: MakeMount) -> None:
     names = {f"{number:06}-{'x' * (number % 50)}" for number in range(100_000)}
     for name in names:
-        os.close(os.open(source / name, os.O_CREAT | os.O_WRONLY, 0o600))
-    mounted = mount(source)
+        os.close(os.open(in_memory / name, os.O_CREAT | os.O_WRONLY, 0o600))
+    mounted = mount(in_memory)
     for _ in range(2):
         listed = list(os.scandir(mounted.path))
         assert len(listed) == 100_000

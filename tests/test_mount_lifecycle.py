@@ -1,0 +1,531 @@
+"""Mounting and unmounting by every way; what is refused; what is left behind: nothing."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from mounts import (
+    COORDLFS,
+    MIB,
+    MakeMount,
+    Mount,
+    coordlfs,
+    eventually,
+    is_alive,
+    is_mounted,
+    mentions,
+    noise,
+    read,
+    unmount_lazily,
+    write_files,
+)
+
+
+def _pin_some(mounted: Mount) -> None:
+    for name in os.listdir(mounted.path):
+        read(mounted.path / name)
+    assert mounted.settle()["pinned_items"] > 0
+
+
+def _assert_ended(mounted: Mount, pids: list[int]) -> None:
+    eventually(lambda: not any(map(is_alive, pids)), 10, f"all of {pids} end")
+    assert not is_mounted(mounted.path)
+    assert mentions(mounted.source) == []
+
+
+# -- ways to unmount ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["coordlfs umount", "umount", "fusermount3 -u", "umount -l", "SIGTERM", "SIGINT"])
+def test_unmounting_with_pins_held(source: Path, mount: MakeMount, way: str) -> None:
+    write_files(source, 20, 10_000)
+    mounted = mount(source)
+    _pin_some(mounted)
+    pids = mounted.pids
+    assert len(pids) == 3
+    if way == "coordlfs umount":
+        coordlfs("umount", mounted.path)
+        assert not any(map(is_alive, pids))  # it returns when everything has ended
+    elif way.startswith("SIG"):
+        os.kill(mounted.supervisor, signal.Signals[way])
+    else:
+        subprocess.run([*way.split(), mounted.path], check=True, timeout=20)
+    _assert_ended(mounted, pids)
+    assert os.listdir(mounted.path) == []
+
+
+def test_unmounting_while_it_is_read(source: Path, mount: MakeMount) -> None:
+    names = write_files(source, 100, 100_000)
+    mounted = mount(source, "5M")
+    program = (
+        "import os, sys\nwhile True:\n for p in sys.argv[1:]:\n  fd = os.open(p, 0); os.read(fd, 1 << 20); os.close(fd)"
+    )
+    job = subprocess.Popen(
+        [sys.executable, "-c", program, *(str(mounted.path / n) for n in names)], stderr=subprocess.DEVNULL
+    )
+    try:
+        eventually(lambda: mounted.stats()["requests"]["read"] > 60)
+        pids = mounted.pids
+        subprocess.run(["umount", "-l", mounted.path], check=True, timeout=20)
+        assert job.wait(20) == 1  # its files are not there any more
+    finally:
+        job.kill()
+        job.wait()
+    _assert_ended(mounted, pids)
+
+
+def _holding(mounted: Mount, how: str) -> Iterator[None]:
+    path = mounted.path / "item-00000"
+    if how == "directory":
+        job = subprocess.Popen(["sleep", "100"], cwd=mounted.path)
+        yield
+        job.kill()
+        job.wait()
+        return
+    fd = os.open(path, os.O_RDONLY)
+    if how == "file":
+        yield
+        assert os.pread(fd, 20_000, 0) == noise(10_000, 0)
+        os.close(fd)
+        return
+    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
+        os.close(fd)
+        yield
+        assert mapped[:] == noise(10_000, 0)
+
+
+@pytest.mark.parametrize("how", ["file", "mapping", "directory"])
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "unread"])
+def test_a_busy_mount(source: Path, mount: MakeMount, how: str, pinned: bool) -> None:
+    names = write_files(source, 5, 10_000)
+    mounted = mount(source)
+    if pinned:
+        _pin_some(mounted)
+    pids = mounted.pids
+    with contextmanager(_holding)(mounted, how):
+        refused = coordlfs("umount", mounted.path, status=1)
+        assert len(refused.stderr.splitlines()) == 1
+        holder = "sleep" if how == "directory" else str(os.getpid())
+        assert holder in refused.stderr
+        assert "--lazy" in refused.stderr
+        assert read(mounted.path / names[1]) == noise(10_000, 1)  # it serves on
+        coordlfs("umount", "--lazy", mounted.path)
+        assert not is_mounted(mounted.path)
+        time.sleep(0.2)
+        assert is_alive(mounted.supervisor)  # for the reader, which `_holding` has read on
+    _assert_ended(mounted, pids)
+
+
+# -- in the foreground --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("_may_mount")
+def test_the_foreground(source: Path, place: Path, number: signal.Signals) -> None:
+    write_files(source, 5, 10_000)
+    mountpoint = place / "mnt"
+    command = [*COORDLFS, "mount", "--foreground", "--cache-size", "10M", str(source), str(mountpoint)]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        eventually(lambda: is_mounted(mountpoint) and (mountpoint / "item-00000").exists())
+        mounted = Mount(source, mountpoint, place / "none")
+        _pin_some(mounted)
+        pids = mounted.pids
+        job.send_signal(number)
+        out, err = job.communicate(timeout=20)
+        assert job.returncode == 0, err
+        assert "10.0 MiB of cache" in out
+        assert "Traceback" not in err
+        _assert_ended(mounted, pids)
+        mounted.end()
+    finally:
+        job.kill()
+        job.wait()
+        unmount_lazily(mountpoint)
+
+
+@pytest.mark.usefixtures("_may_mount")
+def test_the_foreground_ends_when_it_is_unmounted(source: Path, place: Path) -> None:
+    mountpoint = place / "mnt"
+    job = subprocess.Popen([*COORDLFS, "mount", "--foreground", "--cache-size", "10M", source, mountpoint])
+    try:
+        eventually(lambda: is_mounted(mountpoint))
+        time.sleep(0.5)
+        coordlfs("umount", mountpoint)
+        assert job.wait(20) == 0
+        assert mentions(source) == []
+    finally:
+        job.kill()
+        job.wait()
+        unmount_lazily(mountpoint)
+
+
+# -- places -------------------------------------------------------------------------------------------------------
+
+
+def test_mounted_in_place(source: Path, mount: MakeMount) -> None:
+    names = write_files(source, 30, 50_000)
+    before = {name: os.stat(source / name) for name in names}
+    mounted = mount(source, mountpoint=source)
+    for number, name in enumerate(names):
+        assert read(source / name) == noise(50_000, number)
+        assert os.stat(source / name).st_mtime_ns == before[name].st_mtime_ns
+        assert os.stat(source / name).st_dev != before[name].st_dev
+    assert mounted.settle()["pinned_items"] == 30
+    with mounted.messages() as sent:
+        assert read(source / names[0]) == noise(50_000, 0)
+    assert sent["read"] == 0
+    assert "all equal" in coordlfs("verify", source).stdout
+    coordlfs("umount", source)
+    assert read(source / names[0]) == noise(50_000, 0)
+    assert os.stat(source / names[0]).st_dev == before[names[0]].st_dev
+
+
+def test_mounted_on_a_mount(source: Path, mount: MakeMount) -> None:
+    names = write_files(source, 20, 150_000)
+    below = mount(source, "2M")
+    above = mount(below.path, "1M")
+    for _ in range(3):
+        for number, name in enumerate(names):
+            assert read(above.path / name) == noise(150_000, number)
+        above.settle()
+        below.settle()
+    assert above.stats()["pinned_items"] > 0
+    assert below.stats()["pinned_items"] > 0
+
+
+def test_two_mounts_of_one_source(source: Path, mount: MakeMount) -> None:
+    names = write_files(source, 10, 50_000)
+    first, second = mount(source), mount(source)
+    for mounted in (first, second):
+        for number, name in enumerate(names):
+            assert read(mounted.path / name) == noise(50_000, number)
+        assert mounted.settle()["source"]["bytes"] == 500_000
+    first.end()
+    assert read(second.path / names[0]) == noise(50_000, 0)
+
+
+def test_a_missing_mountpoint_is_made(source: Path, mount: MakeMount, place: Path) -> None:
+    mounted = mount(source, mountpoint=place / "new name")
+    assert is_mounted(mounted.path)
+
+
+@pytest.mark.usefixtures("_may_mount")
+def test_what_is_said(source: Path, place: Path) -> None:
+    (place / "full").mkdir()
+    (place / "full" / "hidden").touch()
+    (source / "shown").touch()
+    try:
+        done = coordlfs("mount", source, place / "full")
+        assert "auto" in done.stdout
+        assert "60%" in done.stdout
+        assert "not empty" in done.stderr
+        assert os.listdir(place / "full") == ["shown"]
+    finally:
+        coordlfs("umount", place / "full")
+    assert os.listdir(place / "full") == ["hidden"]
+
+
+@pytest.mark.usefixtures("_may_mount")
+def test_mounting_by_relative_paths_and_links(source: Path, place: Path) -> None:
+    write_files(source, 1, 100)
+    (place / "mnt").mkdir()
+    (place / "link").symlink_to(source)
+    (place / "to-mnt").symlink_to("mnt")
+    try:
+        for arguments in (["mount", "link", "to-mnt", "--cache-size", "1M"], ["umount", "to-mnt/"]):
+            subprocess.run([*COORDLFS, *arguments], cwd=place, check=True, timeout=30)
+            if arguments[0] == "mount":
+                assert is_mounted(place / "mnt")
+                assert read(place / "mnt" / "item-00000") == noise(100)
+        assert not is_mounted(place / "mnt")
+    finally:
+        unmount_lazily(place / "mnt")
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+
+def _refused(*arguments: object, status: int, says: str, before: list[str] | None = None) -> None:
+    """One line that says what to do, the status, and nothing left behind."""
+    command = [*(before or []), *COORDLFS, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert says in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.fixture
+def nothing_left(source: Path, place: Path) -> Iterator[None]:
+    """The test fails if anything of a mount of `source` stays."""
+    yield
+    left = mentions(source), is_mounted(place / "mnt"), (place / "mnt").exists()
+    with suppress(ProcessLookupError):
+        for pid in left[0]:
+            os.kill(pid, signal.SIGKILL)
+    unmount_lazily(place / "mnt")
+    assert left == ([], False, False)
+
+
+@pytest.mark.usefixtures("nothing_left", "_may_mount")
+class TestRefused:
+    """Bad input: one line each."""
+
+    def test_sources(self, source: Path, place: Path) -> None:
+        (place / "file").touch()
+        mnt = place / "mnt"
+        _refused("mount", place / "missing", mnt, status=1, says="does not exist")
+        _refused("mount", place / "file", mnt, status=1, says="not a directory")
+        _refused("mount", "", mnt, status=2, says="empty path")
+        os.chmod(source, 0o700)
+        os.chown(source, 1234, 1234)
+        weak = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+        _refused("mount", source, mnt, status=1, says="may not be read", before=weak)
+
+    def test_mountpoints(self, source: Path, place: Path) -> None:
+        (place / "file").touch()
+        (source / "inside").mkdir()
+        (place / "link").symlink_to(source)
+        _refused("mount", source, place / "a" / "mnt", status=1, says="does not exist")
+        _refused("mount", source, place / "file", status=1, says="not a directory")
+        _refused("mount", source / "inside", source, status=1, says="inside")
+        _refused("mount", source, source / "inside", status=1, says="inside")
+        _refused("mount", source, place / "link" / "inside", status=1, says="inside")
+        _refused("mount", source, source / "new", status=1, says="inside")
+        assert os.listdir(source) == ["inside"]
+
+    @pytest.mark.parametrize("size", ["many", "12X", "-1", "101%", "99P", "", "1G2", "0x10", "nan", "1e3", "٣M%"])
+    def test_cache_sizes(self, source: Path, place: Path, size: str) -> None:
+        _refused("mount", source, place / "mnt", f"--cache-size={size}", status=2, says="--cache-size")
+
+    def test_without_permission(self, source: Path, place: Path) -> None:
+        weak = ["setpriv", "--bounding-set", "-sys_admin"]
+        _refused("mount", source, place / "mnt", status=1, says="not permitted", before=weak)
+
+    def test_without_fuse(self, source: Path, place: Path) -> None:
+        devices = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod /dev/urandom c 1 9"
+        for device, says in (("true", "modprobe fuse"), ("mknod /dev/fuse c 10 250", "modprobe fuse")):
+            hidden = ["unshare", "-m", "sh", "-c", f'{devices} && {device} && exec "$@"', "sh"]
+            _refused("mount", source, place / "mnt", status=1, says=says, before=hidden)
+
+    def test_a_log_that_cannot_be_written(self, source: Path, place: Path) -> None:
+        log = place / "missing" / "log"
+        _refused("mount", source, place / "mnt", "--log-file", log, status=1, says="missing/log")
+
+    def test_what_is_not_mounted(self, source: Path, place: Path) -> None:
+        for command in ("umount", "status", "warm", "drop", "verify"):
+            _refused(command, source, status=1, says="not mounted")
+        _refused("umount", "/proc", status=1, says="not by coordlfs")
+        _refused("umount", place / "missing", status=1, says="not mounted")
+
+    def test_runs(self, source: Path, place: Path) -> None:
+        _refused("run", source, status=2, says="command")
+        _refused("run", source, "--", status=2, says="command")
+        _refused("run", place / "missing", "--", "true", status=1, says="does not exist")
+        _refused("run", source, "--cache-size=x", "--", "true", status=2, says="--cache-size")
+        weak = ["setpriv", "--bounding-set", "-sys_admin"]
+        _refused("run", source, "--", "true", status=1, says="root", before=weak)
+
+
+def test_mounting_twice(source: Path, mount: MakeMount) -> None:
+    mounted = mount(source)
+    _refused("mount", source, mounted.path, status=1, says="already")
+    assert len(mounted.pids) == 3
+
+
+def test_mounting_twice_in_place(source: Path, mount: MakeMount) -> None:
+    mount(source, mountpoint=source)
+    _refused("mount", source, source, status=1, says="already")
+
+
+# -- run ----------------------------------------------------------------------------------------------------------
+
+
+def _run(source: Path, *command: str, status: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*COORDLFS, "run", source, "--cache-size", "50M", "--", *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=cwd,
+    )
+    assert done.returncode == status, done.stderr
+    assert mentions(source) == []
+    assert not is_mounted(source)
+    return done
+
+
+_PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+
+@pytest.mark.usefixtures("_may_mount")
+class TestRun:
+    """`coordlfs run SRC -- COMMAND`."""
+
+    def test_the_command_reads_the_mount(self, source: Path) -> None:
+        write_files(source, 10, 50_000)
+        program = (
+            "import os, sys\n"
+            "for _ in range(2):\n"
+            "    print([os.path.getsize(n) for n in sorted(os.listdir())] == [50000] * 10)\n"
+            "    print(len(b''.join(open(n, 'rb').read() for n in os.listdir())))\n"
+            "print(os.getxattr(sys.argv[1], 'user.coordl.stats')[:1])\n"
+        )
+        done = _run(source, sys.executable, "-c", program, str(source), cwd=source)
+        assert done.stdout.split("\n")[1:] == ["True", "500000", "True", "500000", "b'{'", ""]
+        assert "epoch 1" in done.stderr
+        assert "488.3 KiB read from the source" in done.stderr
+
+    def test_the_status_is_passed_on(self, source: Path) -> None:
+        _run(source, "true")
+        _run(source, "sh", "-c", "exit 3", status=3)
+        _run(source, "sh", "-c", "kill -9 $$", status=137)
+        missing = _run(source, "no-such-command", status=127)
+        assert "no-such-command" in missing.stderr
+        _run(source, "/etc/passwd", status=126)
+
+    def test_nobody_else_sees_it(self, source: Path) -> None:
+        (source / "f").write_bytes(b"bytes")
+        command = [*COORDLFS, "run", source, "--cache-size", "1M", "--", "sh", "-c", "echo up; read line; exit 7"]
+        job = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert job.stdout is not None
+            while "up" not in (line := job.stdout.readline()):
+                assert line
+            assert not is_mounted(source)
+            assert mentions(source) != []
+            (source / "g").write_bytes(b"written beside it")
+            _, errors = job.communicate("go on\n", timeout=30)
+            assert job.returncode == 7, errors
+        finally:
+            job.kill()
+            job.wait()
+        assert mentions(source) == []
+
+    def test_a_signal_reaches_the_command(self, source: Path) -> None:
+        trap = "trap 'exit 9' TERM; echo up; while :; do sleep 0.05; done"
+        job = subprocess.Popen(
+            [*COORDLFS, "run", source, "--cache-size", "1M", "--", "sh", "-c", trap], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert job.stdout is not None
+            while "up" not in (line := job.stdout.readline()):
+                assert line
+            job.send_signal(signal.SIGTERM)
+            assert job.wait(30) == 9
+            job.stdout.close()
+        finally:
+            job.kill()
+            job.wait()
+        assert mentions(source) == []
+
+
+# -- kills --------------------------------------------------------------------------------------------------------
+
+_READER = """
+import os, random, sys, time, zlib
+sums, until = {}, time.monotonic() + float(sys.argv[1])
+passes = 0
+while time.monotonic() < until:
+    paths = sys.argv[2:]
+    random.shuffle(paths)
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        data = b"".join(iter(lambda: os.read(fd, 1 << 20), b""))
+        os.close(fd)
+        assert sums.setdefault(path, zlib.crc32(data)) == zlib.crc32(data), path
+    passes += 1
+for path in sys.argv[2:]:
+    print(sums[path])
+"""
+
+
+@pytest.mark.parametrize("victim", ["server", "keeper"])
+def test_readers_survive_a_kill(source: Path, mount: MakeMount, victim: str) -> None:
+    names = write_files(source, 200, 60_000)
+    mounted = mount(source, "6M")
+    mounted.expect_errors = True
+    command = [sys.executable, "-c", _READER, "5", *(str(mounted.path / n) for n in names)]
+    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        for _ in range(3):
+            time.sleep(1)
+            processes = mounted.stats()["processes"]
+            pid = processes["server"] if victim == "server" else processes["keepers"][0]
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda pid=pid: not is_alive(pid))  # type: ignore[misc]
+        for job in jobs:
+            out, _ = job.communicate(timeout=40)
+            assert job.returncode == 0
+            assert [int(s) for s in out.split()] == [zlib.crc32(noise(60_000, i)) for i in range(200)]
+    finally:
+        for job in jobs:
+            job.kill()
+            job.wait()
+    # And the cache is what it was: full, and held.
+    figures = mounted.settle()
+    assert figures["capacity_bytes"] - figures["pinned_bytes"] < 61_440
+    for name in names:
+        read(mounted.path / name)
+    assert mounted.settle()["pinned_items"] == figures["pinned_items"]
+    pinned = [name for name in names if mounted.cached(name) == "pinned"]
+    assert len(pinned) == figures["pinned_items"]
+    with mounted.messages() as sent:
+        for name in pinned:
+            read(mounted.path / name)
+    assert sent["read"] == 0
+
+
+def test_figures_survive_the_server(source: Path, mount: MakeMount) -> None:
+    names = write_files(source, 50, 60_000)
+    mounted = mount(source)
+    mounted.expect_errors = True
+    _pin_some(mounted)
+    before = mounted.stats()
+    os.kill(before["processes"]["server"], signal.SIGKILL)
+    eventually(lambda: mounted.stats()["pinned_items"] == 50)
+    after = mounted.settle()
+    for figure in ("pinned_bytes", "capacity_bytes", "known_files", "source"):
+        assert {**after, "source": after["source"]["bytes"]}[figure] == (
+            before["source"]["bytes"] if figure == "source" else before[figure]
+        )
+    assert {mounted.cached(name) for name in names} == {"pinned"}
+
+
+def test_the_supervisor_is_killed(source: Path, mount: MakeMount) -> None:
+    # Nothing serves after that; but nothing hangs, and nothing stays but the mountpoint, for `umount -l`.
+    write_files(source, 5, 60_000)
+    mounted = mount(source)
+    mounted.expect_errors = True
+    _pin_some(mounted)
+    pids = mounted.pids
+    os.kill(mounted.supervisor, signal.SIGKILL)
+    eventually(lambda: not any(map(is_alive, pids)))
+    if is_mounted(mounted.path):
+        with pytest.raises(OSError):
+            os.listdir(mounted.path)
+        _refused("status", mounted.path, status=1, says="does not answer")
+        coordlfs("umount", mounted.path)
+    assert not is_mounted(mounted.path)
+
+
+def test_a_mount_can_be_mounted_again_at_once(source: Path, mount: MakeMount, place: Path) -> None:
+    (source / "f").write_bytes(noise(MIB))
+    for _ in range(3):
+        mounted = mount(source, mountpoint=place / "mnt")
+        assert read(mounted.path / "f") == noise(MIB)
+        mounted.settle()
+        mounted.end()
