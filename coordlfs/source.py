@@ -117,7 +117,7 @@ class Source:
             st = os.fstat(fd)
             if not stat.S_ISREG(st.st_mode):
                 raise OSError(errno.ESTALE, "no longer a regular file")
-            n = self._read(fd, into, offset, size, st.st_size, slow)
+            n = self._read(fd, into, offset, min(size, st.st_size - offset), slow)
             keep = st.st_size >= _KEEP_OPEN_FROM
             return n, st
         finally:
@@ -164,10 +164,7 @@ class Source:
         for fd in fds:
             os.close(fd)
 
-    def _read(
-        self, fd: int, into: mmap | memoryview, offset: int, size: int, file_size: int, slow: Callable[[], None]
-    ) -> int:
-        want = min(size, file_size - offset)
+    def _read(self, fd: int, into: mmap | memoryview, offset: int, want: int, slow: Callable[[], None]) -> int:
         if want <= 0:
             return 0
         cached = pages.resident(fd, offset, want)
