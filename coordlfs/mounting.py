@@ -112,6 +112,15 @@ def _check_mountpoint(source: str, mountpoint: str) -> bool:
     return False
 
 
+def _check_log(log_file: str | None) -> None:
+    if log_file is None:
+        return
+    try:
+        open(log_file, "a").close()
+    except OSError as e:
+        raise UserError(f"--log-file {log_file} cannot be written: {e.strerror}") from None
+
+
 def _check_fuse() -> None:
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR))
@@ -156,6 +165,7 @@ def mount(
     source, mountpoint = os.path.realpath(source), os.path.realpath(mountpoint)
     have = memory()
     capacity, how = sizes.cache_size(options.cache_size, have)
+    _check_log(options.log_file)
     root = _check_source(source)
     try:
         _check_places(source, mountpoint)
@@ -305,6 +315,7 @@ def run(source: str, command: list[str], options: Options) -> int:
         report(stats(source))
         return status if status >= 0 else 128 - status
     finally:
+        os.chdir("/")  # or this process would be the one that holds the mount
         with suppress(UserError):
             umount(source, lazy=True)
         deadline = time.monotonic() + _END_TIMEOUT
