@@ -205,6 +205,16 @@ def test_node_ids_are_made_of_the_path(tree: list[tuple[int, bytes]]) -> None:
             assert catalog.node(record) == node_of_path(catalog.path(record))
 
 
+def test_names_of_many_directories_that_collide_are_told_apart(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds, id_bits=8)
+    homes = [catalog.enter(0, b"%d" % number, directory(number))[0] for number in range(2, 92)]
+    files = {catalog.enter(home, b"same", attributes(home + 1000))[0]: home for home in homes}
+    assert len({catalog.node(record) for record in files}) == len(homes)
+    for record, home in files.items():
+        assert catalog.entry(record) == (home, b"same")
+        assert catalog.enter(home, b"same", attributes(home + 1000)) == (record, False)
+
+
 def test_growth_past_the_index_is_seen_by_a_server_that_takes_over(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
     names = [b"%016x.jpg" % number for number in range(20_000)]
@@ -287,6 +297,23 @@ def test_a_file_that_comes_back_has_its_old_node_again(fds: tuple[int, int]) -> 
     catalog.set_served(new)
     assert catalog.enter(0, b"f", first) == (old, False)
     assert catalog.enter(0, b"f", second) == (new, False)
+
+
+def test_a_replaced_node_stays_so_though_its_inode_number_comes_back(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    old, _ = catalog.enter(0, b"f", attributes(2, size=1))
+    catalog.set_served(old)
+    new, _ = catalog.enter(0, b"f", attributes(3, size=2))
+    again, _ = Catalog(*fds).enter(0, b"f", attributes(2, size=3))  # inode 2 was free, and taken for the third file
+    assert old not in (new, again), "whoever has the first file open would read the third"
+    assert catalog.version(old) == Version(1, 0, 2)
+
+
+def test_a_directory_that_changed_is_shown_as_it_is_at_once(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    record, _ = catalog.enter(0, b"d", attributes(2, kind=stat.S_IFDIR, mtime_ns=1))
+    assert catalog.enter(0, b"d", attributes(2, kind=stat.S_IFDIR, mtime_ns=2)) == (record, False)
+    assert catalog.version(record).mtime_ns == 2
 
 
 def test_a_file_that_became_a_directory_is_one(fds: tuple[int, int]) -> None:

@@ -159,6 +159,16 @@ def test_sentinels_and_misses_tell_the_same_epochs(sentinels: int, sizes: list[i
         assert server.epochs.current.number == epoch
 
 
+def test_most_sentinels_speak_for_all() -> None:
+    epochs = Epochs(Epoch(1))
+    for sentinel in range(15):
+        epochs.watch(sentinel)
+    for sentinel in range(8):
+        assert epochs.current.number == 1
+        epochs.opened(sentinel, 100.0)
+    assert epochs.current.number == 2, "seven are of another part of the dataset"
+
+
 @given(sentinels=st.integers(3, 15), times=st.integers(1, 30))
 def test_whoever_looks_at_a_few_files_starts_no_epoch(sentinels: int, times: int) -> None:
     epochs = Epochs(Epoch(1))

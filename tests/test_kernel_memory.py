@@ -45,17 +45,19 @@ def test_the_limit_of_a_cgroup_is_all_there_is(cgroup: Callable[[int], Cgroup]) 
 
 
 @needs_root
-def test_the_lowest_limit_above_counts(cgroup: Callable[[int], Cgroup]) -> None:
-    above = cgroup(200 * MIB)
-    below = above.path / "below"
-    if (above.path / "cgroup.subtree_control").exists():
-        (above.path / "cgroup.subtree_control").write_text("+memory")
-    below.mkdir()
+@pytest.mark.parametrize(("above", "below"), [(200, 300), (300, 200)])
+def test_the_lowest_limit_on_the_way_up_counts(cgroup: Callable[[int], Cgroup], above: int, below: int) -> None:
+    group = cgroup(above * MIB)
+    (inner := group.path / "inner").mkdir()
     try:
-        report = script(REPORT, preexec_fn=lambda: (below / "cgroup.procs").write_text("0"))
+        if (group.path / "cgroup.subtree_control").exists():
+            (group.path / "cgroup.subtree_control").write_text("+memory")
+        limit = "memory.max" if (inner / "memory.max").exists() else "memory.limit_in_bytes"
+        (inner / limit).write_text(str(below * MIB))
+        report = script(REPORT, preexec_fn=lambda: (inner / "cgroup.procs").write_text("0"))
         assert int(report.split()[0]) == 200 * MIB
     finally:
-        below.rmdir()
+        inner.rmdir()
 
 
 FILL = """
