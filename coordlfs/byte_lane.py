@@ -1,4 +1,4 @@
-"""The byte lane: threads that read /dev/fuse, answer READ, and hand the rest to the name lane.
+"""The byte lane: threads that read /dev/fuse, answer READ, LOOKUP and GETATTR, and hand the rest to the name lane.
 
 OPEN, OPENDIR, FLUSH, RELEASE and ACCESS are refused with ENOSYS, after which the kernel never sends them again: to
 open a file that it knows costs no message ("zero-message open"). READDIRPLUS gets the node id written into its file
@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from coordlfs.kernel import fuse, pages
 from coordlfs.metrics import Counters
+from coordlfs.namespace import TIMEOUT, Namespace
 from coordlfs.reading import Reader
 
 log = logging.getLogger(__name__)
@@ -36,11 +37,14 @@ _HANDLE = struct.Struct("=Q")
 class ByteLane:
     """The threads that serve one FUSE device until it is unmounted."""
 
-    def __init__(self, device: int, names: socket.socket, reader: Reader, counters: Counters) -> None:
+    def __init__(
+        self, device: int, names: socket.socket, reader: Reader, namespace: Namespace, counters: Counters
+    ) -> None:
         self.on_end: Callable[[], None] = lambda: None
         self._device = device
         self._names = names
         self._reader = reader
+        self._namespace = namespace
         self._counters = counters
         self._lock = threading.Lock()
         self._total = 0
@@ -117,14 +121,13 @@ class ByteLane:
         _, opcode, unique, node, _, _, pid, _, _ = fuse.IN_HEADER.unpack_from(request)
         if opcode == fuse.READ:
             self._counters.add("reads")
-            _, offset, size = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
-            try:
-                self._read(unique, node, offset, size, pid, into)
-            except OSError as e:
-                self._reply(fuse.error_reply(unique, e.errno or errno.EIO))
-            except Exception:
-                log.exception("READ of node %#x failed", node)
-                self._reply(fuse.error_reply(unique, errno.EIO))
+            self._answer(unique, self._read, unique, node, request, pid, into)
+        elif opcode == fuse.LOOKUP:
+            self._counters.add("lookups")
+            self._answer(unique, self._lookup, unique, node, bytes(message[fuse.IN_HEADER.size : -1]))
+        elif opcode == fuse.GETATTR:
+            self._counters.add("lookups")
+            self._answer(unique, self._getattr, unique, node)
         elif opcode in _REFUSED:
             self._counters.add("direct_opens")
             self._reply(fuse.error_reply(unique, errno.ENOSYS))
@@ -138,7 +141,8 @@ class ByteLane:
             self._counters.add("name_requests")
             self._names.send(message)
 
-    def _read(self, unique: int, node: int, offset: int, size: int, pid: int, into: pages.Buffer) -> None:
+    def _answer(self, unique: int, method: Callable[..., None], *arguments: object) -> None:
+        """Call `method` with a way to say that it is about to wait; its error is the answer, if it raises one."""
         waited = False
 
         def before_wait() -> None:
@@ -148,10 +152,35 @@ class ByteLane:
                 self._before_wait()
 
         try:
-            answer = self._reader.read(node, offset, min(size, fuse.MAX_READ), pid, into, before_wait)
+            method(*arguments, before_wait)
+        except OSError as e:
+            self._reply(fuse.error_reply(unique, e.errno or errno.EIO))
+        except Exception:
+            log.exception("a request failed")
+            self._reply(fuse.error_reply(unique, errno.EIO))
         finally:
             if waited:
                 self._after_wait()
+
+    def _lookup(self, unique: int, parent: int, name: bytes, before_wait: Callable[[], None]) -> None:
+        record, st = self._namespace.lookup(self._namespace.record_of(parent), name, before_wait)
+        self._reply(fuse.entry_reply(unique, self._namespace.node(record), st, TIMEOUT))
+
+    def _getattr(self, unique: int, node: int, before_wait: Callable[[], None]) -> None:
+        st = self._namespace.attributes(self._namespace.record_of(node), before_wait)
+        self._reply(fuse.attributes_reply(unique, node, st, TIMEOUT))
+
+    def _read(
+        self,
+        unique: int,
+        node: int,
+        request: bytearray,
+        pid: int,
+        into: pages.Buffer,
+        before_wait: Callable[[], None],
+    ) -> None:
+        _, offset, size = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
+        answer = self._reader.read(node, offset, min(size, fuse.MAX_READ), pid, into, before_wait)
         length = fuse.OUT_HEADER.size + sum(map(len, answer.data))
         self._reply(fuse.OUT_HEADER.pack(length, 0, unique), *answer.data)
         self._reader.account(answer)

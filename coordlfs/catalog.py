@@ -8,17 +8,21 @@ has the old one open must never get bytes of the new one.
 
 The records live in memory that the supervisor owns (two memfds), about 64 bytes and the name per file, and are only
 ever appended, so that a server killed at any moment leaves a catalogue that its successor can use. The hash index is
-the server's own and made anew. Writing is for one thread; finding is safe from any, at any time.
+the server's own and made anew. Any thread may find and write at any time.
 """
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import stat
 import struct
+import threading
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, TypeVar
 
 import xxhash
 
@@ -31,6 +35,9 @@ _WORDS = 8  # per record
 _MASK = (1 << 63) - 1
 COUNTERS = 128  # words of the header that are free for counters
 _COUNT, _NAMES_USED = 0, 1
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 REGULAR, SERVED, LINKED, DIRECTORY, SUPERSEDED = 1, 2, 4, 8, 16
 
@@ -59,6 +66,15 @@ def _node(key: bytes, seed: int) -> int:
     return max(xxhash.xxh3_64_intdigest(key, seed) & _MASK, 2)
 
 
+def _locked(method: Callable[Concatenate[Catalog, P], T]) -> Callable[Concatenate[Catalog, P], T]:
+    @functools.wraps(method)
+    def call(self: Catalog, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class Catalog:
     """The records of one mount. Record numbers are small integers that stay valid for the life of the mount."""
 
@@ -67,6 +83,7 @@ class Catalog:
         self._heap = mmap.mmap(names, memfds.NAMES)
         self._w = memoryview(self._map).cast("Q")
         self._id_mask = (1 << id_bits) - 1
+        self._lock = threading.RLock()
         self._directories: dict[int, bytes] = {0: b""}
         self.counters = self._w[_HEADER_WORDS - COUNTERS : _HEADER_WORDS]
         if self._w[_COUNT] == 0:
@@ -139,6 +156,7 @@ class Catalog:
         w, at = self._w, _HEADER_WORDS + record * _WORDS
         return w[at + 3] == st.st_size and w[at + 4] == st.st_mtime_ns & 0xFFFFFFFFFFFFFFFF and w[at + 5] == st.st_ino
 
+    @_locked
     def supersedes(self, record: int, st: os.stat_result) -> bool:
         """Whether `st` is another file in the place of one of which bytes have been handed out."""
         flags = self.flags(record)
@@ -157,6 +175,7 @@ class Catalog:
 
     # -- writing ------------------------------------------------------------------------------------------------
 
+    @_locked
     def enter(self, parent: int, name: bytes, st: os.stat_result) -> tuple[int, bool]:
         """The record of a directory entry, made if it is new, and whether its version differs from the one shown.
 
@@ -196,6 +215,7 @@ class Catalog:
         kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
         return kind | (LINKED if linked else 0)
 
+    @_locked
     def move(self, record: int, parent: int, name: bytes) -> None:
         """Give a file with several hard links another of its names to be read by."""
         at = _HEADER_WORDS + record * _WORDS
@@ -203,6 +223,7 @@ class Catalog:
         self._w[at + 2] = offset
         self._w[at + 1] = parent << 32 | len(name) << 16 | self.flags(record)
 
+    @_locked
     def set_version(self, record: int, version: Version, kind: int | None = None) -> None:
         """Record that the kernel is told of `version`, of which nothing has been handed out yet."""
         at = _HEADER_WORDS + record * _WORDS
@@ -214,7 +235,10 @@ class Catalog:
 
     def set_served(self, record: int) -> None:
         """Record that bytes of this version have been handed out."""
-        self._w[_HEADER_WORDS + record * _WORDS + 1] |= SERVED
+        at = _HEADER_WORDS + record * _WORDS + 1
+        if not self._w[at] & SERVED:
+            with self._lock:
+                self._w[at] |= SERVED
 
     def last_miss(self, record: int) -> tuple[int, int]:
         """Epoch of the file's last miss and the page it began at; (0, 0) if there was none."""
@@ -229,6 +253,7 @@ class Catalog:
         """How many pages of the file are pinned."""
         return self._w[_HEADER_WORDS + record * _WORDS + 7]
 
+    @_locked
     def add_pinned_pages(self, record: int, pages: int) -> None:
         """Count `pages` more (or fewer, if negative) as pinned."""
         self._w[_HEADER_WORDS + record * _WORDS + 7] += pages

@@ -23,7 +23,7 @@ from coordlfs import items
 from coordlfs.admission import Admission
 from coordlfs.catalog import REGULAR, Catalog
 from coordlfs.minio import State
-from coordlfs.name_lane import NameLane
+from coordlfs.namespace import Namespace
 from coordlfs.source import Source
 
 log = logging.getLogger(__name__)
@@ -35,10 +35,10 @@ _PEER = struct.Struct("3i")
 class Control:
     """Serves the socket; `name` is what a client connects to."""
 
-    def __init__(self, catalog: Catalog, source: Source, names: NameLane, admission: Admission) -> None:
+    def __init__(self, catalog: Catalog, source: Source, namespace: Namespace, admission: Admission) -> None:
         self._catalog = catalog
         self._source = source
-        self._names = names
+        self._namespace = namespace
         self._admission = admission
         self.name = f"coordlfs-{secrets.token_hex(16)}"
         self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {"admit": self._admit, "drop": self._drop}
@@ -103,10 +103,9 @@ class Control:
                 return None
             directories[parent_path] = parent
         try:
-            st = self._source.lstat(path)
+            return self._namespace.lookup(directories[parent_path], name)[0]
         except OSError:
             return None
-        return self._names.enter(directories[parent_path], name, st)
 
     async def _admit(self, request: dict[str, Any]) -> dict[str, int]:
         """Have files pinned, and wait until they are or cannot be."""

@@ -12,6 +12,7 @@ NAMES = (
     "stash_bytes",  # served from the stash
     "requests",  # messages of the kernel, but for FORGET
     "reads",  # READ messages
+    "lookups",  # LOOKUP and GETATTR messages
     "name_requests",  # messages handed to the name lane
     "direct_opens",  # messages refused to make opening free
     "ioctls",  # refused; not so that the kernel would remember

@@ -1,7 +1,7 @@
-"""The name lane: pyfuse3 and trio answer everything about names and attributes.
+"""The name lane: pyfuse3 and trio answer what is asked about names, but for single names and attributes.
 
-It is told nothing twice: names, attributes and listings get timeouts of a day, and the kernel keeps them. pyfuse3
-reads from a socket pair that the byte lane feeds; see `coordlfs.server`.
+Listings, links, extended attributes and file system figures. The kernel asks nothing twice: names, attributes and
+listings are good for a day. pyfuse3 reads from a socket pair that the byte lane feeds; see `coordlfs.server`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,18 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 
 from coordlfs import items
-from coordlfs.catalog import DIRECTORY, LINKED, REGULAR, Catalog, Version
+from coordlfs.catalog import REGULAR, Catalog
 from coordlfs.kernel import pages
-from coordlfs.reading import Reader
+from coordlfs.namespace import TIMEOUT, Namespace
 from coordlfs.source import Listing, Source
 
 log = logging.getLogger(__name__)
 
-TIMEOUT = 86400.0  # seconds that the kernel may believe names and attributes
 _LISTINGS = 64
 XATTR_PREFIX = b"user.coordl."
 P = ParamSpec("P")
@@ -54,48 +52,20 @@ def _errno(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine
 class NameLane(pyfuse3.Operations):
     """Names of one mount, as pyfuse3 asks for them."""
 
-    supports_dot_lookup = True
     enable_acl = False  # the kernel was told in INIT
 
     def __init__(
         self,
         catalog: Catalog,
         source: Source,
-        reader: Reader,
+        namespace: Namespace,
     ) -> None:
         super().__init__()
         self.root_xattrs: dict[bytes, Callable[[], bytes]] = {}  # names beneath user.coordl., and who knows them
         self._catalog = catalog
         self._source = source
-        self._reader = reader
+        self._namespace = namespace
         self._listings: OrderedDict[int, Listing] = OrderedDict()
-
-    # -- attributes ---------------------------------------------------------------------------------------------
-
-    def record_of(self, node: int) -> int:
-        """The record of a node; ESTALE if the kernel knows it and we do not."""
-        record = self._catalog.find(node)
-        if record is None:
-            raise pyfuse3.FUSEError(errno.ESTALE)
-        return record
-
-    def enter(self, parent: int, name: bytes, st: os.stat_result) -> int:
-        """The record of a directory entry as the source shows it now."""
-        record, changed = self._catalog.enter(parent, name, st)
-        if changed:
-            self._reader.modified(record, st)
-        elif self._catalog.flags(record) & LINKED:
-            self._keep_a_name(record, parent, name, st)
-        return record
-
-    def _keep_a_name(self, record: int, parent: int, name: bytes, st: os.stat_result) -> None:
-        # One node for all hard links of a file: it is read by one of its names, which must still be there.
-        if self._catalog.entry(record) == (parent, name):
-            return
-        with suppress(OSError):
-            if self._source.lstat(self._catalog.path(record)).st_ino == st.st_ino:
-                return
-        self._catalog.move(record, parent, name)
 
     def _attributes(self, node: int, st: os.stat_result) -> pyfuse3.EntryAttributes:
         a = pyfuse3.EntryAttributes()
@@ -116,39 +86,9 @@ class NameLane(pyfuse3.Operations):
         return a
 
     @_errno
-    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        """Attributes of a node; ESTALE if its name leads to another file by now."""
-        record = self.record_of(inode)
-        st = self._source.lstat(self._catalog.path(record))
-        if not self._catalog.shows(record, st):
-            flags = self._catalog.flags(record)
-            if self._catalog.supersedes(record, st):
-                raise pyfuse3.FUSEError(errno.ESTALE)
-            if flags & REGULAR != (REGULAR if stat.S_ISREG(st.st_mode) else 0):
-                raise pyfuse3.FUSEError(errno.ESTALE)
-            if bool(flags & DIRECTORY) != stat.S_ISDIR(st.st_mode):
-                raise pyfuse3.FUSEError(errno.ESTALE)
-            if flags & REGULAR:
-                self._reader.modified(record, st)
-            else:
-                self._catalog.set_version(record, Version.of(st))
-        return self._attributes(inode, st)
-
-    @_errno
-    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        """A name in a directory."""
-        parent = self.record_of(parent_inode)
-        if name in (b".", b".."):
-            record = parent if name == b"." else self._catalog.entry(parent)[0]
-            return await self.getattr(self._catalog.node(record), ctx)
-        directory = self._catalog.directory_path(parent)
-        st = self._source.lstat(directory + b"/" + name if directory else name)
-        return self._attributes(self._catalog.node(self.enter(parent, name, st)), st)
-
-    @_errno
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         """Where a symbolic link leads."""
-        return self._source.readlink(self._catalog.path(self.record_of(inode)))
+        return self._source.readlink(self._catalog.path(self._namespace.record_of(inode)))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Nothing is kept per kernel reference."""
@@ -173,7 +113,7 @@ class NameLane(pyfuse3.Operations):
     @_errno
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """Entries from position `start_id` on; `fh` is the node id, since directories are not opened."""
-        record = self.record_of(fh)
+        record = self._namespace.record_of(fh)
         listing = self._listing(fh, record, start_id)
         names = listing.names
         position = start_id
@@ -192,7 +132,7 @@ class NameLane(pyfuse3.Operations):
                 st = listing.lstat(name)
             except FileNotFoundError:
                 continue
-            node = self._catalog.node(self.enter(record, name, st))
+            node = self._catalog.node(self._namespace.enter(record, name, st))
             if not pyfuse3.readdir_reply(token, name, self._attributes(node, st), position):
                 return
         if start_id >= position:  # the empty reply that ends it
@@ -219,7 +159,7 @@ class NameLane(pyfuse3.Operations):
     @_errno
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         """The source's, and those of coordlfs itself beneath `user.coordl.`."""
-        record = self.record_of(inode)
+        record = self._namespace.record_of(inode)
         if name.startswith(XATTR_PREFIX):
             return self._own_xattr(record, name[len(XATTR_PREFIX) :])
         return self._source.xattr(self._catalog.path(record), name)
@@ -240,4 +180,4 @@ class NameLane(pyfuse3.Operations):
     @_errno
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         """The source's: a copy made with its attributes must equal the source."""
-        return self._source.xattrs(self._catalog.path(self.record_of(inode)))
+        return self._source.xattrs(self._catalog.path(self._namespace.record_of(inode)))

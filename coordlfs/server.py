@@ -28,6 +28,7 @@ from coordlfs.kernel import fuse, mounts, pages, process
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO
 from coordlfs.name_lane import NameLane
+from coordlfs.namespace import Namespace
 from coordlfs.notifier import Notifier
 from coordlfs.reading import Reader
 from coordlfs.source import Source
@@ -80,8 +81,9 @@ def serve(config: dict[str, Any]) -> None:
     notifier = Notifier(device)
     reader = Reader(catalog, source, admission, counters, notifier)
     stats = Stats(config, catalog, admission, epochs, counters)
-    names = NameLane(catalog, source, reader)
-    control = Control(catalog, source, names, admission)
+    namespace = Namespace(catalog, source, reader, counters)
+    names = NameLane(catalog, source, namespace)
+    control = Control(catalog, source, namespace, admission)
     names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode}
 
     with ExitStack() as stack:
@@ -92,7 +94,7 @@ def serve(config: dict[str, Any]) -> None:
             admission.recover()
             os.write(device, fuse.resend())
         counters.add("server_starts")
-        lane = ByteLane(device, ours, reader, counters)
+        lane = ByteLane(device, ours, reader, namespace, counters)
         threads = [
             threading.Thread(target=_relay, args=(ours, device), name="relay"),
             threading.Thread(target=admission.run, name="admission"),

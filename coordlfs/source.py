@@ -61,10 +61,20 @@ class Source:
         finally:
             os.close(fd)
 
-    def lstat(self, path: bytes) -> os.stat_result:
-        """The attributes of a name, itself if it is a symbolic link."""
-        with self._reference(path) as fd:
+    def lstat(self, path: bytes, slow: Callable[[], None] | None = None) -> os.stat_result:
+        """The attributes of a name, itself if it is a symbolic link.
+
+        `slow` is called before the disk has to be waited for.
+        """
+        fd = paths.reference_if_cached(self.root, path)
+        if fd is None:
+            if slow is not None:
+                slow()
+            fd = self.open(path, os.O_PATH)
+        try:
             return os.fstat(fd)
+        finally:
+            paths.close_reference(fd)
 
     def readlink(self, path: bytes) -> bytes:
         """Where a symbolic link leads."""

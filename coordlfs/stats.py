@@ -94,7 +94,7 @@ class Stats:
             },
             "requests": {
                 "read": c["reads"],
-                "name": c["name_requests"],
+                "name": c["lookups"] + c["name_requests"],
                 "refused": c["direct_opens"],
                 "ioctl": c["ioctls"],
                 "stash_bytes": c["stash_bytes"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 
@@ -11,6 +12,11 @@ READ_IN = struct.Struct("=QQI")  # fh offset size (the rest is of no use here)
 INIT_IN = struct.Struct("=IIIII")  # major minor max_readahead flags flags2
 INIT_OUT = struct.Struct("=IIIIHHIIHHII")
 INIT_OUT_SIZE = 64
+ENTRY = struct.Struct("=QQQQII")  # nodeid generation entry_valid attr_valid, and their nanoseconds
+ATTR_VALID = struct.Struct("=QII")  # seconds nanoseconds padding
+ATTR = struct.Struct(
+    "=QQQqqqIIIIIIIIII"
+)  # ino size blocks, times, their nanoseconds, mode nlink uid gid rdev blksize flags
 INVAL_INODE = struct.Struct("=QqQ")  # nodeid offset length
 INVAL_ENTRY = struct.Struct("=QII")  # parent namelen flags
 
@@ -29,6 +35,7 @@ INIT_EXT = 1 << 30
 HAS_RESEND = 1 << (39 - 32)  # in flags2
 
 ROOT_NODE = 1
+_S = 10**9  # nanoseconds
 MAX_READ = 1 << 20
 MAX_READ_PAGES = 256
 REQUEST_BUFFER = 1 << 17  # room for the longest request that a read-only mount can send
@@ -77,6 +84,27 @@ def init_reply(request: bytes, *, acl: bool, background: int = 512) -> tuple[byt
 def error_reply(unique: int, code: int) -> bytes:
     """A reply that is nothing but the errno `code`."""
     return OUT_HEADER.pack(OUT_HEADER.size, -code, unique)
+
+
+def attributes(node: int, st: os.stat_result) -> bytes:
+    """struct fuse_attr."""
+    atime, mtime, ctime = divmod(st.st_atime_ns, _S), divmod(st.st_mtime_ns, _S), divmod(st.st_ctime_ns, _S)
+    return ATTR.pack(
+        *(node, st.st_size, st.st_blocks, atime[0], mtime[0], ctime[0], atime[1], mtime[1], ctime[1]),
+        *(st.st_mode, st.st_nlink, st.st_uid, st.st_gid, st.st_rdev & 0xFFFFFFFF, st.st_blksize, 0),
+    )
+
+
+def entry_reply(unique: int, node: int, st: os.stat_result, valid: int) -> bytes:
+    """The reply to LOOKUP: the name leads to `node`, which may be believed for `valid` seconds."""
+    header = OUT_HEADER.pack(OUT_HEADER.size + ENTRY.size + ATTR.size, 0, unique)
+    return header + ENTRY.pack(node, 0, valid, valid, 0, 0) + attributes(node, st)
+
+
+def attributes_reply(unique: int, node: int, st: os.stat_result, valid: int) -> bytes:
+    """The reply to GETATTR."""
+    header = OUT_HEADER.pack(OUT_HEADER.size + ATTR_VALID.size + ATTR.size, 0, unique)
+    return header + ATTR_VALID.pack(valid, 0, 0) + attributes(node, st)
 
 
 def _notification(kind: int, body: bytes) -> bytes:

@@ -1,0 +1,95 @@
+"""Names and attributes as the source shows them now, and as the catalogue records that the kernel was shown them.
+
+Both lanes answer from here. Methods raise OSError; what the source gives for a name that is not there, whatever the
+reason, is ENOENT. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+
+from coordlfs.catalog import DIRECTORY, LINKED, REGULAR, Catalog, Version
+from coordlfs.metrics import Counters
+from coordlfs.reading import Reader
+from coordlfs.source import Source
+
+TIMEOUT = 86400  # seconds that the kernel may believe names and attributes
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV})
+
+
+class Namespace:
+    """Looks names up in the source, and enters them into the catalogue."""
+
+    def __init__(self, catalog: Catalog, source: Source, reader: Reader, counters: Counters) -> None:
+        self._catalog = catalog
+        self._source = source
+        self._reader = reader
+        self._counters = counters
+
+    def record_of(self, node: int) -> int:
+        """The record of a node; ESTALE if the kernel knows it and we do not."""
+        record = self._catalog.find(node)
+        if record is None:
+            raise OSError(errno.ESTALE, "unknown node")
+        return record
+
+    def node(self, record: int) -> int:
+        """The node id of a record."""
+        return self._catalog.node(record)
+
+    def lookup(
+        self, parent: int, name: bytes, before_wait: Callable[[], None] | None = None
+    ) -> tuple[int, os.stat_result]:
+        """Record and attributes of a name in the directory whose record is `parent`.
+
+        `before_wait` is called if a disk has to be waited for.
+        """
+        directory = self._catalog.directory_path(parent)
+        st = self._lstat(directory + b"/" + name if directory else name, before_wait)
+        return self.enter(parent, name, st), st
+
+    def attributes(self, record: int, before_wait: Callable[[], None] | None = None) -> os.stat_result:
+        """Attributes of a node that the kernel knows; ESTALE if its name leads to another file by now."""
+        st = self._lstat(self._catalog.path(record), before_wait)
+        if self._catalog.shows(record, st):
+            return st
+        flags = self._catalog.flags(record)
+        kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
+        if self._catalog.supersedes(record, st) or flags & (REGULAR | DIRECTORY) != kind:
+            raise OSError(errno.ESTALE, "replaced")
+        if flags & REGULAR:
+            self._reader.modified(record, st)
+        else:
+            self._catalog.set_version(record, Version.of(st))
+        return st
+
+    def enter(self, parent: int, name: bytes, st: os.stat_result) -> int:
+        """The record of a directory entry that has the attributes `st`."""
+        record, changed = self._catalog.enter(parent, name, st)
+        if changed:
+            self._reader.modified(record, st)
+        elif self._catalog.flags(record) & LINKED:
+            self._keep_a_name(record, parent, name, st)
+        return record
+
+    def _lstat(self, path: bytes, before_wait: Callable[[], None] | None) -> os.stat_result:
+        try:
+            return self._source.lstat(path, before_wait)
+        except OSError as e:
+            if e.errno in _ABSENT:
+                raise FileNotFoundError(errno.ENOENT, "no such name") from e
+            self._counters.add("source_errors")
+            raise
+
+    def _keep_a_name(self, record: int, parent: int, name: bytes, st: os.stat_result) -> None:
+        # One node for all hard links of a file: it is read by one of its names, which must still be there.
+        if self._catalog.entry(record) == (parent, name):
+            return
+        with suppress(OSError):
+            if self._source.lstat(self._catalog.path(record)).st_ino == st.st_ino:
+                return
+        self._catalog.move(record, parent, name)
