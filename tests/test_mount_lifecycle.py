@@ -397,7 +397,7 @@ class TestRun:
 
     def test_nobody_else_sees_it(self, source: Path) -> None:
         (source / "f").write_bytes(b"bytes")
-        command = [*COORDLFS, "run", source, "--cache-size", "1M", "--", "sh", "-c", "echo up; read line; exit 7"]
+        command = [*COORDLFS, "run", str(source), "--cache-size=1M", "--", "sh", "-c", "echo up; read line; exit 7"]
         job = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -418,7 +418,9 @@ class TestRun:
     def test_a_signal_reaches_the_command(self, source: Path) -> None:
         trap = "trap 'exit 9' TERM; echo up; while :; do sleep 0.05; done"
         job = subprocess.Popen(
-            [*COORDLFS, "run", source, "--cache-size", "1M", "--", "sh", "-c", trap], stdout=subprocess.PIPE, text=True
+            [*COORDLFS, "run", str(source), "--cache-size=1M", "--", "sh", "-c", trap],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         try:
             assert job.stdout is not None

@@ -1,0 +1,544 @@
+"""A source that changes or fails: readers get what reading it directly would give, and never bytes of two versions."""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mounts import (
+    CHUNK,
+    MIB,
+    PAGE,
+    MakeMount,
+    Mount,
+    coordlfs,
+    eventually,
+    forget,
+    is_mounted,
+    noise,
+    raises,
+    read,
+    unmount_lazily,
+)
+
+
+def _know(mounted: Mount) -> None:
+    """Have the kernel learn every name and attribute."""
+    for directory, names, files in os.walk(mounted.path):
+        for name in names + files:
+            os.lstat(os.path.join(directory, name))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Put a new file in the place of another, as careful programs do."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_bytes(data)
+    os.rename(beside, path)
+
+
+def _overwrite(path: Path, data: bytes) -> None:
+    """Change a file in place; its time of change is another than before for sure."""
+    with open(path, "r+b") as f:
+        f.write(data)
+        f.truncate(len(data))
+    os.utime(path, ns=(0, os.stat(path).st_mtime_ns + 1_000_000))
+
+
+def _read_by_mmap(path: Path) -> bytes:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(fd).st_size
+        if not size:
+            return b""
+        with mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapped:
+            return mapped[:]
+    finally:
+        os.close(fd)
+
+
+Change = Callable[[Path, bytes], None]
+_SIZES = [0, 1, 5000, 300_000, 3 * MIB + 1, CHUNK + 5]
+
+
+def _or_error(action: Callable[[], bytes], *codes: int) -> bytes | None:
+    """What `action` returns, or None if it fails with one of these errors."""
+    try:
+        return action()
+    except OSError as e:
+        if e.errno not in codes:
+            raise
+        return None
+
+
+def _assert_soon(path: Path, data: bytes) -> None:
+    """Whoever opens the file anew gets `data`, if not at once; until then an error, if anything else than `data`."""
+    eventually(lambda: _or_error(lambda: read(path), errno.ESTALE, errno.ENOENT) == data, 10, f"{path} is new")
+
+
+# -- known, but not read ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [_replace, _overwrite])
+@pytest.mark.parametrize("after", _SIZES)
+def test_changed_before_it_is_read(source: Path, mount: MakeMount, change: Change, after: int) -> None:
+    known = _SIZES[1:]
+    for before in known:
+        (source / f"{before}").write_bytes(noise(before, 1))
+    mounted = mount(source)
+    _know(mounted)
+    for before in known:
+        change(source / f"{before}", noise(after, 2))
+    for before in known:
+        assert read(mounted.path / f"{before}") == noise(after, 2), f"{before} → {after}"
+        found = os.stat(mounted.path / f"{before}")
+        assert (found.st_size, found.st_mtime_ns) == (after, os.stat(source / f"{before}").st_mtime_ns)
+    mounted.settle()
+    for before in known:
+        assert read(mounted.path / f"{before}") == noise(after, 2), f"{before} → {after}, again"
+
+
+@pytest.mark.parametrize("change", [_replace, _overwrite])
+def test_grown_from_nothing(source: Path, mount: MakeMount, change: Change) -> None:
+    # A data set that is still being written is full of these.
+    for after in _SIZES:
+        (source / f"{after}").touch()
+    mounted = mount(source)
+    _know(mounted)
+    for after in _SIZES:
+        assert read(mounted.path / f"{after}") == b""
+        change(source / f"{after}", noise(after, 2))
+    time.sleep(1.1)  # to look every second is often enough
+    for after in _SIZES:
+        assert read(mounted.path / f"{after}") == noise(after, 2)
+
+
+def test_read_from_the_middle_after_it_changed(source: Path, mount: MakeMount) -> None:
+    # The first READ after the change tells the server; it is not one at the beginning.
+    for change in (_replace, _overwrite):
+        for before in (5000, 300_000):
+            (source / f"{change.__name__}{before}").write_bytes(noise(before, 1))
+    mounted = mount(source)
+    _know(mounted)
+    for change in (_replace, _overwrite):
+        for before in (5000, 300_000):
+            change(source / f"{change.__name__}{before}", noise(100_000, 2))
+    for change in (_replace, _overwrite):
+        for before in (5000, 300_000):
+            path = mounted.path / f"{change.__name__}{before}"
+            fd = os.open(path, os.O_RDONLY)
+            got = _or_error(lambda fd=fd: os.pread(fd, 1000, 4096), errno.ESTALE)  # type: ignore[misc]
+            os.close(fd)
+            # What is behind the end that was known may be missing; no other byte may come.
+            assert got is None or (got and noise(100_000, 2)[4096:].startswith(got))
+            _assert_soon(path, noise(100_000, 2))
+
+
+def test_vanished_before_it_is_read(source: Path, mount: MakeMount) -> None:
+    for name in ("read", "mapped", "stays"):
+        (source / name).write_bytes(noise(10_000))
+    (source / "d").mkdir()
+    (source / "d" / "f").write_bytes(noise(10_000))
+    mounted = mount(source)
+    _know(mounted)
+    for name in ("read", "mapped"):
+        (source / name).unlink()
+    shutil.rmtree(source / "d")
+    raises(errno.ENOENT, lambda: read(mounted.path / "read"))
+    raises(errno.ENOENT, lambda: read(mounted.path / "d" / "f"))
+    program = "import mmap, os, sys\nfd = os.open(sys.argv[1], 0)\nmmap.mmap(fd, 0, prot=mmap.PROT_READ)[:]"
+    job = subprocess.run([sys.executable, "-c", program, mounted.path / "mapped"], timeout=20)
+    assert job.returncode == -signal.SIGBUS
+    eventually(lambda: not any((mounted.path / name).exists() for name in ("read", "mapped", "d/f")))
+    eventually(lambda: not (mounted.path / "d").exists() or os.listdir(mounted.path / "d") == [])
+    assert read(mounted.path / "stays") == noise(10_000)
+    assert mounted.stats()["source"]["errors"] >= 3
+
+
+def test_what_is_new_is_found(source: Path, mount: MakeMount) -> None:
+    mounted = mount(source)
+    raises(errno.ENOENT, lambda: os.stat(mounted.path / "f"))
+    (source / "f").write_bytes(b"new")
+    assert read(mounted.path / "f") == b"new"
+
+
+def test_a_name_that_becomes_another_kind(source: Path, mount: MakeMount) -> None:
+    (source / "file").write_bytes(noise(5000))
+    (source / "directory").mkdir()
+    (source / "link").symlink_to("file")
+    mounted = mount(source)
+    _know(mounted)
+    (source / "file").unlink()
+    (source / "file").mkdir()
+    (source / "directory").rmdir()
+    (source / "directory").write_bytes(noise(6000))
+    (source / "link").unlink()
+    (source / "link").write_bytes(noise(7000))
+    with pytest.raises(OSError):
+        read(mounted.path / "file")
+    # Names that the kernel knows may stay what they were for a while; a new mount shows them as they are.
+    again = mount(source)
+    assert os.listdir(again.path / "file") == []
+    assert read(again.path / "directory") == noise(6000)
+    assert read(again.path / "link") == noise(7000)
+
+
+# -- read in part -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["0", "200M"])
+def test_replaced_while_it_is_open(source: Path, mount: MakeMount, cache: str) -> None:
+    size = 3 * CHUNK
+    old, new = noise(size, 1), noise(size, 2)
+    (source / "f").write_bytes(old)
+    mounted = mount(source, cache)
+    with open(mounted.path / "f", "rb", buffering=0) as f:
+        got = bytearray(f.read(100_000))
+        _replace(source / "f", new)
+        while part := _or_error(lambda: f.read(MIB), errno.ESTALE):
+            got += part
+        assert bytes(got) == old[: len(got)]
+        # However often he asks who has the old one open, he gets nothing of the new one.
+        for offset in range(0, size, 5 * MIB):
+            asked = _or_error(lambda at=offset: os.pread(f.fileno(), 1000, at), errno.ESTALE)  # type: ignore[misc]
+            assert asked in (None, old[offset : offset + 1000])
+
+
+@pytest.mark.parametrize("aside", [False, True], ids=["replaced", "moved-aside"])
+def test_a_replaced_file_is_not_served_on(source: Path, mount: MakeMount, aside: bool) -> None:
+    old, new = noise(5 * MIB, 1), noise(5 * MIB, 2)
+    (source / "f").write_bytes(old)
+    mounted = mount(source, "0")
+    assert read(mounted.path / "f") == old
+    if aside:
+        os.rename(source / "f", source / "old")
+    _replace(source / "f", new)
+    deadline = time.monotonic() + 10
+    while True:
+        forget(mounted.path / "f")  # what the kernel has of it, it may keep; this is about what it asks for
+        got = _or_error(lambda: read(mounted.path / "f"), errno.ESTALE)
+        assert got in (None, old, new)
+        if got == new:
+            break
+        assert time.monotonic() < deadline, "the old file is served on and on"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("size", [CHUNK, 20 * MIB + 1, 60 * MIB], ids=["same", "shorter", "longer"])
+def test_changed_in_place_while_it_is_open(source: Path, mount: MakeMount, size: int) -> None:
+    before = 40 * MIB if size != CHUNK else CHUNK
+    old, new = noise(before, 1), noise(size, 2)
+    (source / "f").write_bytes(old)
+    mounted = mount(source, "200M")
+    with open(mounted.path / "f", "rb", buffering=0) as f:
+        assert f.read(5000) == old[:5000]
+        _overwrite(source / "f", new)
+        at = min(size, before) - 100_000  # far from what may have been read ahead
+        asked = _or_error(lambda: os.pread(f.fileno(), 1000, at), errno.ESTALE)
+        assert asked in (None, new[at : at + 1000])
+    _assert_soon(mounted.path / "f", new)
+    mounted.settle()
+    assert read(mounted.path / "f") == new
+    assert mounted.stats()["source"]["changed_files"] >= 1
+
+
+def test_readers_of_a_file_that_is_replaced_again_and_again(source: Path, mount: MakeMount) -> None:
+    # Every version says on each of its pages which one it is, and how long it is.
+    names = [f"f{number}" for number in range(6)]
+    sizes = random.Random(3)
+
+    def version(number: int) -> bytes:
+        count = sizes.randrange(1, 200)
+        return b"".join(f"{number:08} {count:08} {page:08}".encode().ljust(PAGE, b".") for page in range(count))
+
+    for name in names:
+        (source / name).write_bytes(version(0))
+    mounted = mount(source, "2M")
+    ended, failed, seen = threading.Event(), list[str](), set[int]()
+
+    def look(name: str) -> None:
+        try:
+            data = read(mounted.path / name)
+        except OSError as e:
+            if e.errno not in (errno.ESTALE, errno.ENOENT):
+                failed.append(f"{name}: {e}")
+            return
+        number, count = int(data[:8]), int(data[9:17])
+        seen.add(number)
+        good = b"".join(f"{number:08} {count:08} {page:08}".encode().ljust(PAGE, b".") for page in range(count))
+        if data != good:
+            heads = [data[at : at + 27].decode(errors="replace") for at in range(0, len(data), PAGE)]
+            failed.append(f"{name}: {len(data)} bytes of {count * PAGE}: {heads[:3]} … {heads[-3:]}")
+
+    def reader(seed: int) -> None:
+        choice = random.Random(seed)
+        while not ended.is_set():
+            look(choice.choice(names))
+
+    readers = [threading.Thread(target=reader, args=(seed,)) for seed in range(3)]
+    for thread in readers:
+        thread.start()
+    until, number = time.monotonic() + 5, 0
+    while time.monotonic() < until:
+        number += 1
+        _replace(source / random.choice(names), version(number))
+        coordlfs("drop", mounted.path)  # what is pinned is not asked for again
+    ended.set()
+    for thread in readers:
+        thread.join()
+    assert failed == []
+    assert len(seen) > 3, "the readers saw nothing change"
+
+
+# -- links planted in the source ----------------------------------------------------------------------------------
+
+
+def test_a_planted_link_leads_nowhere(source: Path, mount: MakeMount, place: Path) -> None:
+    outside = place / "outside"
+    outside.mkdir()
+    for name in ("f", "g"):
+        (outside / name).write_bytes(b"secret")
+    (source / "d").mkdir()
+    for name in ("d/f", "d/g", "top"):
+        (source / name).write_bytes(b"public")
+    mounted = mount(source)
+    _know(mounted)
+    os.rename(source / "d", source / "moved")
+    (source / "d").symlink_to(outside)
+    (source / "top").unlink()
+    (source / "top").symlink_to(outside / "f")
+    # The kernel still believes that `d` is a directory and `top` a file: reading through them would be coordlfs.
+    for name in ("d/f", "top"):
+        with pytest.raises(OSError):
+            read(mounted.path / name)
+    with pytest.raises(OSError):
+        os.stat(mounted.path / "d" / "h")
+    assert mounted.stats()["pinned_items"] == 0
+
+
+def test_links_in_the_source_are_the_readers_to_follow(source: Path, mount: MakeMount, place: Path) -> None:
+    (place / "outside").write_bytes(b"by an absolute link")
+    (source / "d").mkdir()
+    (source / "d" / "f").write_bytes(b"by a relative link")
+    (source / "absolute").symlink_to(place / "outside")
+    (source / "relative").symlink_to("d/f")
+    (source / "up").symlink_to("../d/f")
+    (source / "d" / "up").symlink_to("../d/f")
+    mounted = mount(source)
+    assert read(mounted.path / "absolute") == b"by an absolute link"
+    assert read(mounted.path / "relative") == b"by a relative link"
+    assert read(mounted.path / "d" / "up") == b"by a relative link"
+    raises(errno.ENOENT, lambda: read(mounted.path / "up"))
+
+
+def test_a_hard_link_outlives_its_other_name(source: Path, mount: MakeMount) -> None:
+    (source / "a").write_bytes(noise(50_000))
+    os.link(source / "a", source / "b")
+    mounted = mount(source)
+    _know(mounted)
+    assert os.stat(mounted.path / "a").st_ino == os.stat(mounted.path / "b").st_ino
+    (source / "a").unlink()
+    _assert_soon(mounted.path / "b", noise(50_000))
+
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+
+class Faults:
+    """A mounted file system that fails on demand; see `faulty_fs`."""
+
+    def __init__(self, directory: Path, place: Path) -> None:
+        self.path = place / "faulty"
+        self.path.mkdir()
+        self._file = place / "faults"
+        self.clear()
+        program = Path(__file__).with_name("faulty_fs.py")
+        self._process = subprocess.Popen([sys.executable, program, directory, self.path, self._file])
+        eventually(lambda: is_mounted(self.path))
+
+    def set(self, what: str, **fault: float) -> None:
+        """From now on this fails, and nothing else."""
+        self._write({what: fault})
+
+    def clear(self) -> None:
+        """From now on nothing fails."""
+        self._write({})
+
+    def _write(self, faults: dict[str, Any]) -> None:
+        beside = self._file.with_name("faults.new")
+        beside.write_text(json.dumps(faults))
+        os.rename(beside, self._file)
+
+    def end(self) -> None:
+        """Unmount, and see that the process has ended."""
+        unmount_lazily(self.path)
+        try:
+            self._process.wait(10)
+        finally:
+            self._process.kill()
+            self._process.wait()
+
+
+@pytest.fixture
+def faults(source: Path, place: Path, _may_mount: None) -> Iterator[Callable[[], Faults]]:
+    """Mounts `source` on the faulty file system, once its files are there."""
+    made: list[Faults] = []
+
+    def make() -> Faults:
+        made.append(Faults(source, place))
+        return made[0]
+
+    yield make
+    for faulty in made:
+        faulty.end()
+
+
+@pytest.mark.parametrize("cache", ["0", "64M"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EREMOTEIO])
+def test_an_error_of_reading(
+    source: Path, faults: Callable[[], Faults], mount: MakeMount, cache: str, code: int
+) -> None:
+    (source / "f").write_bytes(noise(300_000))
+    (source / "g").write_bytes(noise(50_000))
+    faulty = faults()
+    mounted = mount(faulty.path, cache)
+    faulty.set("read f", errno=code)
+    for _ in range(2):
+        raises(code, lambda: read(mounted.path / "f"))
+    assert mounted.stats()["source"]["errors"] >= 2
+    assert mounted.stats()["pinned_items"] == 0
+    assert read(mounted.path / "g") == noise(50_000)
+    faulty.clear()
+    errors = mounted.stats()["source"]["errors"]
+    for _ in range(2):
+        assert read(mounted.path / "f") == noise(300_000)
+        mounted.settle()
+    assert mounted.stats()["source"]["errors"] == errors
+    assert mounted.cached("f") == ("no" if cache == "0" else "pinned")
+
+
+def test_an_error_in_the_middle_of_a_file(source: Path, faults: Callable[[], Faults], mount: MakeMount) -> None:
+    data = noise(5 * MIB)
+    (source / "f").write_bytes(data)
+    faulty = faults()
+    mounted = mount(faulty.path)
+    faulty.set("read f", errno=errno.EIO, **{"from": 3 * MIB})
+    fd = os.open(mounted.path / "f", os.O_RDONLY)
+    assert os.pread(fd, 100_000, MIB) == data[MIB : MIB + 100_000]
+    raises(errno.EIO, lambda: os.pread(fd, 100, 4 * MIB))
+    time.sleep(0.3)  # the keeper tries and fails as well
+    assert os.pread(fd, 100_000, 0) == data[:100_000]
+    faulty.clear()
+    assert read(mounted.path / "f") == data
+    os.close(fd)
+    mounted.settle()
+    assert read(mounted.path / "f") == data
+    mounted.settle()
+    assert mounted.cached("f") == "pinned"
+
+
+def test_a_mapping_of_what_cannot_be_read(source: Path, faults: Callable[[], Faults], mount: MakeMount) -> None:
+    (source / "f").write_bytes(noise(50_000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    faulty.set("read f", errno=errno.EIO)
+    program = "import mmap, os, sys\nfd = os.open(sys.argv[1], 0)\nmmap.mmap(fd, 0, prot=mmap.PROT_READ)[:]"
+    job = subprocess.run([sys.executable, "-c", program, mounted.path / "f"], timeout=20)
+    assert job.returncode == -signal.SIGBUS
+    faulty.clear()
+    assert _read_by_mmap(mounted.path / "f") == noise(50_000)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_errors_of_names(source: Path, faults: Callable[[], Faults], mount: MakeMount, code: int) -> None:
+    for name in ("f", "g"):
+        (source / name).write_bytes(noise(5000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    for what, action in (
+        ("lookup f", lambda: os.stat(mounted.path / "f")),
+        ("readdir ", lambda: os.listdir(mounted.path)),
+        ("open g", lambda: read(mounted.path / "g")),
+        ("getxattr f", lambda: os.getxattr(mounted.path / "f", "user.any")),
+    ):
+        faulty.set(what, errno=code)
+        raises(code, action)
+        faulty.clear()
+        if what.startswith("getxattr"):
+            raises(errno.ENODATA, action)
+        else:
+            action()
+    assert sorted(os.listdir(mounted.path)) == ["f", "g"]
+    assert read(mounted.path / "f") == read(mounted.path / "g") == noise(5000)
+
+
+def test_warming_what_cannot_be_read(source: Path, faults: Callable[[], Faults], mount: MakeMount) -> None:
+    for name in ("f", "g"):
+        (source / name).write_bytes(noise(300_000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    faulty.set("read f", errno=errno.EIO)
+    assert "1 of 2 items" in coordlfs("warm", mounted.path, timeout=30, status=None).stdout
+    assert (mounted.cached("f"), mounted.cached("g")) == ("no", "pinned")
+    assert "cannot be read" in coordlfs("verify", mounted.path, status=1).stdout
+    faulty.clear()
+    assert "2 of 2 items" in coordlfs("warm", mounted.path, timeout=30).stdout
+    assert "all equal" in coordlfs("verify", mounted.path).stdout
+
+
+def test_a_source_that_takes_its_time_holds_up_nobody_else(
+    source: Path, faults: Callable[[], Faults], mount: MakeMount
+) -> None:
+    for name in ("slow", "pinned", "other"):
+        (source / name).write_bytes(noise(50_000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    read(mounted.path / "pinned")
+    mounted.settle()
+    faulty.set("read slow", delay=5)
+    got: list[bytes] = []
+    readers = [threading.Thread(target=lambda: got.append(read(mounted.path / "slow"))) for _ in range(4)]
+    started = time.monotonic()
+    for thread in readers:
+        thread.start()
+    time.sleep(0.3)
+    with mounted.messages() as sent:
+        assert read(mounted.path / "pinned") == noise(50_000)
+    assert sent["read"] == 0
+    assert read(mounted.path / "other") == noise(50_000)
+    assert time.monotonic() - started < 4, "they waited for the slow one"
+    for thread in readers:
+        thread.join()
+    assert got == [noise(50_000)] * 4
+
+
+def test_unmounting_while_the_source_takes_its_time(
+    source: Path, faults: Callable[[], Faults], mount: MakeMount
+) -> None:
+    (source / "slow").write_bytes(noise(50_000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    faulty.set("read slow", delay=3)
+    program = "import os, sys\nos.read(os.open(sys.argv[1], 0), 100)"
+    job = subprocess.Popen([sys.executable, "-c", program, mounted.path / "slow"])
+    try:
+        time.sleep(0.5)
+        pids = mounted.pids
+        coordlfs("umount", "--lazy", mounted.path)
+        assert job.wait(20) == 0
+    finally:
+        job.kill()
+        job.wait()
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
