@@ -26,6 +26,8 @@ NAMES = (
     "server_starts",
 )
 
+_SOURCE_BYTES, _SOURCE_READS = NAMES.index("source_bytes"), NAMES.index("source_reads")
+
 
 class Counters:
     """Named 64-bit counters in `words`."""
@@ -42,6 +44,12 @@ class Counters:
         at = self._at[name]
         with self._lock:
             self._words[at] += amount
+
+    def count_read(self, nbytes: int) -> None:
+        """Count a READ that went to the source."""
+        with self._lock:
+            self._words[_SOURCE_READS] += 1
+            self._words[_SOURCE_BYTES] += nbytes
 
     def set(self, name: str, value: int) -> None:
         """Replace a counter's value."""

@@ -93,8 +93,7 @@ class Reader:
                 self._vanished(record)
                 raise OSError(errno.ENOENT, "vanished") from e
             raise
-        self.counters.add("source_bytes", n)
-        self.counters.add("source_reads")
+        self.counters.count_read(n)
         if self.catalog.shows(record, st):
             self.catalog.set_served(record)
             if n:

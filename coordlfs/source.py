@@ -132,6 +132,8 @@ class Source:
             return n, st
         finally:
             if keep:
+                if not self._direct_refused:
+                    pages.set_direct(fd, True)
                 self._give(record, fd)
             else:
                 os.close(fd)
@@ -192,7 +194,6 @@ class Source:
         else:
             pages.set_direct(fd, False)
             n = _pread_all(fd, memoryview(into)[:want], offset)
-            pages.set_direct(fd, True)
         if not cached:
             pages.drop(fd, offset, want)
         return n

@@ -29,4 +29,5 @@ def syscall(number: int, what: str, *arguments: object) -> int:
 
 def quick_call(function: str, *arguments: object) -> int:
     """Call a C function that never blocks, without releasing the GIL: to get it back would cost more."""
-    return check(getattr(_holding_gil, function)(*arguments), function)
+    result: int = getattr(_holding_gil, function)(*arguments)
+    return result if result != -1 else check(result, function)

@@ -7,11 +7,11 @@ import errno
 import fcntl
 import mmap as _mmap
 import os
+import threading
 
 from coordlfs.kernel.libc import check, libc, quick_call
 
 PAGE = _mmap.PAGESIZE
-SYS_CACHESTAT = 451
 PROT_READ, MAP_SHARED, MADV_RANDOM, MADV_NORMAL = 1, 1, 1, 0
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -22,18 +22,17 @@ libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-class _Range(ctypes.Structure):
-    _fields_ = [("offset", ctypes.c_uint64), ("length", ctypes.c_uint64)]
+class _CacheStat(threading.local):
+    """The arguments of cachestat(2), made once for each thread: making them takes longer than the call."""
+
+    def __init__(self) -> None:
+        self.range = (ctypes.c_uint64 * 2)()
+        self.result = (ctypes.c_uint64 * 5)()  # pages: cached, dirty, in writeback, evicted, recently evicted
+        self.tail = ctypes.byref(self.range), ctypes.byref(self.result), ctypes.c_uint(0)
 
 
-class _CacheStat(ctypes.Structure):
-    _fields_ = [
-        ("cache", ctypes.c_uint64),
-        ("dirty", ctypes.c_uint64),
-        ("writeback", ctypes.c_uint64),
-        ("evicted", ctypes.c_uint64),
-        ("recently_evicted", ctypes.c_uint64),
-    ]
+_cachestat = _CacheStat()
+_SYS_CACHESTAT = ctypes.c_long(451)
 
 
 def count(length: int) -> int:
@@ -70,17 +69,15 @@ def resident(fd: int, offset: int = 0, length: int = 0) -> int | None:
 
     None where the kernel (before 6.5), the file system or the caller's rights do not allow to ask.
     """
-    result = _CacheStat()
-    asked = _Range(offset, length)
+    call = _cachestat
+    call.range[0], call.range[1] = offset, length
     try:
-        quick_call(
-            "syscall", ctypes.c_long(SYS_CACHESTAT), fd, ctypes.byref(asked), ctypes.byref(result), ctypes.c_uint(0)
-        )
+        quick_call("syscall", _SYS_CACHESTAT, fd, *call.tail)
     except OSError as e:
         if e.errno in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL):
             return None
         raise
-    return int(result.cache)
+    return call.result[0]
 
 
 def set_direct(fd: int, on: bool) -> None:
