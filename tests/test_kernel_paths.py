@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,19 @@ def root(outside: Path) -> Iterator[int]:
     os.close(fd)
 
 
+def descriptors(below: Path) -> list[str]:
+    """What this process has open of a directory."""
+    paths = []
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the one that lists them is closed by now
+            paths.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return [path for path in paths if path.startswith(str(below))]
+
+
 @pytest.fixture(autouse=True)
-def _closes_what_it_opens() -> Iterator[None]:
-    before = len(os.listdir("/proc/self/fd"))
+def _closes_what_it_opens(outside: Path, root: int) -> Iterator[None]:
     yield
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors(outside) == [str(outside / "root")]
 
 
 def contents(root: int, path: bytes) -> bytes:
