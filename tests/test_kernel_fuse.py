@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 
 import pytest
@@ -75,6 +76,35 @@ def test_init_of_kernels_before_5_17_is_understood() -> None:
 @given(unique=LONG, code=st.sampled_from(sorted(errno.errorcode)))
 def test_an_error_is_a_header_alone(unique: int, code: int) -> None:
     assert fuse.error_reply(unique, code) == struct.pack("<IiQ", 16, -code, unique)
+
+
+@given(
+    unique=LONG,
+    node=LONG,
+    numbers=st.tuples(*[st.integers(0, (1 << 31) - 1)] * 6),
+    times=st.tuples(*[st.integers(-(1 << 62), 1 << 62)] * 3),
+    size=st.integers(0, (1 << 63) - 1),
+)
+def test_attributes_are_laid_out_as_struct_fuse_attr(
+    unique: int, node: int, numbers: tuple[int, ...], times: tuple[int, int, int], size: int
+) -> None:
+    mode, links, uid, gid, device, blocks = numbers
+    names = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blocks", "st_blksize", "st_rdev")
+    found = os.stat_result(
+        (mode, 7, 1, links, uid, gid, size, 0, 0, 0), dict(zip(names, (*times, blocks, 4096, device), strict=True))
+    )
+    entry = fuse.entry_reply(unique, node, found, 86400, 5)
+    assert struct.unpack_from("<IiQQQQQII", entry) == (len(entry), 0, unique, node, 0, 86400, 5, 0, 0)
+    reply = fuse.attributes_reply(unique, node, found, 1)
+    assert struct.unpack_from("<IiQQII", reply) == (len(reply), 0, unique, 1, 0, 0)
+    assert (len(entry), len(reply)) == (16 + 128, 16 + 104)
+    body = reply[32:]
+    assert entry[56:] == body
+    seconds, nanoseconds = struct.unpack_from("<qqq", body, 24), struct.unpack_from("<III", body, 48)
+    assert all(n < 10**9 for n in nanoseconds), "the kernel takes no more than a second of them"
+    assert tuple(s * 10**9 + n for s, n in zip(seconds, nanoseconds, strict=True)) == times
+    assert struct.unpack_from("<QQQ", body) == (node, size, blocks)
+    assert struct.unpack_from("<IIIIIII", body, 60) == (mode, links, uid, gid, device, 4096, 0)
 
 
 @given(node=LONG, offset=st.integers(-(1 << 63), (1 << 63) - 1), length=LONG)

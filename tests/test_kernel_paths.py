@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordlfs.kernel.paths import open_beneath
+from coordlfs.kernel.paths import close_reference, open_beneath, reference_if_cached
 
 NAME = b"n" * 200  # of the deep directories
 
@@ -163,6 +163,38 @@ def test_no_path_leads_out(outside: Path, root: int, parts: list[bytes], flags: 
         assert where == os.path.abspath(plain), "another file than the path names"
 
 
+@settings(max_examples=300, deadline=None)
+@given(parts=st.lists(COMPONENTS, max_size=7))
+def test_a_reference_is_what_would_be_opened_or_nothing(root: int, parts: list[bytes]) -> None:
+    path = b"/".join(parts)
+    refused = refusal(root, path, os.O_PATH)
+    try:
+        reference = reference_if_cached(root, path)
+    except OSError as e:
+        if e.errno != refused:
+            raise
+    else:
+        if reference is not None:
+            assert refused is None
+            assert not os.get_inheritable(reference)
+            where = os.readlink(f"/proc/self/fd/{reference}")
+            close_reference(reference)
+            fd = open_beneath(root, path, os.O_PATH)
+            assert os.readlink(f"/proc/self/fd/{fd}") == where
+            os.close(fd)
+
+
+def test_names_that_the_kernel_knows_are_referenced_at_once(root: int) -> None:
+    for path in (b"d/f", b"inside", b"missing"):
+        refusal(root, path, os.O_PATH)
+    for path in (b"", b"d/f", b"inside"):
+        reference = reference_if_cached(root, path)
+        assert reference is not None, "Linux 5.12 brought it"
+        close_reference(reference)
+    with pytest.raises(FileNotFoundError):
+        reference_if_cached(root, b"missing")
+
+
 # -- paths longer than PATH_MAX -----------------------------------------------------------------------------------
 
 
@@ -188,6 +220,7 @@ def test_paths_longer_than_path_max(root: int, depth: int) -> None:
     lowest = b"/".join([NAME] * depth)
     assert len(lowest) > 2 * 4096
     assert contents(root, lowest + b"/f") == b"deep"
+    assert reference_if_cached(root, lowest) is None
     assert refusal(root, lowest + b"/link") == errno.ELOOP
     assert refusal(root, lowest + b"/here/f") == errno.ELOOP
     assert refusal(root, lowest + b"/missing") == errno.ENOENT
