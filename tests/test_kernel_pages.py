@@ -6,7 +6,9 @@ import ctypes
 import errno
 import fcntl
 import os
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,12 +76,24 @@ def test_resident_counts_the_pages_that_the_range_touches(fd: int) -> None:
     pages.unmap(address, 3 * PAGE)
 
 
+def test_threads_that_ask_at_once_get_their_own_answers(fd: int) -> None:
+    os.pread(fd, COUNT * PAGE, 0)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(COUNT) as pool:
+            answers = pool.map(lambda n: {pages.resident(fd, 0, n * PAGE) for _ in range(1000)}, range(1, COUNT + 1))
+            assert list(answers) == [{n} for n in range(1, COUNT + 1)]
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_locking_behind_the_end_of_a_file_is_an_error(fd: int) -> None:
     address = pages.map_file(fd, 0, COUNT * PAGE)
     os.ftruncate(fd, 5 * PAGE)
     with pytest.raises(OSError) as failed:
         pages.lock(address, COUNT * PAGE)
-    assert failed.value.errno == errno.ENOMEM
+    assert failed.value.errno == errno.EFAULT
     pages.unmap(address, COUNT * PAGE)
 
 
