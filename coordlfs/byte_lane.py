@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from coordlfs.kernel import fuse, pages
 from coordlfs.metrics import Counters
-from coordlfs.namespace import TIMEOUT, Namespace
+from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
 from coordlfs.reading import Reader
 
 log = logging.getLogger(__name__)
@@ -164,11 +164,11 @@ class ByteLane:
 
     def _lookup(self, unique: int, parent: int, name: bytes, before_wait: Callable[[], None]) -> None:
         record, st = self._namespace.lookup(self._namespace.record_of(parent), name, before_wait)
-        self._reply(fuse.entry_reply(unique, self._namespace.node(record), st, TIMEOUT))
+        self._reply(fuse.entry_reply(unique, self._namespace.node(record), st, NAME_TIMEOUT, believed(st)))
 
     def _getattr(self, unique: int, node: int, before_wait: Callable[[], None]) -> None:
         st = self._namespace.attributes(self._namespace.record_of(node), before_wait)
-        self._reply(fuse.attributes_reply(unique, node, st, TIMEOUT))
+        self._reply(fuse.attributes_reply(unique, node, st, believed(st)))
 
     def _read(
         self,
@@ -179,10 +179,14 @@ class ByteLane:
         into: pages.Buffer,
         before_wait: Callable[[], None],
     ) -> None:
-        _, offset, size = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
+        _, offset, size, _, _, flags = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
         answer = self._reader.read(node, offset, min(size, fuse.MAX_READ), pid, into, before_wait)
-        length = fuse.OUT_HEADER.size + sum(map(len, answer.data))
-        self._reply(fuse.OUT_HEADER.pack(length, 0, unique), *answer.data)
+        length = sum(map(len, answer.data))
+        if not length and offset and not flags & os.O_DIRECT:
+            # The page cache asks for nothing behind the end of a file that it knows: the file was truncated meanwhile.
+            # It would take an empty reply for the new end, and show zeros up to there.
+            raise OSError(errno.ESTALE, "truncated while it was read")
+        self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + length, 0, unique), *answer.data)
         self._reader.account(answer)
 
     def _reply(self, *parts: bytes | memoryview) -> None:

@@ -84,6 +84,7 @@ class Catalog:
         self._w = memoryview(self._map).cast("Q")
         self._id_mask = (1 << id_bits) - 1
         self._lock = threading.RLock()
+        self._other_names: dict[int, set[tuple[int, bytes]]] = {}  # of files with several hard links
         self._directories: dict[int, bytes] = {0: b""}
         self.counters = self._w[_HEADER_WORDS - COUNTERS : _HEADER_WORDS]
         if self._w[_COUNT] == 0:
@@ -198,6 +199,8 @@ class Catalog:
                 same = flags & LINKED and self.version(record).inode == st.st_ino
             else:
                 same = not flags & LINKED and self.entry(record) == (parent, name)
+            if same and linked and self.entry(record) != (parent, name):
+                self._other_names.setdefault(record, set()).add((parent, name))
             if same and self.shows(record, st):
                 return record, False
             if same and not self.supersedes(record, st):
@@ -215,9 +218,14 @@ class Catalog:
         kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
         return kind | (LINKED if linked else 0)
 
+    def other_names(self, record: int) -> list[tuple[int, bytes]]:
+        """Names of a file with several hard links that are known, but for the one that it is read by."""
+        return list(self._other_names.get(record, ()))
+
     @_locked
     def move(self, record: int, parent: int, name: bytes) -> None:
         """Give a file with several hard links another of its names to be read by."""
+        self._other_names.get(record, set()).discard((parent, name))
         at = _HEADER_WORDS + record * _WORDS
         offset = self._store_name(name)
         self._w[at + 2] = offset

@@ -20,7 +20,7 @@ import pyfuse3
 from coordlfs import items
 from coordlfs.catalog import REGULAR, Catalog
 from coordlfs.kernel import pages
-from coordlfs.namespace import TIMEOUT, Namespace
+from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
 from coordlfs.source import Listing, Source
 
 log = logging.getLogger(__name__)
@@ -81,8 +81,8 @@ class NameLane(pyfuse3.Operations):
         a.st_atime_ns = st.st_atime_ns
         a.st_mtime_ns = st.st_mtime_ns
         a.st_ctime_ns = st.st_ctime_ns
-        a.entry_timeout = TIMEOUT
-        a.attr_timeout = TIMEOUT
+        a.entry_timeout = NAME_TIMEOUT
+        a.attr_timeout = believed(st)
         return a
 
     @_errno

@@ -10,15 +10,20 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from contextlib import suppress
 
-from coordlfs.catalog import DIRECTORY, LINKED, REGULAR, Catalog, Version
+from coordlfs.catalog import DIRECTORY, REGULAR, Catalog, Version
 from coordlfs.metrics import Counters
 from coordlfs.reading import Reader
 from coordlfs.source import Source
 
-TIMEOUT = 86400  # seconds that the kernel may believe names and attributes
+NAME_TIMEOUT = 86400  # seconds that the kernel may believe names and attributes
+_EMPTY_TIMEOUT = 1  # of attributes of an empty file: nobody reads it, so that nothing else would show that it has grown
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV})
+
+
+def believed(st: os.stat_result) -> int:
+    """Seconds that the kernel may believe these attributes."""
+    return NAME_TIMEOUT if st.st_size or not stat.S_ISREG(st.st_mode) else _EMPTY_TIMEOUT
 
 
 class Namespace:
@@ -54,7 +59,12 @@ class Namespace:
 
     def attributes(self, record: int, before_wait: Callable[[], None] | None = None) -> os.stat_result:
         """Attributes of a node that the kernel knows; ESTALE if its name leads to another file by now."""
-        st = self._lstat(self._catalog.path(record), before_wait)
+        try:
+            st = self._lstat(self._catalog.path(record), before_wait)
+        except FileNotFoundError:
+            if not self._reader.use_other_name(record):
+                raise
+            st = self._lstat(self._catalog.path(record), before_wait)
         if self._catalog.shows(record, st):
             return st
         flags = self._catalog.flags(record)
@@ -72,8 +82,6 @@ class Namespace:
         record, changed = self._catalog.enter(parent, name, st)
         if changed:
             self._reader.modified(record, st)
-        elif self._catalog.flags(record) & LINKED:
-            self._keep_a_name(record, parent, name, st)
         return record
 
     def _lstat(self, path: bytes, before_wait: Callable[[], None] | None) -> os.stat_result:
@@ -84,12 +92,3 @@ class Namespace:
                 raise FileNotFoundError(errno.ENOENT, "no such name") from e
             self._counters.add("source_errors")
             raise
-
-    def _keep_a_name(self, record: int, parent: int, name: bytes, st: os.stat_result) -> None:
-        # One node for all hard links of a file: it is read by one of its names, which must still be there.
-        if self._catalog.entry(record) == (parent, name):
-            return
-        with suppress(OSError):
-            if self._source.lstat(self._catalog.path(record)).st_ino == st.st_ino:
-                return
-        self._catalog.move(record, parent, name)

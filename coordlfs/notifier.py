@@ -24,7 +24,7 @@ class Notifier:
 
     def __init__(self, device: int) -> None:
         self._device = device
-        self._queue: queue.SimpleQueue[tuple[float, bytes] | None] = queue.SimpleQueue()
+        self._queue: queue.PriorityQueue[tuple[float, bytes]] = queue.PriorityQueue()
         # A daemon: the kernel may hold its write for as long as a READ of a dead source takes.
         self._thread = threading.Thread(target=self._run, name="notifier", daemon=True)
 
@@ -32,9 +32,9 @@ class Notifier:
         """Start the thread."""
         self._thread.start()
 
-    def send(self, message: bytes) -> None:
-        """Have a notification written in a moment."""
-        self._queue.put((time.monotonic() + _DELAY, message))
+    def send(self, message: bytes, delay: float = _DELAY) -> None:
+        """Have a notification written after `delay` seconds."""
+        self._queue.put((time.monotonic() + delay, message))
 
     def send_now(self, message: bytes) -> None:
         """Write a notification that cannot block: one that touches attributes only."""
@@ -43,11 +43,17 @@ class Notifier:
 
     def close(self) -> None:
         """End the thread, unless the kernel holds it."""
-        self._queue.put(None)
+        self._queue.put((0.0, b""))
         self._thread.join(timeout=1)
 
     def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            due, message = job
-            time.sleep(max(0.0, due - time.monotonic()))
-            self.send_now(message)
+        while True:
+            due, message = self._queue.get()
+            if not message:
+                return
+            wait = due - time.monotonic()
+            if wait <= 0:
+                self.send_now(message)
+            else:
+                self._queue.put((due, message))
+                time.sleep(min(wait, _DELAY))

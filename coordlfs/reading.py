@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from coordlfs import items
@@ -22,6 +23,8 @@ from coordlfs.kernel import fuse, pages
 from coordlfs.metrics import Counters
 from coordlfs.notifier import Notifier
 from coordlfs.source import Source
+
+_AFTER_READS = 1.0  # seconds in which the other READs of a file are surely answered
 
 
 @dataclass(slots=True)
@@ -87,6 +90,8 @@ class Reader:
         try:
             n, st = self.source.read(record, self.catalog.path(record), into, offset, size, before_wait)
         except OSError as e:
+            if e.errno == errno.ENOENT and self.use_other_name(record):
+                return self._fetch(answer, item, offset, size, into, before_wait)
             self.counters.add("source_errors")
             self.source.forget(record)
             if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
@@ -110,6 +115,17 @@ class Reader:
         for item, offset, data in answer.fetched:
             self.admission.missed(answer.record, item, offset, data, size, answer.pid)
 
+    def use_other_name(self, record: int) -> bool:
+        """Have a file whose name is gone read by another hard link of it; False if none is known."""
+        inode = self.catalog.version(record).inode
+        for parent, name in self.catalog.other_names(record):
+            directory = self.catalog.directory_path(parent)
+            with suppress(OSError):
+                if self.source.lstat(directory + b"/" + name if directory else name).st_ino == inode:
+                    self.catalog.move(record, parent, name)
+                    return True
+        return False
+
     def _vanished(self, record: int) -> None:
         self.admission.drop_record(record)
         parent, name = self.catalog.entry(record)
@@ -128,10 +144,10 @@ class Reader:
         served = self.catalog.flags(record) & SERVED
         self.admission.drop_record(record)
         if st.st_size < shown.size:
-            # A short reply tells the kernel where the file ends now, but only one that covers all before the end:
-            # it would fill the rest with zeros.
-            self.notifier.send(fuse.invalidate_inode(node, 0, 0))
-            if offset >= st.st_size or (served and offset):
+            # A short reply tells the kernel where the file ends now, but only one from the beginning: what lies before
+            # it would be zeros. The kernel does not listen if it was notified meanwhile, hence the long delay.
+            self.notifier.send(fuse.invalidate_inode(node, 0, 0), _AFTER_READS)
+            if offset and (served or offset >= st.st_size):
                 raise OSError(errno.ESTALE, "truncated while it was read")
         else:
             # Before the reply: at the old end of the file the reader asks for the attributes, and must get new ones.

@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from coordlfs.kernel import pages, paths
 
 _KEEP_OPEN_FROM = 1 << 20  # files from this size on are read by many READs: keep the descriptor
 _KEPT, _KEPT_PER_FILE = 256, 8
+_KEPT_FOR = 1.0  # seconds after which a name is looked at again
 
 
 class Listing:
@@ -44,7 +46,7 @@ class Source:
     def __init__(self, root: int) -> None:
         self.root = root
         self._lock = threading.Lock()
-        self._kept: OrderedDict[int, list[int]] = OrderedDict()
+        self._kept: OrderedDict[int, list[tuple[int, float]]] = OrderedDict()
         self._direct_refused = False
 
     # -- names --------------------------------------------------------------------------------------------------
@@ -119,9 +121,7 @@ class Source:
 
         `record` names the file for the descriptors that are kept. `slow` is called before a read that will wait.
         """
-        fd = self._take(record)
-        if fd is None:
-            fd = self._open_direct(path)
+        fd, opened = self._take(record) or (self._open_direct(path), time.monotonic())
         keep = False
         try:
             st = os.fstat(fd)
@@ -134,7 +134,7 @@ class Source:
             if keep:
                 if not self._direct_refused:
                     pages.set_direct(fd, True)
-                self._give(record, fd)
+                self._give(record, fd, opened)
             else:
                 os.close(fd)
 
@@ -150,30 +150,36 @@ class Source:
             self._direct_refused = True
             return fd
 
-    def _take(self, record: int) -> int | None:
+    def _take(self, record: int) -> tuple[int, float] | None:
         # A descriptor is used by one thread at a time, since O_DIRECT is a property of it and not of the read.
         if not self._kept:
             return None
         with self._lock:
-            fds = self._kept.get(record)
-            return fds.pop() if fds else None
+            kept = self._kept.get(record)
+            if not kept:
+                return None
+            fd, opened = kept.pop()
+        if time.monotonic() - opened < _KEPT_FOR and os.fstat(fd).st_nlink:
+            return fd, opened
+        os.close(fd)
+        return None
 
-    def _give(self, record: int, fd: int) -> None:
-        closing: list[int] = []
+    def _give(self, record: int, fd: int, opened: float) -> None:
+        closing: list[tuple[int, float]] = []
         with self._lock:
-            fds = self._kept.setdefault(record, [])
+            kept = self._kept.setdefault(record, [])
             self._kept.move_to_end(record)
-            (fds if len(fds) < _KEPT_PER_FILE else closing).append(fd)
+            (kept if len(kept) < _KEPT_PER_FILE else closing).append((fd, opened))
             while len(self._kept) > _KEPT:
                 closing += self._kept.popitem(last=False)[1]
-        for old in closing:
+        for old, _ in closing:
             os.close(old)
 
     def forget(self, record: int) -> None:
         """Close what is kept open of a file, because its name may lead elsewhere now."""
         with self._lock:
-            fds = self._kept.pop(record, [])
-        for fd in fds:
+            kept = self._kept.pop(record, [])
+        for fd, _ in kept:
             os.close(fd)
 
     def _read(self, fd: int, into: mmap | memoryview, offset: int, want: int, slow: Callable[[], None]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid extlen padding
 OUT_HEADER = struct.Struct("=IiQ")  # len error unique
-READ_IN = struct.Struct("=QQI")  # fh offset size (the rest is of no use here)
+READ_IN = struct.Struct("=QQIIQI")  # fh offset size read_flags lock_owner flags (of the open file)
 INIT_IN = struct.Struct("=IIIII")  # major minor max_readahead flags flags2
 INIT_OUT = struct.Struct("=IIIIHHIIHHII")
 INIT_OUT_SIZE = 64
@@ -95,10 +95,10 @@ def attributes(node: int, st: os.stat_result) -> bytes:
     )
 
 
-def entry_reply(unique: int, node: int, st: os.stat_result, valid: int) -> bytes:
-    """The reply to LOOKUP: the name leads to `node`, which may be believed for `valid` seconds."""
+def entry_reply(unique: int, node: int, st: os.stat_result, name_valid: int, valid: int) -> bytes:
+    """The reply to LOOKUP: the name leads to `node` for `name_valid` seconds, its attributes are good for `valid`."""
     header = OUT_HEADER.pack(OUT_HEADER.size + ENTRY.size + ATTR.size, 0, unique)
-    return header + ENTRY.pack(node, 0, valid, valid, 0, 0) + attributes(node, st)
+    return header + ENTRY.pack(node, 0, name_valid, valid, 0, 0) + attributes(node, st)
 
 
 def attributes_reply(unique: int, node: int, st: os.stat_result, valid: int) -> bytes:
