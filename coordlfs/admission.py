@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 _WINDOW = 64  # requests that a keeper has not answered
 _IDLE = 0.05  # seconds without a READ after which an item that was read in part is pinned whole
 _RETRY = (0.002, 0.02, 0.2, 1.0, 4.0)  # seconds between attempts while somebody uses the pages
-_UNKNOWN, _NEVER_MISSED = (0, 0), (0, 0xFFFFFFFF)  # instead of the epoch and page of an item's last miss
+_UNKNOWN, _NEVER_MISSED = (0, 0), (0, 0xFFFFFFFF)  # instead of the epoch and page of a last miss
 _CGROUP_KNOWN = 1.0  # seconds that a process is believed to stay in its cgroup
 _FORCE_FROM = 2  # the attempt from which pages are dropped even where a job maps them
 
@@ -159,29 +159,24 @@ class Admission:
         return known[0] is not None and self._keeper_cgroups == {known[0]}
 
     def _count_miss(self, record: int, item: int, offset: int, nbytes: int, file_size: int) -> None:
-        last = self._know(record, item, file_size)
+        self._know(record, file_size)
+        whole = file_size <= items.CHUNK
+        last = self.catalog.last_miss(record) if whole else self._chunk_misses.get(item, _NEVER_MISSED)
         remember = self.epochs.miss(last, offset // pages.PAGE, nbytes, self._unpinned())
         if remember is None:
             return
         if self.catalog.last_miss(record)[0] != remember[0]:
             self.counters.add("source_files")
-        if file_size > items.CHUNK:
+        if not whole:
             self._chunk_misses[item] = remember
         self.catalog.set_last_miss(record, *remember)  # of a large file: when any of it missed
 
-    def _know(self, record: int, item: int, file_size: int) -> tuple[int, int]:
-        """The last miss of an item, which from now on counts as part of the dataset."""
-        whole = file_size <= items.CHUNK
-        last = self.catalog.last_miss(record) if whole else self._chunk_misses.get(item, _UNKNOWN)
-        if last != _UNKNOWN:
-            return last
-        self.counters.add("dataset_items")
-        self.counters.add("dataset_bytes", items.length(item, file_size))
-        if whole:
+    def _know(self, record: int, file_size: int) -> None:
+        """From the first read on, a file counts as part of the dataset."""
+        if self.catalog.last_miss(record) == _UNKNOWN:
             self.catalog.set_last_miss(record, *_NEVER_MISSED)
-        else:
-            self._chunk_misses[item] = _NEVER_MISSED
-        return _NEVER_MISSED
+            self.counters.add("dataset_items", len(items.items_of(record, file_size)))
+            self.counters.add("dataset_bytes", file_size)
 
     def _unpinned(self) -> int:
         """Bytes that were ever read and are not pinned: what an epoch that begins now will read."""
@@ -197,7 +192,7 @@ class Admission:
                 size = self.catalog.size(items.record_of(item))
                 room = pages.count(items.length(item, size))
                 if item not in self._dropping and self.policy.admit(item, room):
-                    self._know(items.record_of(item), item, size)
+                    self._know(items.record_of(item), size)
                     self._ask(item, self._pending.setdefault(item, _Pending()))
                     taken += 1
         return taken

@@ -124,6 +124,9 @@ class Catalog:
         """Record of the parent directory, and the name in it."""
         at = _HEADER_WORDS + record * _WORDS
         packed, offset = self._w[at + 1], self._w[at + 2]
+        if packed & LINKED:  # the only ones that `move` gives another name
+            with self._lock:
+                packed, offset = self._w[at + 1], self._w[at + 2]
         return packed >> 32, self._heap[offset : offset + (packed >> 16 & 0xFFFF)]
 
     def path(self, record: int) -> bytes:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import NoReturn
 
 from coordlfs import __version__
 from coordlfs.errors import UserError
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print it and exit with status 2."""
+        self.exit(2, f"coordlfs: {message} (`{self.prog} --help` says more)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="coordlfs",
         description="A file system that is mounted over a dataset and keeps it in memory, never evicting.",
     )

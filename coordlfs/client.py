@@ -67,6 +67,8 @@ class Client:
             if real == self.root:
                 found.append(b"")
             elif real.startswith(self.root.rstrip("/") + "/"):
+                if not os.path.lexists(real):
+                    raise UserError(f"{path} does not exist")
                 found.append(os.fsencode(os.path.relpath(real, self.root)))
             else:
                 raise UserError(f"{path} does not lie in {self.root}", 2)

@@ -153,6 +153,7 @@ def main() -> None:
     """`python -m coordlfs.server JSON`, started by the supervisor."""
     config = json.loads(sys.argv[1])
     process.set_name("coordlfs-server")
+    process.raise_file_limit()
     process.keep_freed_memory(_STASH_MOST)
     logs.configure(config["log"])
     os.chdir("/")

@@ -128,6 +128,7 @@ class Source:
             if not stat.S_ISREG(st.st_mode):
                 raise OSError(errno.ESTALE, "no longer a regular file")
             n = self._read(fd, into, offset, min(size, st.st_size - offset), slow)
+            st = os.fstat(fd)  # again: if it was written to meanwhile, the bytes belong to neither version
             keep = st.st_size >= _KEEP_OPEN_FROM
             return n, st
         finally:
@@ -185,9 +186,10 @@ class Source:
     def _read(self, fd: int, into: mmap | memoryview, offset: int, want: int, slow: Callable[[], None]) -> int:
         if want <= 0:
             return 0
-        cached = pages.resident(fd, offset, want)
-        whole = cached is not None and cached >= pages.count(want)
-        if not whole:
+        first = offset // pages.PAGE * pages.PAGE
+        span = pages.count(offset + want - first) * pages.PAGE  # bytes of the pages that are touched
+        cached = pages.resident(fd, first, span)
+        if cached is None or cached * pages.PAGE < span:
             slow()
             if not self._direct_refused:
                 try:
@@ -195,13 +197,13 @@ class Source:
                 except OSError as e:
                     if e.errno != errno.EINVAL:  # not aligned as this file system wants it
                         raise
-        if self._direct_refused:
-            n = _pread_all(fd, memoryview(into)[:want], offset)
-        else:
+        if not self._direct_refused:
             pages.set_direct(fd, False)
-            n = _pread_all(fd, memoryview(into)[:want], offset)
-        if not cached:
-            pages.drop(fd, offset, want)
+        if cached:
+            return _pread_all(fd, memoryview(into)[:want], offset)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # or more than is asked for would be read, and stay
+        n = _pread_all(fd, memoryview(into)[:want], offset)
+        pages.drop(fd, first, span)
         return n
 
 

@@ -295,7 +295,6 @@ def test_threads_that_enter_the_same_names_agree(fds: tuple[int, int]) -> None:
     assert len(catalog) == 3001
 
 
-@pytest.mark.xfail(reason="the length of one name is read with the place of the other")
 def test_a_link_that_is_moved_is_never_seen_with_half_a_name(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
     names = [b"short", b"much longer"]

@@ -52,7 +52,6 @@ def test_bad_usage_has_status_2(capsys: pytest.CaptureFixture[str], arguments: l
     assert fails(capsys, arguments)[0] == 2
 
 
-@pytest.mark.xfail(strict=True, reason="argparse prints its usage as well")
 def test_bad_usage_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     lines = {" ".join(arguments): len(fails(capsys, arguments)[1].splitlines()) for arguments in USAGE}
     assert lines == dict.fromkeys(lines, 1)

@@ -70,8 +70,8 @@ def outcome(asked: str, have: Memory) -> int | UserError:
 
 
 @given(asked=st.text() | NEARLY | ALMOST, total=st.integers(1, 1 << 50), share=st.floats(0, 1))
-@example(asked="1\N{KELVIN SIGN}", total=GIB, share=1).xfail(raises=KeyError, reason="it equals k when case is ignored")
-@example(asked="9" * 400, total=GIB, share=1).xfail(raises=OverflowError, reason="infinite as a float")
+@example(asked="1\N{KELVIN SIGN}", total=GIB, share=1)  # equals k when case is ignored
+@example(asked="9" * 400, total=GIB, share=1)  # infinite as a float
 def test_any_text_is_a_size_that_fits_or_a_usage_error(asked: str, total: int, share: float) -> None:
     got = outcome(asked, Memory(total, int(total * share)))
     assert got.status == 2 if isinstance(got, UserError) else 0 <= got <= total

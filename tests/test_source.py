@@ -126,7 +126,6 @@ def test_what_is_cached_in_part_stays_as_it_is(reader: Reader) -> None:
     assert reader.slow == 1
 
 
-@pytest.mark.xfail(strict=True, reason="what the kernel reads ahead, and pages read in part, are not dropped")
 def test_nothing_is_cached_because_it_was_read_at_odd_offsets(reader: Reader) -> None:
     fd = reader.make("f", CONTENT[: 3 * MIB])
     for offset in range(100, 3 * MIB, MIB):
@@ -134,7 +133,6 @@ def test_nothing_is_cached_because_it_was_read_at_odd_offsets(reader: Reader) ->
     assert pages.resident(fd) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="two pages are touched, one is counted")
 def test_bytes_of_two_pages_are_not_cached_if_one_is(reader: Reader) -> None:
     fd = reader.make("f", CONTENT[: 8 * PAGE])
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)

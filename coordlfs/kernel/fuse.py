@@ -59,7 +59,11 @@ def init_reply(request: bytes, *, acl: bool, background: int = 512) -> tuple[byt
     _, opcode, unique, *_ = IN_HEADER.unpack_from(request)
     if opcode != INIT:
         raise ValueError(f"the first message is not INIT but {opcode}")
-    _, minor, readahead, offered, offered2 = INIT_IN.unpack_from(request, IN_HEADER.size)
+    # Linux before 5.17 sends no second word of flags.
+    body_in = bytes(request[IN_HEADER.size :])
+    _, minor, readahead, offered, offered2 = INIT_IN.unpack_from(
+        body_in.ljust(INIT_IN.size, b"\0") if len(body_in) >= 16 else body_in
+    )
     want = ASYNC_READ | AUTO_INVAL_DATA | DO_READDIRPLUS | ASYNC_DIO | PARALLEL_DIROPS | MAX_PAGES
     want |= CACHE_SYMLINKS | INIT_EXT | (POSIX_ACL if acl else 0)
     granted, granted2 = want & offered, HAS_RESEND & offered2

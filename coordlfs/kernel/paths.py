@@ -32,7 +32,9 @@ def open_beneath(directory: int, path: bytes, flags: int) -> int:
     Raises ELOOP for a link, EXDEV for a way out, else what open(2) does.
     """
     if len(path) > _LONGEST:
-        cut = path.rindex(b"/", 0, _LONGEST)
+        cut = path.rfind(b"/", 0, _LONGEST)
+        if cut < 0:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         above = open_beneath(directory, path[:cut], os.O_PATH | os.O_DIRECTORY)
         try:
             return open_beneath(above, path[cut + 1 :], flags)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import select
 import signal
 
@@ -27,6 +28,12 @@ def end_with_parent(parent: int, number: signal.Signals) -> None:
 def set_name(name: str) -> None:
     """The name that `ps -o comm` and `top` show, at most 15 bytes."""
     libc.prctl(PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]), 0, 0, 0)
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as this process may."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def keep_freed_memory(limit: int) -> None:
