@@ -19,7 +19,7 @@ from coordlfs_tools.demo import photos, training
 from coordlfs_tools.demo.training import Epoch, Observed
 
 CACHE = 0.6  # of the dataset: C
-_SLOW = 18_000_000  # bytes per second, about what one of many nodes gets of a storage that they share
+_SLOW = 15_000_000  # bytes per second, about what one of many nodes gets of a storage that they share
 _SPARE = 48 << 20  # bytes of memory for the job beyond what it was seen to need
 _SAMPLE = 320  # photographs to train on to see that
 

@@ -67,6 +67,7 @@ def main() -> None:
 
     torch.set_num_threads(1)  # leaves the cores to the workers, which decode
     dataset = Images(arguments.data)
+    print(f"{len(dataset)} images of {dataset.classes} classes", flush=True)
     loader = DataLoader(dataset, BATCH, shuffle=True, num_workers=arguments.workers)
     model = network(dataset.classes)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)

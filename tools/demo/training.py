@@ -42,7 +42,6 @@ class Epoch:
 def run(data: Path, job: Group | None, observe: Callable[[], Observed], epochs: int = EPOCHS) -> list[Epoch]:
     """Train on `data` as a job in the cgroup; what the script prints is shown. Raises BenchError if it fails."""
     command = [sys.executable, str(SCRIPT), str(data), "--epochs", str(epochs)]
-    before = observe()
     done: list[Epoch] = []
     # A session of its own, so that the script and its workers can be ended together, and Ctrl-C is ours alone.
     with subprocess.Popen(
@@ -52,13 +51,14 @@ def run(data: Path, job: Group | None, observe: Callable[[], Observed], epochs: 
         timer.start()
         try:
             assert process.stdout
-            for line in process.stdout:
+            before = Observed(0)
+            for line in process.stdout:  # the first says that the script is loaded and has listed the files
+                now = observe()
                 print(f"  {line.rstrip()}", flush=True)
                 if match := _EPOCH.match(line):
-                    now = observe()
                     read = now.disk_bytes - before.disk_bytes
                     done.append(Epoch(float(match[1]), int(match[2]), read, now.hit_rate))
-                    before = now
+                before = now
         finally:
             timer.cancel()
             if process.poll() is None and len(done) < epochs:
