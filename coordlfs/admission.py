@@ -148,6 +148,12 @@ class Admission:
                 pending.flags |= How.KEEP
             self._ask(item, pending)
 
+    def keep(self, item: int, offset: int, data: memoryview) -> None:
+        """The keeper's READ brought `data` from the source: should the item have to be pinned again, it is here."""
+        with self._lock:
+            if item in self._pending:
+                self.stash.put(item, offset, data)
+
     def _shares_cgroup(self, pid: int) -> bool:
         """Whether a job is charged for memory where every keeper is; remembered for a moment."""
         now = time.monotonic()
@@ -193,6 +199,7 @@ class Admission:
                 room = pages.count(items.length(item, size))
                 if item not in self._dropping and self.policy.admit(item, room):
                     self._know(items.record_of(item), size)
+                    self.stash.reserve(item, items.length(item, size))  # for `keep`; without room it goes without
                     self._ask(item, self._pending.setdefault(item, _Pending()))
                     taken += 1
         return taken

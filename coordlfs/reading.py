@@ -110,6 +110,8 @@ class Reader:
     def account(self, answer: Answer) -> None:
         """What follows once a READ is answered: count what was missed, and admit it if there is room."""
         if answer.pid in self.admission.keeper_pids:
+            for item, offset, data in answer.fetched:
+                self.admission.keep(item, offset, data)
             return
         size = self.catalog.size(answer.record)
         for item, offset, data in answer.fetched:
