@@ -300,7 +300,7 @@ def test_a_job_in_a_small_cgroup_is_not_charged(
         mounted.settle()
     figures = mounted.stats()
     assert figures["pinned_bytes"] == count * page_count(size) * PAGE
-    assert figures["source"]["bytes"] < 1.02 * count * size
+    assert figures["source"]["bytes"] < 1.05 * count * size  # a small group may lose what was read ahead
     assert group.stat()["unevictable"] < MIB
     group.reclaim()
     assert group.usage() < 2 * MIB

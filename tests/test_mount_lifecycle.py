@@ -349,6 +349,24 @@ def test_mounting_twice_in_place(source: Path, mount: MakeMount) -> None:
     _refused("mount", source, source, status=1, says="already")
 
 
+@pytest.mark.usefixtures("_may_mount")
+def test_without_leave_to_lock_memory(source: Path, place: Path) -> None:
+    # As in a container that may mount and no more. It works; that nothing can be cached is said at once.
+    names = write_files(source, 5, 10 * MIB)
+    weak = ["setpriv", "--bounding-set", "-ipc_lock,-sys_resource", "sh", "-c", 'ulimit -l 8192; exec "$@"', "sh"]
+    command = [*weak, *COORDLFS, "mount", str(source), str(place / "mnt"), "--cache-size", "64M"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert "ulimit -l" in done.stderr
+        for number, name in enumerate(names):
+            assert read(place / "mnt" / name) == noise(10 * MIB, number)
+    finally:
+        coordlfs("umount", place / "mnt", status=None)
+        unmount_lazily(place / "mnt")
+
+
 # -- run ----------------------------------------------------------------------------------------------------------
 
 
