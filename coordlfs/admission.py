@@ -110,11 +110,19 @@ class Admission:
                 pending.at_home = pending.at_home and self._shares_cgroup(pid)
             return self.stash.parts(item, offset, min(size, end - offset))
 
-    def missed(self, record: int, item: int, offset: int, data: memoryview, file_size: int, pid: int) -> None:
-        """A READ of job `pid` brought `data` from the source: count it, and admit its item if there is room."""
+    def missed(self, item: int, offset: int, data: memoryview, st: os.stat_result, pid: int, direct: bool) -> None:
+        """A READ of job `pid` brought `data`, of a file with attributes `st`, from the source.
+
+        Counts it, and admits its item if there is room. `direct`: the READ went around the page cache.
+        """
+        record, file_size = items.record_of(item), st.st_size
         with self._lock:
+            if not self.catalog.shows(record, st):
+                return  # another thread has seen a newer version meanwhile
             self._count_miss(record, item, offset, len(data), file_size)
             state = self.policy.state(item)
+            if state is State.PINNED and not direct:
+                self.drop([item])  # the kernel dropped pages of it, as it does when a file changes: pin it anew
             if state is State.PINNED or item in self._dropping:
                 return
             length = items.length(item, file_size)
@@ -148,10 +156,10 @@ class Admission:
                 pending.flags |= How.KEEP
             self._ask(item, pending)
 
-    def keep(self, item: int, offset: int, data: memoryview) -> None:
+    def keep(self, item: int, offset: int, data: memoryview, st: os.stat_result) -> None:
         """The keeper's READ brought `data` from the source: should the item have to be pinned again, it is here."""
         with self._lock:
-            if item in self._pending:
+            if item in self._pending and self.catalog.shows(items.record_of(item), st):
                 self.stash.put(item, offset, data)
 
     def _shares_cgroup(self, pid: int) -> bool:
@@ -225,11 +233,11 @@ class Admission:
                     self._forget(item)
         return dropped
 
-    def drop_record(self, record: int) -> int:
-        """`drop` every item of a file, whatever its size was."""
+    def drop_file(self, record: int, size: int) -> int:
+        """`drop` every item of a file that had `size` bytes."""
         if not self.catalog.pinned_pages(record) and not self._pending:
             return 0
-        return self.drop(items.items_of(record, self.catalog.size(record)))
+        return self.drop(items.items_of(record, size))
 
     def settled(self, wanted: Iterable[int]) -> bool:
         """Whether none of the items is on its way in or out."""

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from coordlfs.kernel import fuse, pages
 from coordlfs.metrics import Counters
 from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
-from coordlfs.reading import Reader
+from coordlfs.reading import Reader, Request
 
 log = logging.getLogger(__name__)
 
@@ -180,9 +180,10 @@ class ByteLane:
         before_wait: Callable[[], None],
     ) -> None:
         _, offset, size, _, _, flags = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
-        answer = self._reader.read(node, offset, min(size, fuse.MAX_READ), pid, into, before_wait)
+        asked = Request(node, offset, min(size, fuse.MAX_READ), pid, bool(flags & os.O_DIRECT))
+        answer = self._reader.read(asked, into, before_wait)
         length = sum(map(len, answer.data))
-        if not length and offset and not flags & os.O_DIRECT:
+        if not length and offset and not asked.direct:
             # The page cache asks for nothing behind the end of a file that it knows: the file was truncated meanwhile.
             # It would take an empty reply for the new end, and show zeros up to there.
             raise OSError(errno.ESTALE, "truncated while it was read")

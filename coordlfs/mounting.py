@@ -267,7 +267,7 @@ def holders(device: int) -> list[tuple[int, str]]:
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid() and _holds(entry, device):
-            with suppress(OSError), open(f"/proc/{entry}/comm") as f:
+            with suppress(OSError), open(f"/proc/{entry}/comm", errors="replace") as f:
                 name = f.read().strip()
                 if not name.startswith("coordlfs-"):
                     found.append((int(entry), name))
@@ -283,7 +283,7 @@ def _holds(pid: str, device: int) -> bool:
                 if os.stat(link).st_dev == device:
                     return True
         wanted = f" {os.major(device):02x}:{os.minor(device):02x} "
-        with open(f"/proc/{pid}/maps") as f:
+        with open(f"/proc/{pid}/maps", errors="replace") as f:
             return any(wanted in line for line in f)
     return False
 

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from coordlfs import items
 from coordlfs.admission import Admission
@@ -27,14 +28,25 @@ from coordlfs.source import Source
 _AFTER_READS = 1.0  # seconds in which the other READs of a file are surely answered
 
 
+class Request(NamedTuple):
+    """A READ: `direct` if it goes around the page cache."""
+
+    node: int
+    offset: int
+    size: int
+    pid: int
+    direct: bool
+
+
 @dataclass(slots=True)
 class Answer:
     """What to reply to a READ, and what of it came from the source and may be cached."""
 
     record: int
-    pid: int
+    request: Request
     data: list[memoryview] = field(default_factory=list)
-    fetched: list[tuple[int, int, memoryview]] = field(default_factory=list)  # item, offset in the file, bytes
+    # Item, offset in the file, bytes, and the attributes that they belong to:
+    fetched: list[tuple[int, int, memoryview, os.stat_result]] = field(default_factory=list)
 
 
 class Reader:
@@ -54,21 +66,20 @@ class Reader:
         self.counters = counters
         self.notifier = notifier
 
-    def read(
-        self, node: int, offset: int, size: int, pid: int, into: pages.Buffer, before_wait: Callable[[], None]
-    ) -> Answer:
-        """The bytes of a READ by process `pid`: from the stash what is there, and the rest from the source.
+    def read(self, request: Request, into: pages.Buffer, before_wait: Callable[[], None]) -> Answer:
+        """The bytes that a READ asks for: from the stash what is there, and the rest from the source.
 
         `into` is page-aligned memory with room for them, which the answer refers to. `before_wait` is called if the
         source's disk has to be waited for. Raises OSError: ESTALE for an unknown node, else what the source does.
         """
-        record = self.catalog.find(node)
+        offset = request.offset
+        record = self.catalog.find(request.node)
         if record is None:
             raise OSError(errno.ESTALE, "unknown node")
-        answer = Answer(record, pid)
+        answer = Answer(record, request)
         at, end = offset, self.catalog.size(record)
-        for item, start, length in items.cut(record, offset, size):
-            for part in self.admission.stashed(item, start, length, end, pid):
+        for item, start, length in items.cut(record, offset, request.size):
+            for part in self.admission.stashed(item, start, length, end, request.pid):
                 if isinstance(part, int):
                     view = memoryview(into)[at - offset :]
                     n = self._fetch(answer, item, at, part, view, before_wait)
@@ -102,20 +113,19 @@ class Reader:
         if self.catalog.shows(record, st):
             self.catalog.set_served(record)
             if n:
-                answer.fetched.append((item, offset, into[:n]))
+                answer.fetched.append((item, offset, into[:n], st))
         else:
             self._changed(record, offset, st)
         return n
 
     def account(self, answer: Answer) -> None:
         """What follows once a READ is answered: count what was missed, and admit it if there is room."""
-        if answer.pid in self.admission.keeper_pids:
-            for item, offset, data in answer.fetched:
-                self.admission.keep(item, offset, data)
-            return
-        size = self.catalog.size(answer.record)
-        for item, offset, data in answer.fetched:
-            self.admission.missed(answer.record, item, offset, data, size, answer.pid)
+        pid, direct = answer.request.pid, answer.request.direct
+        for item, offset, data, st in answer.fetched:
+            if pid in self.admission.keeper_pids:
+                self.admission.keep(item, offset, data, st)
+            else:
+                self.admission.missed(item, offset, data, st, pid, direct)
 
     def use_other_name(self, record: int) -> bool:
         """Have a file whose name is gone read by another hard link of it; False if none is known."""
@@ -129,7 +139,7 @@ class Reader:
         return False
 
     def _vanished(self, record: int) -> None:
-        self.admission.drop_record(record)
+        self.admission.drop_file(record, self.catalog.size(record))
         parent, name = self.catalog.entry(record)
         self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
 
@@ -140,28 +150,31 @@ class Reader:
         parent, name = self.catalog.entry(record)
         node = self.catalog.node(record)
         if self.catalog.supersedes(record, st):
-            self.admission.drop_record(record)
+            self.admission.drop_file(record, shown.size)
             self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
             raise OSError(errno.ESTALE, "replaced while it was read")
         served = self.catalog.flags(record) & SERVED
-        self.admission.drop_record(record)
         if st.st_size < shown.size:
             # A short reply tells the kernel where the file ends now, but only one from the beginning: what lies before
             # it would be zeros. The kernel does not listen if it was notified meanwhile, hence the long delay.
             self.notifier.send(fuse.invalidate_inode(node, 0, 0), _AFTER_READS)
             if offset and (served or offset >= st.st_size):
+                self.admission.drop_file(record, shown.size)
                 raise OSError(errno.ESTALE, "truncated while it was read")
         else:
             # Before the reply: at the old end of the file the reader asks for the attributes, and must get new ones.
             self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))
             if served:
                 self.notifier.send(fuse.invalidate_inode(node, 0, 0))
+        # The version first: what another thread read of the old one is then kept out of the cache.
         self.catalog.set_version(record, Version.of(st))
         self.catalog.set_served(record)
+        self.admission.drop_file(record, shown.size)
 
     def modified(self, record: int, st: os.stat_result) -> None:
-        """The name lane found another version of a file: the kernel is about to be told of it."""
+        """The attributes of a file show another version: the kernel is about to be told, and drops what it has."""
         self.counters.add("changed_files")
         self.source.forget(record)
-        self.admission.drop_record(record)
+        size = self.catalog.size(record)
         self.catalog.set_version(record, Version.of(st))
+        self.admission.drop_file(record, size)

@@ -29,14 +29,14 @@ def _meminfo() -> Memory:
 def _cgroup_directories() -> Iterator[tuple[str, str, str]]:
     """Directory, limit file and usage file of this process's memory cgroup and those above it."""
     mounted = {}
-    with open("/proc/self/mounts") as f:
+    with open("/proc/self/mounts", errors="surrogateescape") as f:
         for line in f:
             _, point, fstype, options, *_ = line.split()
             if fstype == "cgroup2":
                 mounted["v2"] = point
             elif fstype == "cgroup" and "memory" in options.split(","):
                 mounted["v1"] = point
-    with open("/proc/self/cgroup") as f:
+    with open("/proc/self/cgroup", errors="surrogateescape") as f:
         for line in f:
             _, controllers, path = line.rstrip("\n").split(":", 2)
             version = "v2" if not controllers else "v1" if "memory" in controllers.split(",") else ""
