@@ -425,8 +425,10 @@ class Admission:
             self.stash.remove(item)
             self._pinned(link, item)
         elif outcome is Outcome.FAILED:
-            log.warning("not cached: %s: %s", self._name(item), os.strerror(code))
             self.counters.add("pin_errors")
+            errors = self.counters["pin_errors"]
+            if errors & errors - 1 == 0:  # the first, the second, the fourth …
+                log.warning("%d not cached, last %s: %s", errors, self._name(item), os.strerror(code))
             self._forget(item)
         elif pending.attempts >= len(_RETRY):
             self.counters.add("not_admitted")

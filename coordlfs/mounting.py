@@ -136,6 +136,18 @@ def _check_fuse() -> None:
         raise UserError(f"/dev/fuse cannot be opened: {e.strerror}") from None
 
 
+def _limit_to_lockable(capacity: int, how: str) -> tuple[int, str]:
+    most = process.lockable()
+    if most is None or capacity <= most:
+        return capacity, how
+    print(
+        f"coordlfs: only {sizes.text(most)} of memory may be locked, so no more is cached:"
+        f" give CAP_IPC_LOCK, or `ulimit -l unlimited`, for {sizes.text(capacity)}",
+        file=sys.stderr,
+    )
+    return most, "all that may be locked"
+
+
 def _explain(source: str, mountpoint: str, failure: dict[str, Any]) -> UserError:
     code = failure.get("errno")
     if code in (errno.EPERM, errno.EACCES):
@@ -164,7 +176,7 @@ def mount(
         raise UserError("an empty path names no directory", 2)
     source, mountpoint = os.path.realpath(source), os.path.realpath(mountpoint)
     have = memory()
-    capacity, how = sizes.cache_size(options.cache_size, have)
+    capacity, how = _limit_to_lockable(*sizes.cache_size(options.cache_size, have))
     _check_log(options.log_file)
     root = _check_source(source)
     try:

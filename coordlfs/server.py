@@ -153,7 +153,7 @@ def main() -> None:
     """`python -m coordlfs.server JSON`, started by the supervisor."""
     config = json.loads(sys.argv[1])
     process.set_name("coordlfs-server")
-    process.raise_file_limit()
+    process.raise_limits()
     process.keep_freed_memory(_STASH_MOST)
     logs.configure(config["log"])
     os.chdir("/")

@@ -13,6 +13,7 @@ from coordlfs.kernel.libc import check, libc
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 CLONE_NEWNS = 0x20000
+_CAP_IPC_LOCK = 14
 
 
 def end_with_parent(parent: int, number: signal.Signals) -> None:
@@ -30,10 +31,20 @@ def set_name(name: str) -> None:
     libc.prctl(PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]), 0, 0, 0)
 
 
-def raise_file_limit() -> None:
-    """Allow as many open files as this process may."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def raise_limits() -> None:
+    """Allow this process as many open files and as much locked memory as it may have."""
+    for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK):
+        _, most = resource.getrlimit(limit)
+        resource.setrlimit(limit, (most, most))
+
+
+def lockable() -> int | None:
+    """Bytes of memory that a process like this one may lock; None if there is no limit."""
+    with open("/proc/self/status") as f:
+        capabilities = next(int(line.split()[1], 16) for line in f if line.startswith("CapEff:"))
+    _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    unlimited = capabilities >> _CAP_IPC_LOCK & 1 or most == resource.RLIM_INFINITY
+    return None if unlimited else most
 
 
 def keep_freed_memory(limit: int) -> None:
