@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-_FILES = 5_000
+_FILES = 4_400
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _console = Console(highlight=False)
@@ -60,7 +60,7 @@ def _conditions(machine: sides.Machine, size: int) -> str:
         else "cannot be slowed by this machine's cgroups: look at the bytes, not at the seconds"
     )
     return (
-        f"The dataset has {_mega(size)}. Either side has {_mega(machine.need + cache)} of memory: "
+        f"The dataset has {_mega(size)}. Each side has {_mega(machine.need + cache)} of memory: "
         f"{_mega(machine.need)} that the job needs, and {_mega(cache)}, {sides.CACHE:.0%} of the dataset, "
         "directly as page cache below the job's limit, on the mount as coordlfs' cache. "
         f"The disk {slow}."
