@@ -10,7 +10,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -314,27 +313,32 @@ def run(source: str, command: list[str], options: Options) -> int:
         # The directory was entered before it was mounted over: enter it again.
         with suppress(OSError):
             os.chdir(os.getcwd())
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda n, _: child.send_signal(n) if child else None)
-        child: subprocess.Popen[bytes] | None = None
-        try:
-            child = subprocess.Popen(command)
-        except OSError as e:
-            raise UserError(
-                f"{command[0]} cannot be run: {e.strerror}", 127 if e.errno == errno.ENOENT else 126
-            ) from None
-        status = child.wait()
-        report(stats(source))
-        return status if status >= 0 else 128 - status
+        status = _call(command)
+        with suppress(UserError):
+            report(stats(source))
+        return status
     finally:
         os.chdir("/")  # or this process would be the one that holds the mount
         with suppress(UserError):
             umount(source, lazy=True)
-        deadline = time.monotonic() + _END_TIMEOUT
-        while supervisor.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if supervisor.poll() is None:
+        try:
+            supervisor.wait(_END_TIMEOUT)
+        except subprocess.TimeoutExpired:
             supervisor.terminate()
+
+
+def _call(command: list[str]) -> int:
+    """Run a command and pass signals on to it; its exit status."""
+    try:
+        child = subprocess.Popen(command)
+    except OSError as e:
+        status = 127 if e.errno == errno.ENOENT else 126
+        raise UserError(f"{command[0]} cannot be run: {e.strerror}", status) from None
+    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to the child as well
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda n, _: child.send_signal(n))
+    status = child.wait()
+    return status if status >= 0 else 128 - status
 
 
 def report(figures: dict[str, Any]) -> None:
