@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mounts import (
     MakeMount,
     Mount,
     coordlfs,
+    drop_caches,
     eventually,
     forget,
     is_mounted,
@@ -70,6 +72,29 @@ def _read_by_mmap(path: Path) -> bytes:
 
 
 Change = Callable[[Path, bytes], None]
+
+
+@contextmanager
+def _reading(look: Callable[[random.Random], None]) -> Iterator[None]:
+    """Three threads that `look` again and again as long as the body runs."""
+    ended = threading.Event()
+
+    def run(seed: int) -> None:
+        choice = random.Random(seed)
+        while not ended.is_set():
+            look(choice)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
 _SIZES = [0, 1, 5000, 300_000, 3 * MIB + 1, CHUNK + 5]
 
 
@@ -268,14 +293,13 @@ def test_readers_of_a_file_that_is_replaced_again_and_again(source: Path, mount:
     for name in names:
         (source / name).write_bytes(version(0))
     mounted = mount(source, "2M")
-    ended, failed, seen = threading.Event(), list[str](), set[int]()
+    failed: list[str] = []
+    seen: set[int] = set()
 
-    def look(name: str) -> None:
-        try:
-            data = read(mounted.path / name)
-        except OSError as e:
-            if e.errno not in (errno.ESTALE, errno.ENOENT):
-                failed.append(f"{name}: {e}")
+    def look(choice: random.Random) -> None:
+        name = choice.choice(names)
+        data = _or_error(lambda: read(mounted.path / name), errno.ESTALE, errno.ENOENT)
+        if data is None:
             return
         number, count = int(data[:8]), int(data[9:17])
         seen.add(number)
@@ -284,24 +308,78 @@ def test_readers_of_a_file_that_is_replaced_again_and_again(source: Path, mount:
             heads = [data[at : at + 27].decode(errors="replace") for at in range(0, len(data), PAGE)]
             failed.append(f"{name}: {len(data)} bytes of {count * PAGE}: {heads[:3]} … {heads[-3:]}")
 
-    def reader(seed: int) -> None:
-        choice = random.Random(seed)
-        while not ended.is_set():
-            look(choice.choice(names))
-
-    readers = [threading.Thread(target=reader, args=(seed,)) for seed in range(3)]
-    for thread in readers:
-        thread.start()
-    until, number = time.monotonic() + 5, 0
-    while time.monotonic() < until:
-        number += 1
-        _replace(source / random.choice(names), version(number))
-        coordlfs("drop", mounted.path)  # what is pinned is not asked for again
-    ended.set()
-    for thread in readers:
-        thread.join()
+    with _reading(look):
+        until, number = time.monotonic() + 5, 0
+        while time.monotonic() < until:
+            number += 1
+            _replace(source / random.choice(names), version(number))
+            coordlfs("drop", mounted.path)  # what is pinned is not asked for again
     assert failed == []
     assert len(seen) > 3, "the readers saw nothing change"
+
+
+def _append(path: Path, data: bytes) -> None:
+    with open(path, "ab") as f:
+        f.write(data[: len(data) // 2])
+
+
+def _cut(path: Path, data: bytes) -> None:
+    os.truncate(path, os.stat(path).st_size // 2)
+
+
+def _remove(path: Path, data: bytes) -> None:
+    path.unlink()
+    if len(data) % 2:
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_after_a_storm_of_changes_all_is_as_in_the_source(source: Path, mount: MakeMount, seed: int) -> None:
+    # What is pinned is not asked for again, so it is dropped at the end. No reader may have been given anything then
+    # that stays.
+    choice = random.Random(seed)
+    names = [f"f{number}" for number in range(12)]
+    memory = noise(4 * MIB, seed)
+    for name in names:
+        (source / name).write_bytes(noise(choice.choice(_SIZES[:-1])))
+    mounted = mount(source, "3M")
+    _know(mounted)
+
+    def look(choice: random.Random) -> None:
+        path = mounted.path / choice.choice(names)
+        with suppress(OSError):
+            read(path)
+            if choice.random() < 0.7:
+                forget(path)
+
+    with _reading(look):
+        until, number = time.monotonic() + 2.5, 0
+        while time.monotonic() < until:
+            number += 1
+            change = choice.choice([_replace, _overwrite, _append, _cut, _remove])
+            data = memory[number * 997 :][: choice.choice(_SIZES[:-1]) + number % 2]
+            with suppress(FileNotFoundError):
+                change(source / choice.choice(names), data)
+            time.sleep(choice.choice([0, 0.01, 0.05]))
+    assert mounted.stats()["source"]["changed_files"] > 2, "the readers saw nothing change"
+    time.sleep(1.1)  # longer than it takes to notice
+    coordlfs("drop", mounted.path)
+    drop_caches()
+    for name in names:
+        if (source / name).exists():
+            _assert_soon(mounted.path / name, (source / name).read_bytes())
+        else:
+            eventually(lambda name=name: not _exists(mounted.path / name), 3)  # type: ignore[misc]
+    mounted.settle()
+    for name in names:
+        if (source / name).exists():
+            assert read(mounted.path / name) == (source / name).read_bytes()
+            assert os.stat(mounted.path / name).st_mtime_ns == os.stat(source / name).st_mtime_ns
+
+
+def _exists(path: Path) -> bool:
+    """Whether a file can be read, and not only listed: a name may be known for a while after it has gone."""
+    return _or_error(lambda: read(path), errno.ENOENT, errno.ESTALE) is not None
 
 
 # -- links planted in the source ----------------------------------------------------------------------------------
