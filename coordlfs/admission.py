@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from coordlfs import items
-from coordlfs.catalog import Catalog
+from coordlfs.catalog import FOREIGN, Catalog
 from coordlfs.epochs import Epochs
 from coordlfs.kernel import cgroups, pages
 from coordlfs.metrics import Counters
@@ -92,6 +92,7 @@ class Admission:
         self._dropping: set[int] = set()
         self._waiting: deque[int] = deque()  # for a keeper with room
         self._asked_for_keeper = False
+        self._recovering: set[int] = set()  # keepers that have not yet told what they hold
         self._keeper_cgroups: set[bytes | None] = set()
         self._job_cgroups: dict[int, tuple[bytes | None, float]] = {}  # by pid; and until when that is believed
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -106,8 +107,8 @@ class Admission:
         with self._lock:
             pending = self._pending.get(item)
             if pending is not None and pid not in self.keeper_pids:
-                pending.contended = True
-                pending.at_home = pending.at_home and self._shares_cgroup(pid)
+                pending.at_home = self._at_home(items.record_of(item), pid)
+                pending.contended = not pending.at_home
             return self.stash.parts(item, offset, min(size, end - offset))
 
     def missed(self, item: int, offset: int, data: memoryview, st: os.stat_result, pid: int, direct: bool) -> None:
@@ -119,9 +120,14 @@ class Admission:
         with self._lock:
             if not self.catalog.shows(record, st):
                 return  # another thread has seen a newer version meanwhile
+            if direct:
+                self._know(record, file_size)
+                return  # it fills no cache, and may read a page many times an epoch
             self._count_miss(record, item, offset, len(data), file_size)
+            if self._recovering:
+                return
             state = self.policy.state(item)
-            if state is State.PINNED and not direct:
+            if state is State.PINNED:
                 self.drop([item])  # the kernel dropped pages of it, as it does when a file changes: pin it anew
             if state is State.PINNED or item in self._dropping:
                 return
@@ -129,9 +135,9 @@ class Admission:
             if state is State.ABSENT:
                 if not length or not self.policy.admit(item, pages.count(length)):
                     return
-                at_home = self._shares_cgroup(pid)
+                at_home = self._at_home(record, pid)
                 if at_home and len(data) == length:
-                    self._ask(item, self._pending.setdefault(item, _Pending(flags=How.KEEP)))
+                    self._ask(item, self._pending.setdefault(item, _Pending(at_home=True)))
                     return
                 if not self.stash.reserve(item, length):
                     self.policy.release(item)
@@ -141,19 +147,16 @@ class Admission:
                 self.stash.put(item, offset, data)
             else:
                 pending = self._pending[item]
-                pending.at_home = pending.at_home and self._shares_cgroup(pid)
+                pending.at_home = self._at_home(record, pid)
                 self.stash.put(item, offset, data)
                 if pending.keeper is not None:
-                    pending.contended = True
+                    pending.contended = not pending.at_home
                     return
                 if pending.attempts:
                     return
             if self.stash.held(item) < length:
                 self._later(item, _IDLE)
                 return
-            if pending.at_home:
-                # Each page was allocated by a READ that was charged where the keeper is: pin them as they are.
-                pending.flags |= How.KEEP
             self._ask(item, pending)
 
     def keep(self, item: int, offset: int, data: memoryview, st: os.stat_result) -> None:
@@ -161,6 +164,12 @@ class Admission:
         with self._lock:
             if item in self._pending and self.catalog.shows(items.record_of(item), st):
                 self.stash.put(item, offset, data)
+
+    def _at_home(self, record: int, pid: int) -> bool:
+        """Whether every process that has read of the file so far, `pid` too, is charged where the keepers are."""
+        if not self._shares_cgroup(pid):
+            self.catalog.set_foreign(record)
+        return not self.catalog.flags(record) & FOREIGN
 
     def _shares_cgroup(self, pid: int) -> bool:
         """Whether a job is charged for memory where every keeper is; remembered for a moment."""
@@ -263,6 +272,7 @@ class Admission:
             if link is None:
                 return
             self.keeper_pids -= {link.pid}
+            self._recovering.discard(index)
             link.sock.close()
             for item in self.policy.held_by(index):
                 self.catalog.add_pinned_pages(items.record_of(item), -self.policy.unpin(item))
@@ -282,6 +292,7 @@ class Admission:
         with self._lock:
             self.catalog.clear_pinned_pages()
             for link in self.links.values():
+                self._recovering.add(link.index)
                 self._send(link, Verb.LIST, 0, 0)
 
     def run(self) -> None:
@@ -346,6 +357,9 @@ class Admission:
         pending.keeper = link.index
         pending.contended = False
         flags = pending.flags | (How.FORCE if pending.attempts >= _FORCE_FROM else 0)
+        if pending.at_home:
+            # Every page was allocated by a READ that was charged where the keeper is: they are pinned as they are.
+            flags |= How.KEEP
         self._send(link, Verb.PIN, item, flags)
 
     def _ask_waiting(self) -> None:
@@ -384,6 +398,9 @@ class Admission:
             with self._lock:
                 if outcome == Outcome.LISTED:
                     self._learn(link, packet[REPLY.size :])
+                    if len(packet) == REPLY.size:
+                        link.asked = max(0, link.asked - 1)
+                        self._recovering.discard(link.index)
                     continue
                 if outcome == Outcome.WATCHED:
                     self.epochs.watch(item)
@@ -415,11 +432,11 @@ class Admission:
         if pending is None or pending.keeper != link.index:
             return
         pending.keeper = None
-        if outcome is Outcome.FULL:
+        if pending.cancelled:
+            self._abandon(link, item)
+        elif outcome is Outcome.FULL:
             link.full = True
             self._ask(item, pending)
-        elif pending.cancelled:
-            self._abandon(link, item)
         elif outcome is Outcome.PINNED and not pending.contended:
             del self._pending[item]
             self.stash.remove(item)

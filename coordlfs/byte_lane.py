@@ -94,23 +94,19 @@ class ByteLane:
         request = bytearray(fuse.REQUEST_BUFFER)
         view = memoryview(request)
         into = pages.buffer(fuse.MAX_READ + pages.PAGE)
-        try:
-            while not self.ended.is_set():
-                if self._total - self._waiting - self._parked > _RUNNING:
-                    self._park_if_many()
-                try:
-                    n = os.readv(self._device, [request])
-                except OSError as e:
-                    if e.errno in (errno.EINTR, errno.ENOENT, errno.EAGAIN):
-                        continue
-                    if e.errno == errno.ENODEV:
-                        return  # unmounted
-                    raise
-                self._dispatch(request, view[:n], into)
-        except Exception:
-            log.exception("a byte lane ended")
-        finally:
-            self._end()
+        while not self.ended.is_set():
+            if self._total - self._waiting - self._parked > _RUNNING:
+                self._park_if_many()
+            try:
+                n = os.readv(self._device, [request])
+            except OSError as e:
+                if e.errno in (errno.EINTR, errno.ENOENT, errno.EAGAIN):
+                    continue
+                if e.errno == errno.ENODEV:
+                    self._end()  # unmounted
+                    return
+                raise
+            self._dispatch(request, view[:n], into)
 
     def _end(self) -> None:
         self.ended.set()

@@ -39,7 +39,7 @@ _COUNT, _NAMES_USED = 0, 1
 P = ParamSpec("P")
 T = TypeVar("T")
 
-REGULAR, SERVED, LINKED, DIRECTORY, SUPERSEDED = 1, 2, 4, 8, 16
+REGULAR, SERVED, LINKED, DIRECTORY, SUPERSEDED, FOREIGN = 1, 2, 4, 8, 16, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,17 @@ class Version:
     size: int
     mtime_ns: int
     inode: int
+    access: int = 0  # who may do what: see `_access`
 
     @classmethod
     def of(cls, st: os.stat_result) -> Version:
         """The version that these attributes show."""
-        return cls(st.st_size, st.st_mtime_ns, st.st_ino)
+        return cls(st.st_size, st.st_mtime_ns, st.st_ino, _access(st))
+
+
+def _access(st: os.stat_result) -> int:
+    """Permissions, and 20 bits of a hash of the owners."""
+    return (st.st_mode & 0xFFF) << 20 | hash((st.st_uid, st.st_gid)) & 0xFFFFF
 
 
 def node_of_path(path: bytes, seed: int = 0) -> int:
@@ -153,12 +159,29 @@ class Catalog:
         """The version that the kernel was last told of."""
         at = _HEADER_WORDS + record * _WORDS
         mtime = self._w[at + 4]
-        return Version(self._w[at + 3], mtime - (1 << 64) if mtime >> 63 else mtime, self._w[at + 5])
+        mtime -= (1 << 64) if mtime >> 63 else 0
+        return Version(self._w[at + 3], mtime, self._w[at + 5], self._w[at + 7] >> 32)
 
     def shows(self, record: int, st: os.stat_result) -> bool:
         """Whether `st` is the version that the kernel was last told of."""
+        return self.shows_bytes(record, st) and self._w[_HEADER_WORDS + record * _WORDS + 7] >> 32 == _access(st)
+
+    def shows_bytes(self, record: int, st: os.stat_result) -> bool:
+        """Whether the bytes are those of that version, whoever may read them now."""
         w, at = self._w, _HEADER_WORDS + record * _WORDS
-        return w[at + 3] == st.st_size and w[at + 4] == st.st_mtime_ns & 0xFFFFFFFFFFFFFFFF and w[at + 5] == st.st_ino
+        mtime = st.st_mtime_ns & 0xFFFFFFFFFFFFFFFF
+        return w[at + 3] == st.st_size and w[at + 4] == mtime and w[at + 5] == st.st_ino
+
+    def is_stricter(self, record: int, st: os.stat_result) -> bool:
+        """Whether `st` may forbid somebody what the version that was shown allowed."""
+        shown, now = self._w[_HEADER_WORDS + record * _WORDS + 7] >> 32, _access(st)
+        return (shown ^ now) & 0xFFFFF != 0 or shown >> 20 & ~(now >> 20) & 0o777 != 0
+
+    @_locked
+    def set_access(self, record: int, st: os.stat_result) -> None:
+        """Record that the kernel is told of another mode or owner, and nothing else."""
+        at = _HEADER_WORDS + record * _WORDS + 7
+        self._w[at] = _access(st) << 32 | self._w[at] & 0xFFFFFFFF
 
     @_locked
     def supersedes(self, record: int, st: os.stat_result) -> bool:
@@ -174,15 +197,16 @@ class Catalog:
         return self._w[_HEADER_WORDS + record * _WORDS + 3]
 
     def flags(self, record: int) -> int:
-        """REGULAR, DIRECTORY, LINKED, and SERVED: bytes of this version have been handed out."""
+        """REGULAR, DIRECTORY, LINKED, SUPERSEDED, FOREIGN, and SERVED: bytes of this version have been handed out."""
         return self._w[_HEADER_WORDS + record * _WORDS + 1] & 0xFFFF
 
     # -- writing ------------------------------------------------------------------------------------------------
 
     @_locked
-    def enter(self, parent: int, name: bytes, st: os.stat_result) -> tuple[int, bool]:
+    def enter(self, parent: int, name: bytes, st: os.stat_result) -> tuple[int, bool, int | None]:
         """The record of a directory entry, made if it is new, and whether its version differs from the one shown.
 
+        Third, the record that it just took the place of, if it did.
         A version that differs is NOT recorded: the pages of the old one have to go first; then call `set_version`.
         """
         linked = st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode)
@@ -191,7 +215,7 @@ class Catalog:
         else:
             directory = self.directory_path(parent)
             key = directory + b"/" + name if directory else name
-        seed = 0
+        seed, superseded = 0, None
         while True:
             node = max(_node(key, seed) & self._id_mask, 2)
             record = self.find(node)
@@ -205,16 +229,18 @@ class Catalog:
             if same and linked and self.entry(record) != (parent, name):
                 self._other_names.setdefault(record, set()).add((parent, name))
             if same and self.shows(record, st):
-                return record, False
+                return record, False, superseded
             if same and not self.supersedes(record, st):
                 if flags & REGULAR and stat.S_ISREG(st.st_mode):
-                    return record, True
+                    return record, True, superseded
                 self.set_version(record, Version.of(st), self._kind(st, linked))
-                return record, False
+                return record, False, superseded
+            if same and not flags & SUPERSEDED:
+                superseded = record
             seed += 1
         record = self._append(node, parent, name, self._kind(st, linked), Version.of(st))
         self._insert(node, record)
-        return record, False
+        return record, False, superseded
 
     @staticmethod
     def _kind(st: os.stat_result, linked: bool) -> int:
@@ -241,6 +267,7 @@ class Catalog:
         self._w[at + 3] = version.size
         self._w[at + 4] = version.mtime_ns & 0xFFFFFFFFFFFFFFFF
         self._w[at + 5] = version.inode
+        self._w[at + 7] = version.access << 32 | self._w[at + 7] & 0xFFFFFFFF
         flags = self.flags(record) & ~SERVED if kind is None else kind
         self._w[at + 1] = self._w[at + 1] & ~0xFFFF | flags
 
@@ -250,6 +277,11 @@ class Catalog:
         if not self._w[at] & SERVED:
             with self._lock:
                 self._w[at] |= SERVED
+
+    @_locked
+    def set_foreign(self, record: int) -> None:
+        """Record that a process outside the keepers' memory cgroup has read of the file."""
+        self._w[_HEADER_WORDS + record * _WORDS + 1] |= FOREIGN
 
     def last_miss(self, record: int) -> tuple[int, int]:
         """Epoch of the file's last miss and the page it began at; (0, 0) if there was none."""
@@ -262,7 +294,7 @@ class Catalog:
 
     def pinned_pages(self, record: int) -> int:
         """How many pages of the file are pinned."""
-        return self._w[_HEADER_WORDS + record * _WORDS + 7]
+        return self._w[_HEADER_WORDS + record * _WORDS + 7] & 0xFFFFFFFF
 
     @_locked
     def add_pinned_pages(self, record: int, pages: int) -> None:
@@ -272,7 +304,7 @@ class Catalog:
     def clear_pinned_pages(self) -> None:
         """Forget what is pinned, of every file: for a server that is about to be told by the keepers."""
         for record in range(len(self)):
-            self._w[_HEADER_WORDS + record * _WORDS + 7] = 0
+            self._w[_HEADER_WORDS + record * _WORDS + 7] &= ~0xFFFFFFFF
 
     # -- inside -------------------------------------------------------------------------------------------------
 

@@ -42,18 +42,24 @@ class Client:
 
     def source(self) -> Source:
         """The mounted directory itself, even where it is mounted over."""
-        self._sock.sendall(b'{"verb": "source"}\n')
-        _, fds, _, _ = socket.recv_fds(self._sock, 1, 1)
+        try:
+            self._sock.sendall(b'{"verb": "source"}\n')
+            _, fds, _, _ = socket.recv_fds(self._sock, 1, 1)
+        except ConnectionError:
+            fds = []
         if not fds:
             raise UserError(f"only root and who mounted {self.mountpoint} may do this")
         return Source(fds[0])
 
     def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
         """One request and its reply."""
-        self._sock.sendall(json.dumps({"verb": verb, **arguments}).encode() + b"\n")
-        line = self._lines.readline()
+        try:
+            self._sock.sendall(json.dumps({"verb": verb, **arguments}).encode() + b"\n")
+            line = self._lines.readline()
+        except ConnectionError:
+            line = b""
         if not line:
-            raise UserError(f"{self.mountpoint} broke off: is it still mounted?")
+            raise UserError(f"{self.mountpoint} broke off: is it still mounted, and by you?")
         reply: dict[str, Any] = json.loads(line)
         return reply
 

@@ -103,7 +103,7 @@ class Control:
                 return None
             directories[parent_path] = parent
         try:
-            return self._namespace.lookup(directories[parent_path], name)[0]
+            return self._namespace.lookup(directories[parent_path], name, announce=True)[0]
         except OSError:
             return None
 

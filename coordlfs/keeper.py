@@ -7,6 +7,7 @@ not be the process that answers the READs. It works from a detached copy of the 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -81,6 +82,9 @@ class Keeper:
             elif request.verb == Verb.DROP:
                 self._drop(request)
             else:
+                for earlier in pinning:
+                    self._finish(earlier)
+                pinning.clear()
                 self._list()
         for request in pinning:
             self._finish(request)
@@ -118,9 +122,10 @@ class Keeper:
     def _finish(self, request: _Request) -> None:
         try:
             address = pages.map_file(request.fd, request.offset, request.length)
-        except OSError:
+        except OSError as e:
             os.close(request.fd)
-            self.sock.send(request.reply(Outcome.FULL))
+            full = e.errno == errno.ENOMEM and self.pins
+            self.sock.send(request.reply(Outcome.FULL if full else Outcome.FAILED, e.errno or 0))
             return
         try:
             pages.lock(address, request.length)
@@ -173,6 +178,7 @@ class Keeper:
         for start in range(0, len(pins), 2000):
             part = pins[start : start + 2000]
             self.sock.send(REPLY.pack(Outcome.LISTED, 0, 0, 0) + b"".join(part))
+        self.sock.send(REPLY.pack(Outcome.LISTED, 0, 0, 0))  # an empty part is the end
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def find(mountpoint: str) -> mounts.Mount:
 
 def all_mounts() -> list[str]:
     """The mountpoints of every coordlfs mount that this process sees."""
-    return list(dict.fromkeys(os.fsdecode(m.point) for m in mounts.table() if m.fstype == FSTYPE))
+    return list(dict.fromkeys(os.fsdecode(m.point) for m in mounts.table() if m.fstype == FSTYPE and m.root == b"/"))
 
 
 def stats(mountpoint: str) -> dict[str, Any]:
@@ -197,7 +197,8 @@ def mount(
             " of memory are available now",
             file=sys.stderr,
         )
-    print(f"{source} is mounted on {mountpoint} with {sizes.text(capacity)} of cache ({how})", flush=True)
+    said = sys.stderr if bound else sys.stdout  # the output of `run` is the command's
+    print(f"{source} is mounted on {mountpoint} with {sizes.text(capacity)} of cache ({how})", file=said, flush=True)
     return supervisor
 
 
@@ -255,10 +256,7 @@ def stay(supervisor: subprocess.Popen[bytes]) -> int:
 def umount(mountpoint: str, *, lazy: bool = False) -> None:
     """Unmount, and return when every process of the mount has ended. Raises UserError."""
     found = find(mountpoint)
-    pids: list[int] = []
-    with suppress(UserError):
-        processes = stats(mountpoint)["processes"]
-        pids = [processes["supervisor"], processes["server"], *processes["keepers"]]
+    pids = [] if lazy else _pids(mountpoint)
     try:
         mounts.unmount(found.point, lazy=lazy)
     except OSError as e:
@@ -271,6 +269,15 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
         raise UserError(f"{mountpoint} cannot be unmounted: {e.strerror}") from None
     if not lazy and not process.wait_gone(pids, _END_TIMEOUT):
         raise UserError(f"{mountpoint} is unmounted, but a process of it still runs: another namespace may hold it")
+
+
+def _pids(mountpoint: str) -> list[int]:
+    """The processes of a mount; none if it does not say."""
+    try:
+        processes = stats(mountpoint)["processes"]
+    except UserError:
+        return []
+    return [processes["supervisor"], processes["server"], *processes["keepers"]]
 
 
 def holders(device: int) -> list[tuple[int, str]]:

@@ -20,6 +20,7 @@ import pyfuse3
 from coordlfs import items
 from coordlfs.catalog import REGULAR, Catalog
 from coordlfs.kernel import pages
+from coordlfs.metrics import Counters
 from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
 from coordlfs.source import Listing, Source
 
@@ -59,12 +60,14 @@ class NameLane(pyfuse3.Operations):
         catalog: Catalog,
         source: Source,
         namespace: Namespace,
+        counters: Counters,
     ) -> None:
         super().__init__()
         self.root_xattrs: dict[bytes, Callable[[], bytes]] = {}  # names beneath user.coordl., and who knows them
         self._catalog = catalog
         self._source = source
         self._namespace = namespace
+        self._counters = counters
         self._listings: OrderedDict[int, Listing] = OrderedDict()
 
     def _attributes(self, node: int, st: os.stat_result) -> pyfuse3.EntryAttributes:
@@ -132,6 +135,9 @@ class NameLane(pyfuse3.Operations):
                 st = listing.lstat(name)
             except FileNotFoundError:
                 continue
+            except OSError:
+                self._counters.add("source_errors")
+                continue  # a name without attributes cannot be listed; whoever asks for it gets the error
             node = self._catalog.node(self._namespace.enter(record, name, st))
             if not pyfuse3.readdir_reply(token, name, self._attributes(node, st), position):
                 return
@@ -180,4 +186,6 @@ class NameLane(pyfuse3.Operations):
     @_errno
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         """The source's: a copy made with its attributes must equal the source."""
-        return self._source.xattrs(self._catalog.path(self._namespace.record_of(inode)))
+        names = self._source.xattrs(self._catalog.path(self._namespace.record_of(inode)))
+        # The kernel guards their values itself, not their names.
+        return [name for name in names if ctx.uid == 0 or not name.startswith(b"trusted.")]

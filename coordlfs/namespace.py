@@ -47,7 +47,7 @@ class Namespace:
         return self._catalog.node(record)
 
     def lookup(
-        self, parent: int, name: bytes, before_wait: Callable[[], None] | None = None
+        self, parent: int, name: bytes, before_wait: Callable[[], None] | None = None, *, announce: bool = False
     ) -> tuple[int, os.stat_result]:
         """Record and attributes of a name in the directory whose record is `parent`.
 
@@ -55,7 +55,7 @@ class Namespace:
         """
         directory = self._catalog.directory_path(parent)
         st = self._lstat(directory + b"/" + name if directory else name, before_wait)
-        return self.enter(parent, name, st), st
+        return self.enter(parent, name, st, announce=announce), st
 
     def attributes(self, record: int, before_wait: Callable[[], None] | None = None) -> os.stat_result:
         """Attributes of a node that the kernel knows; ESTALE if its name leads to another file by now."""
@@ -72,16 +72,18 @@ class Namespace:
         if self._catalog.supersedes(record, st) or flags & (REGULAR | DIRECTORY) != kind:
             raise OSError(errno.ESTALE, "replaced")
         if flags & REGULAR:
-            self._reader.modified(record, st)
+            self._reader.modified(record, st, announce=False)
         else:
             self._catalog.set_version(record, Version.of(st))
         return st
 
-    def enter(self, parent: int, name: bytes, st: os.stat_result) -> int:
-        """The record of a directory entry that has the attributes `st`."""
-        record, changed = self._catalog.enter(parent, name, st)
+    def enter(self, parent: int, name: bytes, st: os.stat_result, *, announce: bool = False) -> int:
+        """The record of a directory entry that has the attributes `st`; `announce` where the kernel did not ask."""
+        record, changed, superseded = self._catalog.enter(parent, name, st)
+        if superseded is not None:
+            self._reader.replaced(superseded)
         if changed:
-            self._reader.modified(record, st)
+            self._reader.modified(record, st, announce=announce)
         return record
 
     def _lstat(self, path: bytes, before_wait: Callable[[], None] | None) -> os.stat_result:

@@ -147,12 +147,19 @@ class Reader:
         self.counters.add("changed_files")
         self.source.forget(record)
         shown = self.catalog.version(record)
-        parent, name = self.catalog.entry(record)
         node = self.catalog.node(record)
         if self.catalog.supersedes(record, st):
-            self.admission.drop_file(record, shown.size)
-            self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
+            self.replaced(record)
             raise OSError(errno.ESTALE, "replaced while it was read")
+        if self.catalog.is_stricter(record, st):
+            # Whether this reader may read it is for the kernel to say, when it has the new attributes.
+            self.admission.drop_file(record, shown.size)
+            self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))
+            raise OSError(errno.ESTALE, "its mode or owner changed")
+        if self.catalog.shows_bytes(record, st):
+            self.catalog.set_access(record, st)
+            self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))
+            return
         served = self.catalog.flags(record) & SERVED
         if st.st_size < shown.size:
             # A short reply tells the kernel where the file ends now, but only one from the beginning: what lies before
@@ -171,10 +178,26 @@ class Reader:
         self.catalog.set_served(record)
         self.admission.drop_file(record, shown.size)
 
-    def modified(self, record: int, st: os.stat_result) -> None:
-        """The attributes of a file show another version: the kernel is about to be told, and drops what it has."""
+    def modified(self, record: int, st: os.stat_result, *, announce: bool) -> None:
+        """The attributes of a file show another version: the kernel is about to be told, and drops what it has.
+
+        `announce` tells it, where it did not ask.
+        """
+        if self.catalog.shows_bytes(record, st):
+            self.catalog.set_access(record, st)
+            return
         self.counters.add("changed_files")
         self.source.forget(record)
         size = self.catalog.size(record)
         self.catalog.set_version(record, Version.of(st))
         self.admission.drop_file(record, size)
+        if announce:
+            self.notifier.send(fuse.invalidate_inode(self.catalog.node(record), 0, 0))
+
+    def replaced(self, record: int) -> None:
+        """The name of a file leads to another one, which has a record of its own."""
+        self.counters.add("changed_files")
+        self.source.forget(record)
+        self.admission.drop_file(record, self.catalog.size(record))
+        parent, name = self.catalog.entry(record)
+        self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))

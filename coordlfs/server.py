@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -82,7 +83,7 @@ def serve(config: dict[str, Any]) -> None:
     reader = Reader(catalog, source, admission, counters, notifier)
     stats = Stats(config, catalog, admission, epochs, counters)
     namespace = Namespace(catalog, source, reader, counters)
-    names = NameLane(catalog, source, namespace)
+    names = NameLane(catalog, source, namespace, counters)
     control = Control(catalog, source, namespace, admission)
     names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode}
 
@@ -105,9 +106,24 @@ def serve(config: dict[str, Any]) -> None:
         stack.callback(admission.close)
         notifier.start()
         stack.callback(notifier.close)
-        trio.run(_tasks, config["mountpoint"], lane, stats, control, link, admission, epochs, counters)
+        _run_or_exit(_tasks, config["mountpoint"], lane, stats, control, link, admission, epochs, counters)
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
+
+
+def _run_or_exit(*arguments: Any) -> None:
+    """`trio.run`, but a failure ends the process there and then: no thread is left to hang on to it."""
+    try:
+        trio.run(*arguments)
+    except BaseException:
+        log.exception("the server ends")
+        os._exit(1)
+
+
+def _exit_with_thread(failure: threading.ExceptHookArgs) -> None:
+    """A thread that ends by mistake takes the server with it: the next one begins anew."""
+    log.critical("a thread of the server ended", exc_info=failure.exc_value)
+    os._exit(1)
 
 
 async def _tasks(
@@ -139,7 +155,10 @@ async def _tasks(
         nursery.start_soon(link.run, admission, orphaned)
         nursery.start_soon(_tick, stats, epochs, counters)
         nursery.start_soon(pyfuse3.main)
-        link.ready()
+        try:
+            link.ready()
+        except OSError:
+            orphaned()
 
 
 async def _tick(stats: Stats, epochs: Epochs, counters: Counters) -> None:
@@ -157,6 +176,8 @@ def main() -> None:
     process.keep_freed_memory(_STASH_MOST)
     logs.configure(config["log"])
     os.chdir("/")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's to handle
+    threading.excepthook = _exit_with_thread
     try:
         serve(config)
     except Exception:

@@ -48,6 +48,8 @@ class Source:
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, list[tuple[int, float]]] = OrderedDict()
         self._direct_refused = False
+        # Of file systems without a block device of their own, as NFS and Lustre, opening a file may take its time.
+        self._remote = os.major(os.fstat(root).st_dev) == 0
 
     # -- names --------------------------------------------------------------------------------------------------
 
@@ -121,12 +123,14 @@ class Source:
 
         `record` names the file for the descriptors that are kept. `slow` is called before a read that will wait.
         """
+        if self._remote:
+            slow()
         fd, opened = self._take(record) or (self._open_direct(path), time.monotonic())
         keep = False
         try:
             st = os.fstat(fd)
             if not stat.S_ISREG(st.st_mode):
-                raise OSError(errno.ESTALE, "no longer a regular file")
+                raise FileNotFoundError(errno.ENOENT, "no longer a regular file")
             n = self._read(fd, into, offset, min(size, st.st_size - offset), slow)
             st = os.fstat(fd)  # again: if it was written to meanwhile, the bytes belong to neither version
             keep = st.st_size >= _KEEP_OPEN_FROM
@@ -147,8 +151,8 @@ class Source:
         except OSError as e:
             if e.errno != errno.EINVAL:
                 raise
-            fd = self.open(path)  # first of all: is it the flag that is wrong?
-            self._direct_refused = True
+            fd = self.open(path)
+            self._direct_refused = stat.S_ISREG(os.fstat(fd).st_mode)  # else it is the file that is wrong
             return fd
 
     def _take(self, record: int) -> tuple[int, float] | None:

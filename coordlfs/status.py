@@ -78,7 +78,12 @@ def show(mountpoints: list[str], *, as_json: bool, watch: bool) -> None:
     if not watch:
         console = Console()
         for m in chosen:
-            console.print(table(mounting.stats(m)))
+            try:
+                console.print(table(mounting.stats(m)))
+            except UserError as e:
+                if mountpoints:
+                    raise
+                console.print(f"{e}")
         return
     from rich.live import Live
 

@@ -28,7 +28,7 @@ FSTYPE = "fuse.coordlfs"
 # What the source's device has, but enough to read large files fast through FUSE (measured: 128 KiB reads a file of
 # 400 MB at 0.4 of the disk's speed, 512 at 0.6, 4096 at all of it), and not so much that random faults read megabytes.
 _READAHEAD_KIB = (512, 4096)
-_RESTARTS = 5  # in a minute; a server that dies faster than that will not do better the next time
+_RESTARTS = 5  # in a minute; what dies faster than that will not do better the next time
 
 
 @dataclass(slots=True)
@@ -55,6 +55,7 @@ class Supervisor:
     server: subprocess.Popen[bytes] | None = None
     link: socket.socket | None = None
     ending: bool = False
+    keeper_deaths: list[float] = field(default_factory=list)  # of the last minute
 
     # -- beginning ----------------------------------------------------------------------------------------------
 
@@ -198,7 +199,10 @@ class Supervisor:
 
     def _hear(self) -> None:
         assert self.link is not None
-        received = wire.receive(self.link)
+        try:
+            received = wire.receive(self.link)
+        except OSError:  # it died with messages unread
+            return
         if received and "want_keeper" in received[0] and not self.ending:
             self._tell_keeper(self._start_keeper())
 
@@ -215,10 +219,15 @@ class Supervisor:
             if self.ending:
                 continue
             log.error("keeper %d ended with status %s", keeper.process.pid, keeper.process.returncode)
+            now = time.monotonic()
+            self.keeper_deaths = [t for t in self.keeper_deaths if now - t < 60] + [now]
             assert self.link is not None
             with suppress(OSError):
                 wire.send(self.link, {"lost": keeper.index})
-            self._tell_keeper(self._start_keeper())
+            if len(self.keeper_deaths) <= _RESTARTS:
+                self._tell_keeper(self._start_keeper())
+            else:
+                log.critical("keepers keep dying: is there too little memory? Nothing is cached from now on")
 
     # -- ending -------------------------------------------------------------------------------------------------
 
@@ -259,6 +268,8 @@ def main() -> None:
     logs.configure(config["log"])
     os.chdir("/")
     supervisor = Supervisor(config, root)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(1))  # until `run`: what there is by then is closed below
     try:
         try:
             supervisor.mount()

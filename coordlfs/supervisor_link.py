@@ -40,6 +40,8 @@ class SupervisorLink:
                 received = receive(self._sock)
             except BlockingIOError:
                 continue
+            except OSError:
+                received = None
             if received is None:
                 on_death()
                 return

@@ -86,7 +86,7 @@ class Model(RuleBasedStateMachine):
 
     def enter(self, parent: int, name: bytes, attributes: os.stat_result) -> tuple[int, int]:
         """Look a name up as the server does: record, and node."""
-        record, changed = self.catalog.enter(parent, name, attributes)
+        record, changed, _ = self.catalog.enter(parent, name, attributes)
         node = self.catalog.node(record)
         before = self.shown.get(node, (b"", None))[1]
         assert changed == (before is not None and before != Version.of(attributes))
@@ -166,7 +166,7 @@ class Model(RuleBasedStateMachine):
     def every_name_leads_where_it_did(self) -> None:
         for (parent, name), found in self.source.items():
             node = self.links[found.st_ino] if found.st_nlink > 1 else self.node[parent, name]
-            record, changed = self.catalog.enter(parent, name, found)
+            record, changed, _ = self.catalog.enter(parent, name, found)
             assert (self.catalog.node(record), changed) == (node, False)
 
 
@@ -181,7 +181,7 @@ def grow(catalog: Catalog, tree: list[tuple[int, bytes]], at: int = 0) -> list[i
     records = list(range(len(catalog)))
     nodes = []
     for number, (parent, name) in enumerate(tree, at):
-        record, _ = catalog.enter(records[parent % len(records)], name, directory(number + 2))
+        record, *_ = catalog.enter(records[parent % len(records)], name, directory(number + 2))
         if record == len(records):
             records.append(record)
         nodes.append(catalog.node(record))
@@ -214,13 +214,13 @@ def test_names_of_many_directories_that_collide_are_told_apart(fds: tuple[int, i
     assert len({catalog.node(record) for record in files}) == len(homes)
     for record, home in files.items():
         assert catalog.entry(record) == (home, b"same")
-        assert catalog.enter(home, b"same", attributes(home + 1000)) == (record, False)
+        assert catalog.enter(home, b"same", attributes(home + 1000))[:2] == (record, False)
 
 
 def test_growth_past_the_index_is_seen_by_a_server_that_takes_over(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
     names = [b"%016x.jpg" % number for number in range(20_000)]
-    home, _ = catalog.enter(0, b"images", directory(2))
+    home, *_ = catalog.enter(0, b"images", directory(2))
     records = {
         name: catalog.enter(home, name, attributes(inode, size=inode, mtime_ns=-inode))[0]
         for inode, name in enumerate(names, 3)
@@ -231,7 +231,7 @@ def test_growth_past_the_index_is_seen_by_a_server_that_takes_over(fds: tuple[in
         for inode, (name, record) in enumerate(records.items(), 3):
             assert seen.find(seen.node(record)) == record
             assert seen.path(record) == b"images/" + name
-            assert seen.version(record) == Version(inode, -inode, inode)
+            assert seen.version(record) == Version.of(attributes(inode, size=inode, mtime_ns=-inode))
         assert seen.find(12345) is None
         assert seen.memory / len(names) <= 400
     allocated = sum(os.fstat(fd).st_blocks * 512 for fd in fds)
@@ -298,7 +298,7 @@ def test_threads_that_enter_the_same_names_agree(fds: tuple[int, int]) -> None:
 def test_a_link_that_is_moved_is_never_seen_with_half_a_name(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
     names = [b"short", b"much longer"]
-    record, _ = catalog.enter(0, names[0], attributes(2, links=2))
+    record, *_ = catalog.enter(0, names[0], attributes(2, links=2))
     seen: set[bytes] = set()
     with busy_threads(lambda: seen.add(catalog.path(record))):
         for number in range(60_000):
@@ -309,7 +309,7 @@ def test_a_link_that_is_moved_is_never_seen_with_half_a_name(fds: tuple[int, int
 def test_a_server_that_takes_over_knows_paths_as_deep_as_path_max(fds: tuple[int, int]) -> None:
     catalog, record = Catalog(*fds), 0
     for inode in range(2, 2048):
-        record, _ = catalog.enter(record, b"d", directory(inode))
+        record, *_ = catalog.enter(record, b"d", directory(inode))
     path = b"/".join([b"d"] * 2046)
     assert catalog.path(record) == path
     assert Catalog(*fds).path(record) == path
@@ -322,43 +322,44 @@ def test_kinds_are_told_apart(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
     kinds = {stat.S_IFREG: REGULAR, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: 0, stat.S_IFIFO: 0, stat.S_IFSOCK: 0}
     for number, (kind, flags) in enumerate(kinds.items()):
-        record, _ = catalog.enter(0, b"%d" % number, attributes(number + 2, kind=kind))
+        record, *_ = catalog.enter(0, b"%d" % number, attributes(number + 2, kind=kind))
         assert catalog.flags(record) == flags
 
 
 def test_a_file_that_comes_back_has_its_old_node_again(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
     first, second = attributes(2, size=1), attributes(3, size=2)
-    old, _ = catalog.enter(0, b"f", first)
+    old, *_ = catalog.enter(0, b"f", first)
     catalog.set_served(old)
-    new, _ = catalog.enter(0, b"f", second)
+    new, _, superseded = catalog.enter(0, b"f", second)
+    assert superseded == old
     catalog.set_served(new)
-    assert catalog.enter(0, b"f", first) == (old, False)
-    assert catalog.enter(0, b"f", second) == (new, False)
+    assert catalog.enter(0, b"f", first)[:2] == (old, False)
+    assert catalog.enter(0, b"f", second)[:2] == (new, False)
 
 
 def test_a_replaced_node_stays_so_though_its_inode_number_comes_back(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
-    old, _ = catalog.enter(0, b"f", attributes(2, size=1))
+    old, *_ = catalog.enter(0, b"f", attributes(2, size=1))
     catalog.set_served(old)
-    new, _ = catalog.enter(0, b"f", attributes(3, size=2))
-    again, _ = Catalog(*fds).enter(0, b"f", attributes(2, size=3))  # inode 2 was free, and taken for the third file
+    new, *_ = catalog.enter(0, b"f", attributes(3, size=2))
+    again, *_ = Catalog(*fds).enter(0, b"f", attributes(2, size=3))  # inode 2 was free, and taken for the third file
     assert old not in (new, again), "whoever has the first file open would read the third"
-    assert catalog.version(old) == Version(1, 0, 2)
+    assert catalog.version(old) == Version.of(attributes(2, size=1))
 
 
 def test_a_directory_that_changed_is_shown_as_it_is_at_once(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
-    record, _ = catalog.enter(0, b"d", attributes(2, kind=stat.S_IFDIR, mtime_ns=1))
-    assert catalog.enter(0, b"d", attributes(2, kind=stat.S_IFDIR, mtime_ns=2)) == (record, False)
+    record, *_ = catalog.enter(0, b"d", attributes(2, kind=stat.S_IFDIR, mtime_ns=1))
+    assert catalog.enter(0, b"d", attributes(2, kind=stat.S_IFDIR, mtime_ns=2))[:2] == (record, False)
     assert catalog.version(record).mtime_ns == 2
 
 
 def test_a_file_that_became_a_directory_is_one(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
-    file, _ = catalog.enter(0, b"n", attributes(2))
+    file, *_ = catalog.enter(0, b"n", attributes(2))
     catalog.set_served(file)
-    record, changed = catalog.enter(0, b"n", directory(3))
+    record, changed, _ = catalog.enter(0, b"n", directory(3))
     assert (catalog.flags(record), changed) == (DIRECTORY, False)
     assert record != file
 
@@ -372,7 +373,7 @@ def test_hard_links_of_other_devices_are_other_files(fds: tuple[int, int]) -> No
 def test_a_link_that_is_the_last_has_a_node_of_its_own(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
     both = {catalog.enter(0, name, attributes(7, links=2))[0] for name in (b"a", b"b")}
-    last, _ = catalog.enter(0, b"b", attributes(7))
+    last, *_ = catalog.enter(0, b"b", attributes(7))
     assert len(both) == 1
     assert last not in both
     assert catalog.path(last) == b"b"
@@ -380,15 +381,15 @@ def test_a_link_that_is_the_last_has_a_node_of_its_own(fds: tuple[int, int]) -> 
 
 def test_a_moved_link_is_read_by_its_other_name(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
-    home, _ = catalog.enter(0, b"home", directory(2))
-    record, _ = catalog.enter(0, b"a", attributes(7, size=5, links=2))
+    home, *_ = catalog.enter(0, b"home", directory(2))
+    record, *_ = catalog.enter(0, b"a", attributes(7, size=5, links=2))
     catalog.set_served(record)
     catalog.move(record, home, b"longer")
     for seen in (catalog, Catalog(*fds)):
         assert seen.path(record) == b"home/longer"
         assert seen.flags(record) == REGULAR | LINKED | SERVED
-        assert seen.version(record) == Version(5, 0, 7)
-        assert seen.enter(0, b"a", attributes(7, size=5, links=2)) == (record, False)
+        assert seen.version(record) == Version.of(attributes(7, size=5, links=2))
+        assert seen.enter(0, b"a", attributes(7, size=5, links=2))[:2] == (record, False)
 
 
 # -- books that survive the server --------------------------------------------------------------------------------
@@ -401,7 +402,7 @@ def test_a_moved_link_is_read_by_its_other_name(fds: tuple[int, int]) -> None:
 def test_books_of_a_file_survive_the_server(misses: tuple[int, int], mtime: int) -> None:
     with memory() as fds:
         catalog = Catalog(*fds)
-        record, _ = catalog.enter(0, b"f", attributes(2, mtime_ns=mtime))
+        record, *_ = catalog.enter(0, b"f", attributes(2, mtime_ns=mtime))
         catalog.set_last_miss(record, *misses)
         catalog.add_pinned_pages(record, 10)
         catalog.add_pinned_pages(record, -3)
@@ -414,7 +415,7 @@ def test_books_of_a_file_survive_the_server(misses: tuple[int, int], mtime: int)
 
 def test_counters_and_records_do_not_overlap(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
-    record, _ = catalog.enter(0, b"f", attributes(2, size=9))
+    record, *_ = catalog.enter(0, b"f", attributes(2, size=9))
     before = (len(catalog), catalog.path(record), catalog.version(record), catalog.find(ROOT_NODE))
     for word in range(COUNTERS):
         catalog.counters[word] = (1 << 64) - 1

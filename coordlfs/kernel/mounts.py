@@ -22,6 +22,7 @@ class Mount:
 
     mount_id: int
     device: int
+    root: bytes  # the directory of the file system that is mounted
     point: bytes
     fstype: bytes
     source: bytes
@@ -29,7 +30,7 @@ class Mount:
 
 def mount(source: str, target: bytes, fstype: str, flags: int, options: str) -> None:
     """mount(2)."""
-    result = libc.mount(source.encode(), target, fstype.encode(), ctypes.c_ulong(flags), options.encode())
+    result = libc.mount(os.fsencode(source), target, fstype.encode(), ctypes.c_ulong(flags), options.encode())
     check(result, os.fsdecode(target))
 
 
@@ -65,10 +66,17 @@ def table() -> Iterator[Mount]:
     with open("/proc/self/mountinfo", "rb") as f:
         for line in f:
             front, _, back = line.rstrip(b"\n").partition(b" - ")
-            mount_id, _, device, _, point, *_ = front.split(b" ")
+            mount_id, _, device, root, point, *_ = front.split(b" ")
             fstype, source, *_ = back.split(b" ")
             major, _, minor = device.partition(b":")
-            yield Mount(int(mount_id), os.makedev(int(major), int(minor)), _unescape(point), fstype, _unescape(source))
+            yield Mount(
+                int(mount_id),
+                os.makedev(int(major), int(minor)),
+                _unescape(root),
+                _unescape(point),
+                fstype,
+                _unescape(source),
+            )
 
 
 def readahead(device: int) -> int | None:
