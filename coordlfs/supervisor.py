@@ -30,6 +30,8 @@ FSTYPE = "fuse.coordlfs"
 _READAHEAD_KIB = (512, 4096)
 _RESTARTS = 5  # in a minute; what dies faster than that will not do better the next time
 
+_PAUSE = 5.0  # seconds
+
 
 @dataclass(slots=True)
 class _Keeper:
@@ -56,6 +58,8 @@ class Supervisor:
     link: socket.socket | None = None
     ending: bool = False
     keeper_deaths: list[float] = field(default_factory=list)  # of the last minute
+    keepers_missing: int = 0
+    keeper_pause: float = 0.0  # until when no more are started
 
     # -- beginning ----------------------------------------------------------------------------------------------
 
@@ -173,7 +177,7 @@ class Supervisor:
                 poll.register(table, select.POLLPRI | select.POLLERR)
                 poll.register(wake_in, select.POLLIN)
                 poll.register(self.link, select.POLLIN)
-                events = dict(poll.poll())
+                events = dict(poll.poll(1000 if self.keepers_missing else None))
                 if wake_in in events:
                     signals = os.read(wake_in, 512)
                     if {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} & set(signals):
@@ -224,10 +228,13 @@ class Supervisor:
             assert self.link is not None
             with suppress(OSError):
                 wire.send(self.link, {"lost": keeper.index})
-            if len(self.keeper_deaths) <= _RESTARTS:
-                self._tell_keeper(self._start_keeper())
-            else:
-                log.critical("keepers keep dying: is there too little memory? Nothing is cached from now on")
+            self.keepers_missing += 1
+            if len(self.keeper_deaths) > _RESTARTS:
+                self.keeper_pause = now + _PAUSE
+                log.critical("keepers keep dying: is there too little memory? The next in %d s", _PAUSE)
+        while self.keepers_missing and not self.ending and time.monotonic() >= self.keeper_pause:
+            self.keepers_missing -= 1
+            self._tell_keeper(self._start_keeper())
 
     # -- ending -------------------------------------------------------------------------------------------------
 
