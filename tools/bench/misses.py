@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -70,34 +72,39 @@ def _throttled(context: Context, data: Images) -> list[Figure]:
 
 
 def _warm(context: Context, data: Images) -> list[Figure]:
-    def through(mounted: Callable[[], AbstractContextManager[Path]]) -> Callable[[int], float]:
+    def through(mounted: Callable[[], AbstractContextManager[Path]], *, listed: bool) -> Callable[[int], float]:
         def read(seed: int) -> float:
             reader.read(data.root, data.paths, _READERS, seed)  # what is to be warm is so
             with mounted() as point:
+                if listed:  # as a loader does that looks for its files
+                    collections.deque(os.walk(point), maxlen=0)
                 return reader.read(point, data.paths, _READERS, seed).files_per_second
 
         return read
 
-    speeds = alternate(
-        context,
-        context.rounds(_ROUNDS),
-        {
-            "mount": through(lambda: _coordlfs_point(data.root)),
-            "bindfs": through(lambda: mounts.bindfs(data.root)),
-            "rclone, no cache": through(lambda: mounts.rclone(data.root, "off")),
-            "rclone, full cache": through(lambda: mounts.rclone(data.root, "full")),
-        },
-    )
-    ours = speeds.pop("mount")
-    return [
-        Figure(
-            f"misses, warm source, {_READERS} readers: mount without cache ÷ {side}",
-            ratios(ours, theirs),
-            Bound(1, at_least=True),
-            f"{median(ours):,.0f} ÷ {median(theirs):,.0f} files/s",
+    figures = []
+    for listed, names in ((True, "names listed first"), (False, "names unknown")):
+        speeds = alternate(
+            context,
+            context.rounds(_ROUNDS),
+            {
+                "mount": through(lambda: _coordlfs_point(data.root), listed=listed),
+                "bindfs": through(lambda: mounts.bindfs(data.root), listed=listed),
+                "rclone, no cache": through(lambda: mounts.rclone(data.root, "off"), listed=listed),
+                "rclone, full cache": through(lambda: mounts.rclone(data.root, "full"), listed=listed),
+            },
         )
-        for side, theirs in speeds.items()
-    ]
+        ours = speeds.pop("mount")
+        figures += [
+            Figure(
+                f"misses, warm source, {_READERS} readers, {names}: mount without cache ÷ {side}",
+                ratios(ours, theirs),
+                Bound(1, at_least=True),
+                f"{median(ours):,.0f} ÷ {median(theirs):,.0f} files/s",
+            )
+            for side, theirs in speeds.items()
+        ]
+    return figures
 
 
 @contextmanager
