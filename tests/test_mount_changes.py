@@ -33,6 +33,7 @@ from mounts import (
     noise,
     raises,
     read,
+    script,
     unmount_lazily,
 )
 
@@ -243,6 +244,20 @@ def test_replaced_while_it_is_open(source: Path, mount: MakeMount, cache: str) -
             assert asked in (None, old[offset : offset + 1000])
 
 
+def test_replaced_after_it_was_changed_in_place(source: Path, mount: MakeMount) -> None:
+    versions = [noise(900_000, number) for number in range(3)]
+    (source / "f").write_bytes(versions[0])
+    mounted = mount(source, "0")
+    with open(mounted.path / "f", "rb", buffering=0) as f:
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # every page is asked for by itself
+        assert f.read(100) == versions[0][:100]
+        _overwrite(source / "f", versions[1])
+        assert os.pread(f.fileno(), 100, 400_000) == versions[1][400_000:400_100]
+        _replace(source / "f", versions[2])
+        asked = _or_error(lambda: os.pread(f.fileno(), 100, 800_000), errno.ESTALE)
+        assert asked in (None, versions[1][800_000:800_100])
+
+
 @pytest.mark.parametrize("aside", [False, True], ids=["replaced", "moved-aside"])
 def test_a_replaced_file_is_not_served_on(source: Path, mount: MakeMount, aside: bool) -> None:
     old, new = noise(5 * MIB, 1), noise(5 * MIB, 2)
@@ -279,6 +294,21 @@ def test_changed_in_place_while_it_is_open(source: Path, mount: MakeMount, size:
     mounted.settle()
     assert read(mounted.path / "f") == new
     assert mounted.stats()["source"]["changed_files"] >= 1
+
+
+def test_a_mapping_follows_a_change_in_place(source: Path, mount: MakeMount) -> None:
+    # Nothing asks for attributes here, which would have the kernel look again: the server must tell it.
+    old, new = noise(20 * MIB, 1), noise(20 * MIB, 2)
+    (source / "f").write_bytes(old)
+    mounted = mount(source, "0")
+    fd = os.open(mounted.path / "f", os.O_RDONLY)
+    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
+        assert mapped[:5000] == old[:5000]
+        _overwrite(source / "f", new)
+        assert mapped[-5000:] == new[-5000:]  # here the server learns of it
+        eventually(lambda: mapped[:5000] == new[:5000], 5)
+        assert mapped[:] == new
+    os.close(fd)
 
 
 def test_readers_of_a_file_that_is_replaced_again_and_again(source: Path, mount: MakeMount) -> None:
@@ -527,6 +557,26 @@ def test_an_error_in_the_middle_of_a_file(source: Path, faults: Callable[[], Fau
     assert read(mounted.path / "f") == data
     mounted.settle()
     assert mounted.cached("f") == "pinned"
+
+
+def test_modes_are_enforced_where_the_source_has_no_acls(
+    source: Path, faults: Callable[[], Faults], mount: MakeMount
+) -> None:
+    for name, mode in (("open", 0o644), ("closed", 0o600)):
+        (source / name).write_text(name)
+        (source / name).chmod(mode)
+    mounted = mount(faults().path)
+    program = (
+        "import os, sys\n"
+        "os.setgroups([]), os.setresgid(65534, 65534, 65534), os.setresuid(65534, 65534, 65534)\n"
+        "for path in sys.argv[1:]:\n"
+        "    try:\n"
+        "        print(os.read(os.open(path, 0), 10).decode())\n"
+        "    except OSError as e:\n"
+        "        print(e.errno)\n"
+    )
+    seen = script(program, mounted.path / "open", mounted.path / "closed")
+    assert seen.split() == ["open", str(errno.EACCES)]
 
 
 def test_a_mapping_of_what_cannot_be_read(source: Path, faults: Callable[[], Faults], mount: MakeMount) -> None:
