@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,29 @@ def test_read_from_the_middle_after_it_changed(source: Path, mount: MakeMount) -
             # What is behind the end that was known may be missing; no other byte may come.
             assert got is None or (got and noise(100_000, 2)[4096:].startswith(got))
             _assert_soon(path, noise(100_000, 2))
+
+
+@pytest.mark.parametrize("change", [_replace, _overwrite])
+def test_shrunk_and_read_from_everywhere_at_once(source: Path, mount: MakeMount, change: Change) -> None:
+    # The answers to READs behind the new end and across it come in any order; none may make the kernel show zeros.
+    names = [f"f{number}" for number in range(20)]
+    for name in names:
+        (source / name).write_bytes(noise(3 * MIB, 1))
+    mounted = mount(source, "10M")
+    _know(mounted)
+    for name in names:
+        change(source / name, noise(300_000, 2))
+
+    def read_at(fd: int, offset: int) -> None:
+        got = _or_error(lambda: os.pread(fd, 200_000, offset), errno.ESTALE)
+        assert got in (None, noise(300_000, 2)[offset : offset + 200_000])
+
+    for name in names:
+        with open(mounted.path / name, "rb", buffering=0) as f, ThreadPoolExecutor(4) as pool:
+            offsets = [250_000, 2_000_000, 1_000_000, 400_000, 131_072, 290_000, 3_000_000, 0]
+            list(pool.map(read_at, [f.fileno()] * len(offsets), offsets))
+    for name in names:
+        _assert_soon(mounted.path / name, noise(300_000, 2))
 
 
 def test_vanished_before_it_is_read(source: Path, mount: MakeMount) -> None:
