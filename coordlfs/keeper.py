@@ -81,6 +81,9 @@ class Keeper:
                     pinning.append(request)
             elif request.verb == Verb.DROP:
                 self._drop(request)
+            elif request.verb == Verb.PURGE:
+                self._drop_pages(request.path, 0, 0)
+                self.sock.send(request.reply(Outcome.PURGED))
             else:
                 for earlier in pinning:
                     self._finish(earlier)
@@ -165,13 +168,16 @@ class Keeper:
 
     def _drop(self, request: _Request) -> None:
         self._unpin(request.item)
+        self._drop_pages(request.path, request.offset, request.length)
+        self.sock.send(request.reply(Outcome.DROPPED))
+
+    def _drop_pages(self, path: bytes, offset: int, length: int) -> None:
         with suppress(OSError):
-            fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY)
+            fd = paths.open_beneath(self.tree, path, os.O_RDONLY)
             try:
-                pages.drop(fd, request.offset, request.length)
+                pages.drop(fd, offset, length)
             finally:
                 os.close(fd)
-        self.sock.send(request.reply(Outcome.DROPPED))
 
     def _list(self) -> None:
         pins = [PINS.pack(item, length) for item, (_, length) in self.pins.items()]

@@ -7,11 +7,13 @@ message that caused them.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 log = logging.getLogger(__name__)
@@ -20,11 +22,12 @@ _DELAY = 0.02  # seconds
 
 
 class Notifier:
-    """Writes notifications to the FUSE device until it is closed."""
+    """Writes notifications to the FUSE device, and calls what follows them, until it is closed."""
 
     def __init__(self, device: int) -> None:
         self._device = device
-        self._queue: queue.PriorityQueue[tuple[float, bytes]] = queue.PriorityQueue()
+        self._count = itertools.count()
+        self._queue: queue.PriorityQueue[tuple[float, int, Callable[[], None] | None]] = queue.PriorityQueue()
         # A daemon: the kernel may hold its write for as long as a READ of a dead source takes.
         self._thread = threading.Thread(target=self._run, name="notifier", daemon=True)
 
@@ -34,7 +37,11 @@ class Notifier:
 
     def send(self, message: bytes, delay: float = _DELAY) -> None:
         """Have a notification written after `delay` seconds."""
-        self._queue.put((time.monotonic() + delay, message))
+        self.call(lambda: self.send_now(message), delay)
+
+    def call(self, function: Callable[[], None], delay: float = _DELAY) -> None:
+        """Have `function` called after `delay` seconds, and after what was to be sent before."""
+        self._queue.put((time.monotonic() + delay, next(self._count), function))
 
     def send_now(self, message: bytes) -> None:
         """Write a notification that cannot block: one that touches attributes only."""
@@ -43,17 +50,17 @@ class Notifier:
 
     def close(self) -> None:
         """End the thread, unless the kernel holds it."""
-        self._queue.put((0.0, b""))
+        self._queue.put((0.0, next(self._count), None))
         self._thread.join(timeout=1)
 
     def _run(self) -> None:
         while True:
-            due, message = self._queue.get()
-            if not message:
+            job = due, _, function = self._queue.get()
+            if function is None:
                 return
             wait = due - time.monotonic()
             if wait <= 0:
-                self.send_now(message)
+                function()
             else:
-                self._queue.put((due, message))
+                self._queue.put(job)
                 time.sleep(min(wait, _DELAY))

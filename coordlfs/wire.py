@@ -24,6 +24,7 @@ class Verb(IntEnum):
     PIN = 1
     DROP = 2
     LIST = 3
+    PURGE = 4  # drop what is resident of the whole file
 
 
 class How(IntEnum):
@@ -44,6 +45,7 @@ class Outcome(IntEnum):
     LISTED = 6
     WATCHED = 7  # an item is a sentinel from now on
     OPENED = 8  # a sentinel was opened
+    PURGED = 9
 
 
 def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
