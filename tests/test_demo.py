@@ -57,7 +57,7 @@ def test_without_root_it_says_what_it_needs() -> None:
 
 
 def _nothing_is_left(place: Path) -> bool:
-    mounted = [path for path in mountpoints() if path.startswith(b"/tmp/coordlfs-bench-")]
+    mounted = [path for path in mountpoints() if path.startswith(bytes(place))]
     return not mounted and not list(place.iterdir())
 
 

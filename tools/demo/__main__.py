@@ -124,6 +124,7 @@ def main() -> int:
         signal.signal(number, _end)
     try:
         with tempfile.TemporaryDirectory(prefix="coordlfs-demo-", dir=arguments.dir) as directory:
+            os.environ["TMPDIR"] = directory  # for all that PyTorch leaves behind, and the mountpoint
             _compare(Path(directory), arguments.files)
     except (BenchError, OSError) as e:
         print(f"demo.sh: {e}", file=sys.stderr)
