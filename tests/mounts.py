@@ -85,6 +85,16 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def _doing(pid: int) -> str:
+    """The name of a process, and where in the kernel its threads wait."""
+    told = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):
+            stack = [line.split()[1].partition("+")[0] for line in (task / "stack").read_text().splitlines()]
+            told.append(f"{(task / 'comm').read_text().strip()} in {' < '.join(stack[:5])}")
+    return "; ".join(told)
+
+
 def children(parent: int) -> list[int]:
     """The processes whose parent is `parent`."""
     found = []
@@ -203,7 +213,7 @@ class Mount:
         while any(map(is_alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.01)
         for pid in filter(is_alive, pids):
-            problems.append(f"process {pid} was left")
+            problems.append(f"process {pid} was left: {_doing(pid)}")
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         log = self.log.read_text(errors="replace") if self.log.exists() else ""

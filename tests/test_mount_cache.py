@@ -187,14 +187,15 @@ def test_four_readers_of_the_same_files_read_the_source_once(source: Path, mount
 
 def test_a_large_file_is_cached_by_the_chunk(source: Path, mount: MakeMount) -> None:
     size = 13 * CHUNK
-    (source / "big").write_bytes(noise(size))
+    data = noise(size)
+    (source / "big").write_bytes(data)
     (source / "small").write_bytes(noise(5000))
     (source / "late").write_bytes(noise(20 * MIB))
     mounted = mount(source, "64M")
     assert read(mounted.path / "small") == noise(5000)
     mounted.settle()
     for _ in range(2):  # chunks may find no room in the stash the first time
-        assert read(mounted.path / "big") == noise(size)
+        assert read(mounted.path / "big") == data
         mounted.settle()
         forget(mounted.path / "big")
     assert (mounted.cached("small"), mounted.cached("big"), mounted.cached("late")) == ("pinned", "partial", "no")
@@ -203,7 +204,7 @@ def test_a_large_file_is_cached_by_the_chunk(source: Path, mount: MakeMount) -> 
     assert held == 3  # a fourth does not fit beside the small file
     for _ in range(2):
         before = mounted.source_bytes()
-        assert read(mounted.path / "big") == noise(size)
+        assert read(mounted.path / "big") == data
         mounted.settle()
         forget(mounted.path / "big")
         assert mounted.source_bytes() - before == size - held * CHUNK
@@ -212,15 +213,16 @@ def test_a_large_file_is_cached_by_the_chunk(source: Path, mount: MakeMount) -> 
 
 def test_a_large_file_is_read_once_and_is_one_epoch(source: Path, mount: MakeMount) -> None:
     size = 100 * MIB + 1
-    (source / "big").write_bytes(noise(size))
+    data = noise(size)
+    (source / "big").write_bytes(data)
     mounted = mount(source, "512M")
-    assert read(mounted.path / "big") == noise(size)
+    assert read(mounted.path / "big") == data
     figures = mounted.settle()
     assert figures["source"]["bytes"] == size
     assert (figures["epochs"], figures["source"]["files"], figures["pinned_items"]) == (1, 1, 7)
     assert mounted.cached("big") == "pinned"
     with mounted.messages() as sent:
-        assert read(mounted.path / "big") == noise(size)
+        assert read(mounted.path / "big") == data
     assert sent["read"] == 0
 
 

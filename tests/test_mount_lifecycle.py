@@ -201,7 +201,7 @@ def test_mounted_on_a_mount(source: Path, mount: MakeMount) -> None:
         above.settle()
         below.settle()
     assert above.stats()["pinned_items"] > 0
-    assert below.stats()["pinned_items"] > 0
+    assert above.source_bytes() == below.source_bytes()  # it reads around the page cache, which keeps no second copy
 
 
 def test_two_mounts_of_one_source(source: Path, mount: MakeMount) -> None:
@@ -401,7 +401,7 @@ class TestRun:
             "print(os.getxattr(sys.argv[1], 'user.coordl.stats')[:1])\n"
         )
         done = _run(source, sys.executable, "-c", program, str(source), cwd=source)
-        assert done.stdout.split("\n")[1:] == ["True", "500000", "True", "500000", "b'{'", ""]
+        assert done.stdout.split("\n") == ["True", "500000", "True", "500000", "b'{'", ""]
         assert "epoch 1" in done.stderr
         assert "488.3 KiB read from the source" in done.stderr
 

@@ -241,7 +241,7 @@ def test_random_trees_equal_their_source(source: Path, mount: MakeMount) -> None
     mounts = [mount(source, cache) for cache in ("200M", "3M", "0")]
     numbers = itertools.count()
 
-    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(_trees)
     def check(tree: Directory) -> None:
         name = b"%d" % next(numbers)
