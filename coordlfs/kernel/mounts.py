@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from coordlfs.kernel.libc import check, libc, syscall
 
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOATIME, MS_REC, MS_PRIVATE = 1, 2, 4, 1024, 16384, 1 << 18
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOATIME, MS_REC, MS_SLAVE = 1, 2, 4, 1024, 16384, 1 << 19
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 SYS_OPEN_TREE = 428
 AT_FDCWD, OPEN_TREE_CLONE = -100, 1
@@ -34,9 +34,9 @@ def mount(source: str, target: bytes, fstype: str, flags: int, options: str) -> 
     check(result, os.fsdecode(target))
 
 
-def make_private(target: str) -> None:
-    """Stop mount events below `target` from propagating to and from other namespaces."""
-    result = libc.mount(None, target.encode(), None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None)
+def make_slave(target: str) -> None:
+    """Stop mounts below `target` from propagating to other namespaces; theirs, and their ends, still come here."""
+    result = libc.mount(None, target.encode(), None, ctypes.c_ulong(MS_REC | MS_SLAVE), None)
     check(result, target)
 
 

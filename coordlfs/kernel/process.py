@@ -62,7 +62,7 @@ def unshare_mounts() -> None:
     from coordlfs.kernel import mounts
 
     check(libc.unshare(CLONE_NEWNS), "unshare")
-    mounts.make_private("/")
+    mounts.make_slave("/")
 
 
 def wait_gone(pids: list[int], timeout: float) -> bool:
