@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mounts import CHUNK, MIB, NOBODY, MakeMount, coordlfs, noise, raises, read, script
 
@@ -196,7 +196,8 @@ def attributes_of(root: bytes, relative: bytes) -> dict[str, Any]:
     return looks
 
 
-_SHOWN = ("st_mode", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_size", "st_blocks", "st_mtime_ns", "st_ctime_ns")
+# But st_blocks, which a file system changes as it pleases.
+_SHOWN = ("st_mode", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_size", "st_mtime_ns", "st_ctime_ns")
 
 
 def assert_equal(theirs: bytes, ours: bytes) -> None:
@@ -241,7 +242,8 @@ def test_random_trees_equal_their_source(source: Path, mount: MakeMount) -> None
     mounts = [mount(source, cache) for cache in ("200M", "3M", "0")]
     numbers = itertools.count()
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    # Not shrunk: a tree that fails once does so, as a rule, for what happened in time and not for what it holds.
+    @settings(max_examples=25, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(_trees)
     def check(tree: Directory) -> None:
         name = b"%d" % next(numbers)
