@@ -219,7 +219,7 @@ def _start(
     }
     quiet = None if foreground else subprocess.DEVNULL
     supervisor = subprocess.Popen(
-        [sys.executable, "-m", "coordlfs.supervisor", json.dumps(config)],
+        [sys.executable, "-P", "-m", "coordlfs.supervisor", json.dumps(config)],
         pass_fds=[report_out, root],
         stdin=subprocess.DEVNULL,
         stdout=quiet,

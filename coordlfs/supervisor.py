@@ -106,7 +106,7 @@ class Supervisor:
 
     def _spawn(self, module: str, config: dict[str, Any], fds: list[int]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(config)],
+            [sys.executable, "-P", "-m", module, json.dumps(config)],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is the supervisor's to handle
