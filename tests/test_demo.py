@@ -67,7 +67,10 @@ def test_it_trains_on_both_sides_and_leaves_nothing(place: Path) -> None:
     done = subprocess.run([*COMMAND, "--dir", place], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall(r"epoch [123]: [\d.]+ s, \d+ images/s", done.stdout)) == 2 + 3 + 3
-    assert re.search(r"on the mount +1 .* MB +0\.0%", done.stdout)
+    rates = [float(rate) for rate in re.findall(r" MB +([\d.]+)% *$", done.stdout, re.MULTILINE)]
+    assert len(rates) == 3 + 3
+    # Of the mount's, only the last: workers are well ahead in so few files when the others are asked for.
+    assert 50 < rates[-1] < 65
     assert "times as fast" in done.stdout
     assert _nothing_is_left(place)
 
