@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import logging
 import os
+import random
 import select
 import socket
 import threading
@@ -241,6 +242,23 @@ class Admission:
                 else:
                     self._forget(item)
         return dropped
+
+    def limit(self, capacity: int) -> int:
+        """Have no more than `capacity` pages from now on; how many are let go for it, of items drawn at random."""
+        with self._lock:
+            self.policy.capacity = capacity
+            if self.policy.used <= capacity:
+                return 0
+            leaving = self._dropping | {item for item, pending in self._pending.items() if pending.cancelled}
+            excess = self.policy.used - capacity - sum(map(self.policy.pages, leaving))
+            candidates = [item for item in self.policy.items() if item not in leaving]
+            random.shuffle(candidates)
+            given = 0
+            while given < excess and candidates:
+                item = candidates.pop()
+                given += self.policy.pages(item)
+                self.drop([item])
+            return given
 
     def purge(self, record: int) -> None:
         """Have the kernel drop old pages of a file that changed, even those that it had not yet on its lists.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from coordlfs import __version__
 from coordlfs.errors import UserError
+
+if TYPE_CHECKING:
+    from coordlfs.mounting import Options
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,6 +37,13 @@ def _parser() -> argparse.ArgumentParser:
             metavar="SIZE",
             help="200G, 512M, 60%% (of all memory), 0 (none), or auto: 60%% of what is available (default)",
         )
+        command.add_argument(
+            "--revalidate",
+            default="10m",
+            metavar="TIME",
+            help="within which a change of the source is noticed though nobody reads it: 30s, 10m (default), 6h",
+        )
+        command.add_argument("--immutable", action="store_true", help="the source never changes: do not look")
         command.add_argument("--log-file", metavar="FILE", help="where messages go (default: syslog)")
 
     mount = commands.add_parser("mount", help="mount a dataset; returns when it serves")
@@ -60,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="compare every byte, name and attribute with the source")
     verify.add_argument("mountpoint", metavar="MNT")
 
+    refresh = commands.add_parser("refresh", help="notice now what changed in the source")
+    refresh.add_argument("mountpoint", metavar="MNT")
+    refresh.add_argument("paths", metavar="PATH", nargs="*", help="files or directories on MNT; default: all")
+
+    restart = commands.add_parser("restart", help="replace the mount's processes by the installed version, in use")
+    restart.add_argument("mountpoint", metavar="MNT")
+
     run = commands.add_parser(
         "run",
         help="mount over SRC for one command, which alone sees it",
@@ -70,11 +87,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _options(arguments: argparse.Namespace) -> Options:
+    from coordlfs.mounting import Options
+    from coordlfs.sizes import seconds
+
+    revalidate = None if arguments.immutable else seconds(arguments.revalidate)
+    return Options(arguments.cache_size, arguments.log_file, revalidate)
+
+
 def _mount(arguments: argparse.Namespace) -> int:
     from coordlfs import mounting
 
-    options = mounting.Options(arguments.cache_size, arguments.log_file)
-    supervisor = mounting.mount(arguments.source, arguments.mountpoint, options, foreground=arguments.foreground)
+    supervisor = mounting.mount(
+        arguments.source, arguments.mountpoint, _options(arguments), foreground=arguments.foreground
+    )
     if arguments.foreground:
         return mounting.stay(supervisor)
     supervisor.returncode = 0  # it lives on: do not let Popen warn of it
@@ -125,12 +151,28 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
+def _refresh(arguments: argparse.Namespace) -> int:
+    from coordlfs import client
+
+    done = client.refresh(arguments.mountpoint, arguments.paths)
+    print(f"{done['checked']} known names compared with the source, {done['changed']} had changed")
+    return 0
+
+
+def _restart(arguments: argparse.Namespace) -> int:
+    from coordlfs import client
+
+    done = client.restart(arguments.mountpoint)
+    print(f"server and {done['keepers']} keepers replaced, {done['pinned_items']} items cached")
+    return 0
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from coordlfs import mounting
 
     if not arguments.job:
         raise UserError("run needs a command: coordlfs run SRC -- python train.py", 2)
-    return mounting.run(arguments.source, arguments.job, mounting.Options(arguments.cache_size, arguments.log_file))
+    return mounting.run(arguments.source, arguments.job, _options(arguments))
 
 
 _COMMANDS = {
@@ -140,6 +182,8 @@ _COMMANDS = {
     "warm": _warm,
     "drop": _drop,
     "verify": _verify,
+    "refresh": _refresh,
+    "restart": _restart,
     "run": _run,
 }
 

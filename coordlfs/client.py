@@ -1,4 +1,4 @@
-"""The client of the control socket: warm, drop and verify a mount."""
+"""The client of the control socket: warm, drop, refresh and restart a mount."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, BinaryIO
@@ -16,6 +17,7 @@ from coordlfs.kernel import fiemap, pages
 from coordlfs.source import Source
 
 _BATCH = 64
+_REPLACED_WITHIN, _SETTLED_WITHIN = 60.0, 30.0  # seconds
 _SORTED_AT_ONCE = 200_000  # files whose place on the disk is asked for before the first of them is read
 
 
@@ -123,7 +125,7 @@ def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
             if stat.S_ISREG(st.st_mode) and st.st_size
         }
         figures = mounting.stats(client.root)
-        room = figures["capacity_bytes"] - figures["pinned_bytes"]
+        room = figures["memory"]["limit_bytes"] - figures["pinned_bytes"]
         columns = (
             TextColumn("warming"),
             BarColumn(),
@@ -176,3 +178,43 @@ def drop(mountpoint: str, paths: list[str]) -> dict[str, int]:
         return total
     finally:
         client.close()
+
+
+def refresh(mountpoint: str, paths: list[str]) -> dict[str, int]:
+    """Have the files and directories named (or all) compared with the source; what was done."""
+    client = Client(mountpoint)
+    try:
+        return client.ask("refresh", paths=[os.fsdecode(p) for p in client.relative(paths) or [b""]])
+    finally:
+        client.close()
+
+
+def restart(mountpoint: str) -> dict[str, int]:
+    """Replace server and keepers, one after the other, by the version that is installed; what was done.
+
+    Raises UserError if a new process does not come up in time.
+    """
+    before = mounting.stats(mountpoint)
+    server, keepers = before["processes"]["server"], before["processes"]["keepers"]
+    for pid in (server, *keepers):
+        client = Client(mountpoint)
+        try:
+            client.ask("replace", pid=pid)
+        finally:
+            client.close()
+        _wait_replaced(mountpoint, pid, before["pinned_items"])
+    return {"keepers": len(keepers), "pinned_items": mounting.stats(mountpoint)["pinned_items"]}
+
+
+def _wait_replaced(mountpoint: str, pid: int, pinned: int) -> None:
+    end = time.monotonic() + _REPLACED_WITHIN
+    settled = end  # until all that was pinned is pinned again; what the job or the memory made of it is not our concern
+    while (now := time.monotonic()) < end:
+        figures = mounting.stats(mountpoint)
+        processes = figures["processes"]
+        if pid not in (processes["server"], *processes["keepers"]):
+            settled = min(settled, now + _SETTLED_WITHIN)
+            if (figures["pinned_items"] >= pinned and not figures["pending_items"]) or now > settled:
+                return
+        time.sleep(0.05)
+    raise UserError(f"{mountpoint} has not replaced process {pid} within {_REPLACED_WITHIN:.0f} s: see its log")

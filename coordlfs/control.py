@@ -1,4 +1,4 @@
-"""The control socket: what `warm`, `drop` and `verify` ask of a running server.
+"""The control socket: what `warm`, `drop`, `verify`, `refresh` and `restart` ask of a running server.
 
 An abstract Unix socket with a random name, which `user.coordl.control` of the mount's root tells; only root and the
 user who mounted may talk. Requests and replies are JSON, one line each; paths are relative to the root, bytes that
@@ -24,6 +24,7 @@ from coordlfs.admission import Admission
 from coordlfs.catalog import REGULAR, Catalog
 from coordlfs.minio import State
 from coordlfs.namespace import Namespace
+from coordlfs.revalidation import Revalidation
 from coordlfs.source import Source
 
 log = logging.getLogger(__name__)
@@ -35,13 +36,28 @@ _PEER = struct.Struct("3i")
 class Control:
     """Serves the socket; `name` is what a client connects to."""
 
-    def __init__(self, catalog: Catalog, source: Source, namespace: Namespace, admission: Admission) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        source: Source,
+        namespace: Namespace,
+        admission: Admission,
+        revalidation: Revalidation,
+        replace: Callable[[int], None],
+    ) -> None:
         self._catalog = catalog
         self._source = source
         self._namespace = namespace
         self._admission = admission
         self.name = f"coordlfs-{secrets.token_hex(16)}"
-        self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {"admit": self._admit, "drop": self._drop}
+        self._revalidation = revalidation
+        self._replace = replace
+        self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "admit": self._admit,
+            "drop": self._drop,
+            "refresh": self._refresh,
+            "replace": self._replace_process,
+        }
 
     async def run(self) -> None:
         """Accept connections until cancelled."""
@@ -131,3 +147,22 @@ class Control:
         while not self._admission.settled(wanted):
             await trio.sleep(0.005)
         return {"dropped": dropped, "freed_pages": before - policy.used}
+
+    async def _refresh(self, request: dict[str, Any]) -> dict[str, int]:
+        """Have names compared with the source, with all that is known below them."""
+        directories: dict[bytes, int] = {b"": 0}
+        tops = set()
+        for text in request["paths"]:
+            path = os.fsencode(text)
+            record = self._resolve(path, directories)
+            while record is None:  # it is gone, or new: the directory that it was in shows it
+                path = path.rpartition(b"/")[0]
+                record = self._resolve(path, directories)
+            tops.add(record)
+        checked, changed = await self._revalidation.refresh(tops)
+        return {"checked": checked, "changed": changed}
+
+    async def _replace_process(self, request: dict[str, Any]) -> dict[str, int]:
+        """Have a process of the mount ended and started anew, of the version that is installed now."""
+        self._replace(int(request["pid"]))
+        return {}

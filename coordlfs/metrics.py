@@ -24,6 +24,11 @@ NAMES = (
     "dataset_bytes",
     "epochs_before",  # epochs of servers before this one
     "server_starts",
+    "given_back_bytes",  # for want of memory
+    "checked_files",  # by the sweeps that look for changes
+    "sweeps",
+    "retries",  # of what the source failed at in a way that passes
+    "interrupted",  # requests whose callers gave up on a source that does not answer
 )
 
 _SOURCE_BYTES, _SOURCE_READS = NAMES.index("source_bytes"), NAMES.index("source_reads")

@@ -30,6 +30,7 @@ class Options:
 
     cache_size: str = "auto"
     log_file: str | None = None
+    revalidate: float | None = 600.0  # seconds in which a change is noticed; None: the source never changes
 
 
 def find(mountpoint: str) -> mounts.Mount:
@@ -213,6 +214,7 @@ def _start(
         "capacity": capacity,
         "log": log_target,
         "acl": _supports_acl(root),
+        "revalidate": options.revalidate,
         "report": report_out,
         "root": root,
         "bound_to": os.getpid() if bound else None,

@@ -106,7 +106,7 @@ class Reader:
             self.counters.add("source_errors")
             self.source.forget(record)
             if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                self._vanished(record)
+                self.vanished(record)
                 raise OSError(errno.ENOENT, "vanished") from e
             raise
         self.counters.count_read(n)
@@ -138,7 +138,8 @@ class Reader:
                     return True
         return False
 
-    def _vanished(self, record: int) -> None:
+    def vanished(self, record: int) -> None:
+        """The name of a file is gone from the source."""
         self.admission.drop_file(record, self.catalog.size(record))
         parent, name = self.catalog.entry(record)
         self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))

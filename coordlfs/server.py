@@ -13,7 +13,9 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import pyfuse3
@@ -25,13 +27,16 @@ from coordlfs.byte_lane import ByteLane
 from coordlfs.catalog import Catalog
 from coordlfs.control import Control
 from coordlfs.epochs import Epoch, Epochs
+from coordlfs.governor import Governor
 from coordlfs.kernel import fuse, mounts, pages, process
+from coordlfs.memory_watch import MemoryWatch
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO
 from coordlfs.name_lane import NameLane
 from coordlfs.namespace import Namespace
 from coordlfs.notifier import Notifier
 from coordlfs.reading import Reader
+from coordlfs.revalidation import Revalidation
 from coordlfs.source import Source
 from coordlfs.stash import Stash
 from coordlfs.stats import Stats
@@ -81,10 +86,12 @@ def serve(config: dict[str, Any]) -> None:
     admission = Admission(catalog, policy, stash, epochs, counters, link.want_keeper)
     notifier = Notifier(device)
     reader = Reader(catalog, source, admission, counters, notifier)
-    stats = Stats(config, catalog, admission, epochs, counters)
+    memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
+    stats = Stats(config, catalog, admission, epochs, counters, memory_watch)
     namespace = Namespace(catalog, source, reader, counters)
     names = NameLane(catalog, source, namespace, counters)
-    control = Control(catalog, source, namespace, admission)
+    revalidation = Revalidation(catalog, source, namespace, reader, notifier, counters)
+    control = Control(catalog, source, namespace, admission, revalidation, link.replace)
     names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode}
 
     with ExitStack() as stack:
@@ -106,7 +113,15 @@ def serve(config: dict[str, Any]) -> None:
         stack.callback(admission.close)
         notifier.start()
         stack.callback(notifier.close)
-        _run_or_exit(_tasks, config["mountpoint"], lane, stats, control, link, admission, epochs, counters)
+        background: list[Callable[[], Awaitable[None]]] = [
+            control.run,
+            memory_watch.run,
+            partial(_tick, stats, epochs, counters),
+            pyfuse3.main,
+        ]
+        if config["revalidate"]:
+            background.append(partial(revalidation.run, config["revalidate"]))
+        _run_or_exit(_tasks, config["mountpoint"], lane, link, admission, background)
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
 
@@ -129,12 +144,9 @@ def _exit_with_thread(failure: threading.ExceptHookArgs) -> None:
 async def _tasks(
     mountpoint: str,
     lane: ByteLane,
-    stats: Stats,
-    control: Control,
     link: SupervisorLink,
     admission: Admission,
-    epochs: Epochs,
-    counters: Counters,
+    background: list[Callable[[], Awaitable[None]]],
 ) -> None:
     token = trio.lowlevel.current_trio_token()
     async with trio.open_nursery() as nursery:
@@ -151,10 +163,9 @@ async def _tasks(
 
         lane.on_end = unmounted
         lane.start()
-        nursery.start_soon(control.run)
         nursery.start_soon(link.run, admission, orphaned)
-        nursery.start_soon(_tick, stats, epochs, counters)
-        nursery.start_soon(pyfuse3.main)
+        for task in background:
+            nursery.start_soon(task)
         try:
             link.ready()
         except OSError:

@@ -1,4 +1,4 @@
-"""Sizes as users write and read them."""
+"""Sizes and times as users write and read them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from coordlfs.kernel.memory import Memory
 AUTO_SHARE = 0.6  # of the memory that is available
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_TIME_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_TIME = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhd]?)", re.IGNORECASE | re.ASCII)
 _SHARE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*%", re.ASCII)
 
 
@@ -44,3 +46,12 @@ def cache_size(asked: str, memory: Memory) -> tuple[int, str]:
             )
         return size, "no cache" if not size else "as given"
     raise UserError(f"--cache-size {asked!r} is not a size: write 200G, 512M, 60% or auto", 2)
+
+
+def seconds(asked: str) -> float:
+    """Seconds for "90", "90s", "10m", "6h" or "1d". Raises UserError for anything else, and for less than one."""
+    match = _TIME.fullmatch(asked.strip())
+    found = float(match[1]) * _TIME_UNITS[match[2].lower()] if match else 0.0
+    if found < 1:
+        raise UserError(f"{asked!r} is not a time: write 30s, 10m, 6h or 1d, and at least 1s", 2)
+    return found

@@ -16,6 +16,7 @@ from coordlfs.admission import Admission
 from coordlfs.catalog import Catalog
 from coordlfs.epochs import Epoch, Epochs
 from coordlfs.kernel import pages
+from coordlfs.memory_watch import MemoryWatch
 from coordlfs.metrics import Counters
 
 _RATE_WINDOW = 2.0  # seconds
@@ -31,12 +32,14 @@ class Stats:
         admission: Admission,
         epochs: Epochs,
         counters: Counters,
+        memory_watch: MemoryWatch,
     ) -> None:
         self._config = config
         self._catalog = catalog
         self._admission = admission
         self._epochs = epochs
         self._counters = counters
+        self._memory = memory_watch
         self._started = time.time()
         self._mark = (time.monotonic(), 0)
         self._rate = 0.0
@@ -65,6 +68,7 @@ class Stats:
         finished = [self._epoch(e) for e in self._epochs.finished]
         current = self._epoch(self._epochs.current) if self._epochs.current.number else None
         latest = self._epochs.latest
+        capacity = self._config["capacity"] // pages.PAGE * pages.PAGE
         return {
             "version": __version__,
             "source_path": self._config["source"],
@@ -75,13 +79,19 @@ class Stats:
                 "server": os.getpid(),
                 "keepers": sorted(link.pid for link in self._admission.links.values()),
             },
+            "server_starts": c["server_starts"],
             "residence": "page cache (mlock)",
-            "capacity_bytes": policy.capacity * pages.PAGE,
+            "capacity_bytes": capacity,
             "pinned_bytes": policy.pinned_pages * pages.PAGE,
             "pinned_items": states["pinned"],
             "pending_items": states["on_their_way"],
             "stash_bytes": self._admission.stash.size,
-            "fill": round(policy.pinned_pages / policy.capacity, 4) if policy.capacity else 1.0,
+            "memory": {
+                "limit_bytes": policy.capacity * pages.PAGE,
+                "available_bytes": self._memory.available,
+                "given_back_bytes": c["given_back_bytes"],
+            },
+            "fill": round(policy.pinned_pages * pages.PAGE / capacity, 4) if capacity else 1.0,
             "known_files": len(self._catalog),
             "catalog_bytes": self._catalog.memory,
             "source": {
@@ -90,6 +100,7 @@ class Stats:
                 "files": c["source_files"],
                 "errors": c["source_errors"],
                 "changed_files": c["changed_files"],
+                "retries": c["retries"],
                 "bytes_per_second": round(self._rate),
             },
             "requests": {
@@ -97,7 +108,13 @@ class Stats:
                 "name": c["lookups"] + c["name_requests"],
                 "refused": c["direct_opens"],
                 "ioctl": c["ioctls"],
+                "interrupted": c["interrupted"],
                 "stash_bytes": c["stash_bytes"],
+            },
+            "revalidation": {
+                "interval_seconds": self._config["revalidate"],
+                "sweeps": c["sweeps"],
+                "checked_files": c["checked_files"],
             },
             "admission": {
                 "not_admitted": c["not_admitted"],

@@ -48,6 +48,9 @@ def table(s: dict[str, Any]) -> Table:
     grid.add_column()
     source = s["source"]
     grid.add_row("cached", f"{text(s['pinned_bytes'])} of {text(s['capacity_bytes'])} ({_share(s['fill'])})")
+    memory = s["memory"]
+    if memory["limit_bytes"] < s["capacity_bytes"]:
+        grid.add_row("memory is tight", f"no more than {text(memory['limit_bytes'])} may be cached for now")
     grid.add_row("items", f"{s['pinned_items']} pinned, {s['pending_items']} on their way")
     grid.add_row("residence", s["residence"])
     grid.add_row("read from source", f"{text(source['bytes'])} in {source['reads']} reads of {source['files']} files")

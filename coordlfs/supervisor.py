@@ -58,6 +58,7 @@ class Supervisor:
     link: socket.socket | None = None
     ending: bool = False
     keeper_deaths: list[float] = field(default_factory=list)  # of the last minute
+    replaced: set[int] = field(default_factory=set)  # processes that were ended to be replaced
     keepers_missing: int = 0
     keeper_pause: float = 0.0  # until when no more are started
 
@@ -192,8 +193,11 @@ class Supervisor:
                     return
                 if status is not None:
                     now = time.monotonic()
-                    restarts = [t for t in restarts if now - t < 60] + [now]
-                    log.error("the server ended with status %d", status)
+                    if self.server.pid in self.replaced:
+                        log.info("server %d is replaced", self.server.pid)
+                    else:
+                        restarts = [t for t in restarts if now - t < 60] + [now]
+                        log.error("the server ended with status %d", status)
                     if len(restarts) > _RESTARTS and status > 0:
                         log.critical("the server cannot be kept running: unmounting")
                         self._unmount(lazy=True)
@@ -207,8 +211,19 @@ class Supervisor:
             received = wire.receive(self.link)
         except OSError:  # it died with messages unread
             return
-        if received and "want_keeper" in received[0] and not self.ending:
+        if not received or self.ending:
+            return
+        if "want_keeper" in received[0]:
             self._tell_keeper(self._start_keeper())
+        if "replace" in received[0]:
+            self._replace(received[0]["replace"])
+
+    def _replace(self, pid: int) -> None:
+        """End a process as anything else may end it; its successor is of the version that is installed by now."""
+        for child in [self.server, *(keeper.process for keeper in self.keepers.values())]:
+            if child is not None and child.pid == pid:
+                self.replaced.add(pid)
+                child.kill()
 
     def _tell_keeper(self, keeper: _Keeper) -> None:
         assert self.link is not None
@@ -222,9 +237,12 @@ class Supervisor:
             keeper.ours.close()
             if self.ending:
                 continue
-            log.error("keeper %d ended with status %s", keeper.process.pid, keeper.process.returncode)
             now = time.monotonic()
-            self.keeper_deaths = [t for t in self.keeper_deaths if now - t < 60] + [now]
+            if keeper.process.pid in self.replaced:
+                log.info("keeper %d is replaced", keeper.process.pid)
+            else:
+                log.error("keeper %d ended with status %s", keeper.process.pid, keeper.process.returncode)
+                self.keeper_deaths = [t for t in self.keeper_deaths if now - t < 60] + [now]
             assert self.link is not None
             with suppress(OSError):
                 wire.send(self.link, {"lost": keeper.index})

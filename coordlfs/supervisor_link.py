@@ -31,6 +31,10 @@ class SupervisorLink:
         """Ask for another keeper: the others hold as many mappings as one process may."""
         send(self._sock, {"want_keeper": True})
 
+    def replace(self, pid: int) -> None:
+        """Ask for a new server, or a new keeper, in place of the one with this process id."""
+        send(self._sock, {"replace": pid})
+
     async def run(self, admission: Admission, on_death: Callable[[], None]) -> None:
         """Take what the supervisor says, until cancelled or it is dead, which is told by calling `on_death`."""
         self._sock.setblocking(False)

@@ -26,8 +26,8 @@ def _meminfo() -> Memory:
     return Memory(fields["MemTotal"], fields["MemAvailable"])
 
 
-def _cgroup_directories() -> Iterator[tuple[str, str, str]]:
-    """Directory, limit file and usage file of this process's memory cgroup and those above it."""
+def _cgroup_directories(pid: int | str) -> Iterator[tuple[str, str, str]]:
+    """Directory, limit file and usage file of the process's memory cgroup and those above it."""
     mounted = {}
     with open("/proc/self/mounts", errors="surrogateescape") as f:
         for line in f:
@@ -36,7 +36,7 @@ def _cgroup_directories() -> Iterator[tuple[str, str, str]]:
                 mounted["v2"] = point
             elif fstype == "cgroup" and "memory" in options.split(","):
                 mounted["v1"] = point
-    with open("/proc/self/cgroup", errors="surrogateescape") as f:
+    with open(f"/proc/{pid}/cgroup", errors="surrogateescape") as f:
         for line in f:
             _, controllers, path = line.rstrip("\n").split(":", 2)
             version = "v2" if not controllers else "v1" if "memory" in controllers.split(",") else ""
@@ -63,13 +63,13 @@ def _number(path: str) -> int:
 def _reclaimable(directory: str) -> int:
     with open(f"{directory}/memory.stat") as f:
         fields = dict(line.split() for line in f)
-    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
+    return sum(int(fields.get(f"total_{name}", fields.get(name, 0))) for name in ("inactive_file", "active_file"))
 
 
-def memory() -> Memory:
-    """What this process may use."""
+def memory(pid: int | str = "self") -> Memory:
+    """What this process may use, or another one. Raises OSError if that one is gone."""
     result = _meminfo()
-    for directory, limit_file, usage_file in _cgroup_directories():
+    for directory, limit_file, usage_file in _cgroup_directories(pid):
         try:
             limit = _number(f"{directory}/{limit_file}")
             if limit >= _UNLIMITED:
@@ -80,3 +80,16 @@ def memory() -> Memory:
         total = min(result.total, limit)
         result = Memory(total, max(0, min(result.available, limit - usage)))
     return result
+
+
+def stalled() -> float:
+    """The share of the last ten seconds in which every task of the machine waited for memory; 0 if that is unknown.
+
+    Pressure stall information: Documentation/accounting/psi.rst of Linux.
+    """
+    try:
+        with open("/proc/pressure/memory") as f:
+            full = next(line for line in f if line.startswith("full"))
+    except (OSError, StopIteration):
+        return 0.0
+    return float(full.partition("avg10=")[2].split()[0]) / 100

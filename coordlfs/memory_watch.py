@@ -1,0 +1,67 @@
+"""Watching memory, and having the cache follow what the governor decides."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import suppress
+
+import trio
+
+from coordlfs.admission import Admission
+from coordlfs.governor import Governor
+from coordlfs.kernel import pages
+from coordlfs.kernel.memory import memory, stalled
+from coordlfs.metrics import Counters
+from coordlfs.sizes import text
+
+log = logging.getLogger(__name__)
+
+_INTERVAL = 0.25  # seconds
+_SAY_EVERY = 30.0  # seconds
+
+
+class MemoryWatch:
+    """Holds the cache to its governor's limit. `available` is what was found last, in bytes."""
+
+    def __init__(self, governor: Governor, admission: Admission, counters: Counters) -> None:
+        self.governor = governor
+        self.available = 0
+        self._admission = admission
+        self._counters = counters
+        self._given = 0  # bytes since it was last said
+        self._said = float("-inf")
+
+    async def run(self) -> None:
+        """Look every so often, until cancelled."""
+        while True:
+            self._look()
+            await trio.sleep(_INTERVAL)
+
+    def _look(self) -> None:
+        have = memory()
+        # Pins are charged where the keepers are, which somebody may have given a memory cgroup of their own.
+        for pid in self._admission.keeper_pids:
+            with suppress(OSError):
+                of_keeper = memory(pid)
+                if of_keeper.available < have.available:
+                    have = of_keeper
+        self.available = have.available
+        now = time.monotonic()
+        before = self.governor.limit
+        pinned = self._admission.policy.pinned_pages * pages.PAGE
+        limit = self.governor.update(pinned, have, stalled(), now)
+        given = self._admission.limit(limit // pages.PAGE) * pages.PAGE
+        self._say(given, before, now)
+
+    def _say(self, given: int, before: int, now: float) -> None:
+        self._counters.add("given_back_bytes", given)
+        self._given += given
+        if self._given and now - self._said >= _SAY_EVERY:
+            log.warning(
+                "memory is tight (%s available): %s of cache given back, %s left",
+                *(text(self.available), text(self._given), text(self.governor.limit)),
+            )
+            self._given, self._said = 0, now
+        if before < self.governor.configured == self.governor.limit:
+            log.info("memory is available again: the cache may grow to %s", text(self.governor.limit))

@@ -1,0 +1,137 @@
+"""Noticing what changed in the source where no reader would show it: cached files are read without a message.
+
+A sweep compares every name and file that the kernel may believe with the source, at such a pace that each is looked
+at once in the time that was promised (`--revalidate`); `coordlfs refresh` has some or all of them looked at at once.
+Reads that hit are not slowed down; what changed is dropped, and comes back in its new version when it is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+import trio
+
+from coordlfs.catalog import DIRECTORY, REGULAR, SUPERSEDED, Catalog, Version
+from coordlfs.kernel import fuse
+from coordlfs.metrics import Counters
+from coordlfs.namespace import Namespace
+from coordlfs.notifier import Notifier
+from coordlfs.reading import Reader
+from coordlfs.source import Source
+
+log = logging.getLogger(__name__)
+
+_BATCH = 256
+_SHARE = 0.8  # of the promised time in which a sweep is to be through
+_KINDS = REGULAR | DIRECTORY
+
+
+class Revalidation:
+    """Compares records of the catalogue with the source. `check` may be called from any thread."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        source: Source,
+        namespace: Namespace,
+        reader: Reader,
+        notifier: Notifier,
+        counters: Counters,
+    ) -> None:
+        self._catalog = catalog
+        self._source = source
+        self._namespace = namespace
+        self._reader = reader
+        self._notifier = notifier
+        self._counters = counters
+        self._gone: set[int] = set()  # what was missing already when it was last looked at
+
+    async def run(self, interval: float) -> None:
+        """Sweep until cancelled, so that a change is noticed within `interval` seconds."""
+        late = False
+        while True:
+            records, began = len(self._catalog), time.monotonic()
+            batches = range(0, records, _BATCH)
+            for number, first in enumerate(batches):
+                await trio.sleep_until(trio.current_time() + self._wait(began, interval, number, len(batches)))
+                await self._in_thread(range(first, min(first + _BATCH, records)))
+            self._counters.add("sweeps")
+            took = time.monotonic() - began
+            if took > interval and not late:
+                late = True
+                log.warning("a sweep of %d names took %.0f s, longer than --revalidate %.0f s", records, took, interval)
+
+    @staticmethod
+    def _wait(began: float, interval: float, number: int, batches: int) -> float:
+        """Seconds until a batch is due, so that the batches are spread evenly."""
+        due = began + interval * _SHARE * (number + 1) / batches
+        return max(0.0, due - time.monotonic())
+
+    async def refresh(self, tops: Iterable[int]) -> tuple[int, int]:
+        """Look at records, and all that is known below them, now; how many there were, and how many had changed."""
+        wanted = await trio.to_thread.run_sync(self._below, list(tops))
+        changed = 0
+        for first in range(0, len(wanted), _BATCH):
+            changed += await self._in_thread(wanted[first : first + _BATCH])
+        return len(wanted), changed
+
+    async def _in_thread(self, records: Iterable[int]) -> int:
+        # Abandoned when the mount ends: a source that never answers must not hold that up.
+        return await trio.to_thread.run_sync(lambda: sum(map(self.check, records)), abandon_on_cancel=True)
+
+    def _below(self, tops: list[int]) -> list[int]:
+        if 0 in tops:
+            return list(range(len(self._catalog)))
+        inside = dict.fromkeys(tops, True) | {0: False}
+        for record in range(1, len(self._catalog)):
+            chain = [record]
+            while chain[-1] not in inside:
+                chain.append(self._catalog.entry(chain[-1])[0])
+            found = inside[chain.pop()]
+            inside.update(dict.fromkeys(chain, found))
+        return sorted(record for record, is_inside in inside.items() if is_inside)
+
+    def check(self, record: int) -> bool:
+        """Compare a record with the source; whether it had changed. What the source fails at is left for later."""
+        if self._catalog.flags(record) & SUPERSEDED:
+            return False
+        self._counters.add("checked_files")
+        try:
+            st = self._source.lstat(self._catalog.path(record))
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return False
+            return self._lost(record)
+        self._gone.discard(record)
+        if self._catalog.shows(record, st):
+            return False
+        self._changed(record, st)
+        return True
+
+    def _lost(self, record: int) -> bool:
+        if record == 0 or record in self._gone or self._reader.use_other_name(record):
+            return False
+        self._gone.add(record)
+        self._reader.vanished(record)
+        return True
+
+    def _changed(self, record: int, st: os.stat_result) -> None:
+        kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
+        if self._catalog.flags(record) & _KINDS != kind:
+            self._reader.vanished(record)  # what has taken its place is looked up when it is wanted
+        elif kind == REGULAR:
+            parent, name = self._catalog.entry(record)
+            with suppress(OSError):
+                self._namespace.enter(parent, name, st, announce=True)
+            # Attributes too: of bytes that are the same, the mode may be another.
+            self._notifier.send(fuse.invalidate_inode(self._catalog.node(record), -1, 0))
+        else:
+            self._catalog.set_version(record, Version.of(st))
+            # With the attributes go the pages, which hold the listing of a directory, the target of a symbolic link.
+            self._notifier.send(fuse.invalidate_inode(self._catalog.node(record), 0, 0))
