@@ -290,10 +290,15 @@ class Admission:
         with self._lock:
             self.links[index] = Link(index, pid, sock)
             self.keeper_pids |= {pid}
-            self._keeper_cgroups = {cgroups.of_memory(known) for known in self.keeper_pids}
+            self.look_at_cgroups()
             self._asked_for_keeper = False
             self._ask_waiting()
         self._wake()
+
+    def look_at_cgroups(self) -> None:
+        """See where the keepers are charged for memory: somebody may have moved them."""
+        with self._lock:
+            self._keeper_cgroups = {cgroups.of_memory(pid) for pid in self.keeper_pids}
 
     def lose_keeper(self, index: int) -> None:
         """A keeper died, and its pins with it. What it held is pinned again as it is, as long as it is resident."""

@@ -150,16 +150,7 @@ class Control:
 
     async def _refresh(self, request: dict[str, Any]) -> dict[str, int]:
         """Have names compared with the source, with all that is known below them."""
-        directories: dict[bytes, int] = {b"": 0}
-        tops = set()
-        for text in request["paths"]:
-            path = os.fsencode(text)
-            record = self._resolve(path, directories)
-            while record is None:  # it is gone, or new: the directory that it was in shows it
-                path = path.rpartition(b"/")[0]
-                record = self._resolve(path, directories)
-            tops.add(record)
-        checked, changed = await self._revalidation.refresh(tops)
+        checked, changed = await self._revalidation.refresh({os.fsencode(path) for path in request["paths"]})
         return {"checked": checked, "changed": changed}
 
     async def _replace_process(self, request: dict[str, Any]) -> dict[str, int]:

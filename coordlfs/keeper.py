@@ -192,6 +192,7 @@ def main() -> None:
     config = json.loads(sys.argv[1])
     process.end_with_parent(config["parent"], signal.SIGKILL)
     process.set_name("coordlfs-keeper")
+    process.be_killed_first()
     process.raise_limits()
     with open("/proc/sys/vm/max_map_count") as f:
         limit = max(1, int(f.read()) - _SPARE_MAPPINGS)

@@ -40,6 +40,7 @@ class MemoryWatch:
 
     def _look(self) -> None:
         have = memory()
+        self._admission.look_at_cgroups()
         # Pins are charged where the keepers are, which somebody may have given a memory cgroup of their own.
         for pid in self._admission.keeper_pids:
             with suppress(OSError):

@@ -44,7 +44,7 @@ class Notifier:
         self._queue.put((time.monotonic() + delay, next(self._count), function))
 
     def send_now(self, message: bytes) -> None:
-        """Write a notification that cannot block: one that touches attributes only."""
+        """Write a notification; no lane may do so, but for one that touches attributes only and so cannot block."""
         with suppress(OSError):  # ENOENT: the kernel does not know the inode any more
             os.write(self._device, message)
 

@@ -12,7 +12,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 
 import trio
@@ -73,9 +73,9 @@ class Revalidation:
         due = began + interval * _SHARE * (number + 1) / batches
         return max(0.0, due - time.monotonic())
 
-    async def refresh(self, tops: Iterable[int]) -> tuple[int, int]:
-        """Look at records, and all that is known below them, now; how many there were, and how many had changed."""
-        wanted = await trio.to_thread.run_sync(self._below, list(tops))
+    async def refresh(self, paths: Collection[bytes]) -> tuple[int, int]:
+        """Look now at what is known of `paths` and below them; how many names there were, and how many had changed."""
+        wanted = await trio.to_thread.run_sync(self._below, paths)
         changed = 0
         for first in range(0, len(wanted), _BATCH):
             changed += await self._in_thread(wanted[first : first + _BATCH])
@@ -85,17 +85,23 @@ class Revalidation:
         # Abandoned when the mount ends: a source that never answers must not hold that up.
         return await trio.to_thread.run_sync(lambda: sum(map(self.check, records)), abandon_on_cancel=True)
 
-    def _below(self, tops: list[int]) -> list[int]:
-        if 0 in tops:
+    def _below(self, paths: Collection[bytes]) -> list[int]:
+        """Records at and below `paths`, and of the directories that hold these, which show what is new."""
+        if b"" in paths:
             return list(range(len(self._catalog)))
-        inside = dict.fromkeys(tops, True) | {0: False}
-        for record in range(1, len(self._catalog)):
-            chain = [record]
-            while chain[-1] not in inside:
-                chain.append(self._catalog.entry(chain[-1])[0])
-            found = inside[chain.pop()]
-            inside.update(dict.fromkeys(chain, found))
-        return sorted(record for record, is_inside in inside.items() if is_inside)
+        exact = {*paths, *(path.rpartition(b"/")[0] for path in paths)}
+        prefixes = tuple(path + b"/" for path in paths)
+
+        return [
+            record
+            for record in range(len(self._catalog))
+            if any(path in exact or path.startswith(prefixes) for path in self._paths(record))
+        ]
+
+    def _paths(self, record: int) -> Iterator[bytes]:
+        yield self._catalog.path(record)
+        for parent, name in self._catalog.other_names(record):  # hard links
+            yield self._catalog.path(parent) + b"/" + name if parent else name
 
     def check(self, record: int) -> bool:
         """Compare a record with the source; whether it had changed. What the source fails at is left for later."""
@@ -118,15 +124,23 @@ class Revalidation:
         if record == 0 or record in self._gone or self._reader.use_other_name(record):
             return False
         self._gone.add(record)
-        self._reader.vanished(record)
+        self._lead_elsewhere(record)
         return True
+
+    def _lead_elsewhere(self, record: int) -> None:
+        """Have the name looked up anew from now on; only then is what was cached let go, so that nobody misses it."""
+        parent, name = self._catalog.entry(record)
+        self._notifier.send_now(fuse.invalidate_entry(self._catalog.node(parent), name))
+        self._reader.vanished(record)
 
     def _changed(self, record: int, st: os.stat_result) -> None:
         kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
         if self._catalog.flags(record) & _KINDS != kind:
-            self._reader.vanished(record)  # what has taken its place is looked up when it is wanted
+            self._lead_elsewhere(record)
         elif kind == REGULAR:
             parent, name = self._catalog.entry(record)
+            if st.st_ino != self._catalog.version(record).inode:
+                self._notifier.send_now(fuse.invalidate_entry(self._catalog.node(parent), name))
             with suppress(OSError):
                 self._namespace.enter(parent, name, st, announce=True)
             # Attributes too: of bytes that are the same, the mode may be another.

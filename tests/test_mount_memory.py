@@ -1,0 +1,128 @@
+"""Memory that gets tight, made so on purpose: the cache gives back, and neither it nor a job is killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mounts import MIB, Cgroup, MakeMount, coordlfs, eventually, read, write_files
+
+from coordlfs.kernel.memory import memory
+
+_HOLD = """
+import sys
+held = bytearray(int(sys.argv[1]))
+held[::4096] = b"x" * len(range(0, len(held), 4096))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def holding(nbytes: int, group: Cgroup | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A process that has written to so much memory."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(nbytes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=group.enter if group else None,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.timeout(180)
+def test_the_cache_gives_memory_back_in_its_cgroup_and_reads_on(
+    cgroup: Callable[[int], Cgroup], source: Path, mount: MakeMount
+) -> None:
+    """Everything of the mount in one memory cgroup with a neighbour that grows: nobody is killed."""
+    names = write_files(source, 192, MIB)
+    group = cgroup(768 * MIB)
+    mounted = mount(source, "256M")
+    for pid in mounted.pids:
+        (group.path / "cgroup.procs").write_text(str(pid))
+    eventually(lambda: mounted.stats()["memory"]["available_bytes"] < 768 * MIB)
+    for name in names:
+        assert read(mounted.path / name) == (source / name).read_bytes()
+    assert mounted.settle()["pinned_items"] == 192
+    with holding(560 * MIB, group) as neighbour:
+        assert neighbour.stdout is not None
+        assert neighbour.stdout.readline() == "held\n"
+        eventually(lambda: mounted.stats()["memory"]["given_back_bytes"] > 0)
+        left = mounted.settle()
+        assert 0 < left["pinned_items"] < 192
+        assert left["memory"]["limit_bytes"] < left["capacity_bytes"] == 256 * MIB
+        assert left["pinned_bytes"] == left["pinned_items"] * MIB
+        before = mounted.source_bytes()
+        for name in names:
+            if mounted.cached(name) == "pinned":
+                assert read(mounted.path / name) == (source / name).read_bytes()
+        assert mounted.source_bytes() == before  # the rest is untouched
+        assert neighbour.poll() is None
+    assert mounted.pids
+    assert sorted(mounted.stats()["processes"]["keepers"]) == sorted(mounted.processes["keepers"])
+    eventually(lambda: mounted.stats()["memory"]["limit_bytes"] == 256 * MIB, timeout=60)
+    for name in names:
+        assert read(mounted.path / name) == (source / name).read_bytes()
+    assert mounted.settle()["pinned_items"] == 192
+    assert "given back" in mounted.log.read_text()
+
+
+@pytest.mark.timeout(120)
+def test_a_keeper_in_a_cgroup_too_small_for_the_cache(
+    cgroup: Callable[[int], Cgroup], source: Path, mount: MakeMount
+) -> None:
+    names = write_files(source, 192, MIB)
+    group = cgroup(160 * MIB)
+    mounted = mount(source, "256M")
+    [keeper] = mounted.processes["keepers"]
+    (group.path / "cgroup.procs").write_text(str(keeper))
+    eventually(lambda: mounted.stats()["memory"]["limit_bytes"] < 160 * MIB)
+    for _ in range(2):
+        for name in names:
+            assert read(mounted.path / name) == (source / name).read_bytes()
+    figures = mounted.settle()
+    assert 20 * MIB < figures["pinned_bytes"] < 160 * MIB
+    assert figures["processes"]["keepers"] == [keeper]
+
+
+@pytest.mark.timeout(120)
+def test_a_keeper_that_is_squeezed_dies_before_anybody_else_and_the_cache_adapts(
+    cgroup: Callable[[int], Cgroup], source: Path, mount: MakeMount
+) -> None:
+    names = write_files(source, 192, MIB)
+    mounted = mount(source, "256M")
+    mounted.expect_errors = True  # the kernel kills the keeper, since it may not hold so much at once
+    assert int(Path(f"/proc/{mounted.processes['keepers'][0]}/oom_score_adj").read_text()) == 1000
+    coordlfs("warm", mounted.path)
+    group = cgroup(900 * MIB)
+    for pid in mounted.pids:
+        (group.path / "cgroup.procs").write_text(str(pid))
+    with holding(800 * MIB, group) as neighbour:
+        assert neighbour.stdout is not None
+        assert neighbour.stdout.readline() == "held\n"
+        for name in names:
+            assert read(mounted.path / name) == (source / name).read_bytes()
+        assert neighbour.poll() is None
+    assert mounted.stats()["processes"]["server"] == mounted.processes["server"]
+
+
+@pytest.mark.timeout(60)
+def test_what_a_process_may_use_is_what_its_cgroup_leaves(cgroup: Callable[[int], Cgroup]) -> None:
+    group = cgroup(300 * MIB)
+    with holding(100 * MIB, group) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        have = memory(process.pid)
+        assert have.total == 300 * MIB
+        assert 150 * MIB < have.available < 200 * MIB
+    assert memory(os.getpid()).total > 300 * MIB
