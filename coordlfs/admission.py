@@ -94,6 +94,7 @@ class Admission:
         self._waiting: deque[int] = deque()  # for a keeper with room
         self._asked_for_keeper = False
         self._recovering: set[int] = set()  # keepers that have not yet told what they hold
+        self._orphans: dict[int, int] = {}  # records with pages that the last server knew to be pinned
         self._keeper_cgroups: set[bytes | None] = set()
         self._job_cgroups: dict[int, tuple[bytes | None, float]] = {}  # by pid; and until when that is believed
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -307,7 +308,6 @@ class Admission:
             if link is None:
                 return
             self.keeper_pids -= {link.pid}
-            self._recovering.discard(index)
             link.sock.close()
             for item in self.policy.held_by(index):
                 self.catalog.add_pinned_pages(items.record_of(item), -self.policy.unpin(item))
@@ -319,16 +319,20 @@ class Admission:
                     self._waiting.append(item)
             for item in [i for i in self._dropping if self.policy.holder(i) is None]:
                 self._forget(item)
+            self._recovered(index)
             self._ask_waiting()
         self._wake()
 
     def recover(self) -> None:
         """Ask the keepers what they hold: for a server that takes over from one that died."""
         with self._lock:
-            self.catalog.clear_pinned_pages()
+            self._orphans = self.catalog.clear_pinned_pages()
             for link in self.links.values():
                 self._recovering.add(link.index)
                 self._send(link, Verb.LIST, 0, 0)
+            if not self.links:  # they died with the last server, and their successors will be told
+                self._asked_for_keeper = True
+                self._adopt_orphans()
 
     def run(self) -> None:
         """Listen to the keepers and watch the clock, until `close`."""
@@ -435,7 +439,7 @@ class Admission:
                     self._learn(link, packet[REPLY.size :])
                     if len(packet) == REPLY.size:
                         link.asked = max(0, link.asked - 1)
-                        self._recovering.discard(link.index)
+                        self._recovered(link.index)
                     continue
                 if outcome == Outcome.WATCHED:
                     self.epochs.watch(item)
@@ -447,6 +451,27 @@ class Admission:
                 self._flush(link)
                 if outcome != Outcome.PURGED:
                     self._answered(link, Outcome(outcome), code, item)
+
+    def _recovered(self, index: int) -> None:
+        """A keeper has told what it holds, or will not."""
+        if index in self._recovering:
+            self._recovering.discard(index)
+            if not self._recovering:
+                self._adopt_orphans()
+
+    def _adopt_orphans(self) -> None:
+        """Pin again what a keeper held that died with the last server: whole files, as they are."""
+        orphans, self._orphans = self._orphans, {}
+        for record, pinned in orphans.items():
+            wanted = items.items_of(record, self.catalog.size(record))
+            if pinned != pages.count(self.catalog.size(record)):
+                continue  # which of its chunks it was is not known
+            for item in wanted:
+                room = pages.count(items.length(item, self.catalog.size(record)))
+                if item not in self._dropping and self.policy.admit(item, room):
+                    self._pending[item] = _Pending(flags=How.KEEP)
+                    self._waiting.append(item)
+        self._ask_waiting()
 
     def _learn(self, link: Link, pins: bytes) -> None:
         for item, length in PINS.iter_unpack(pins):

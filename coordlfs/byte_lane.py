@@ -5,7 +5,8 @@ open a file that it knows costs no message ("zero-message open"). READDIRPLUS ge
 handle, which such an open leaves 0.
 
 At most `_RUNNING` threads compete for the interpreter; a thread that is about to wait for a disk lets another one
-take its place, so that hundreds of READs may wait and none of those that need not wait does.
+take its place, so that hundreds of READs may wait and none of those that need not wait does. A source that never
+answers holds the threads that wait for it, and nobody else: a caller who is killed or interrupted meanwhile gets EINTR.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from coordlfs.kernel import fuse, pages
 from coordlfs.metrics import Counters
@@ -26,12 +29,23 @@ from coordlfs.reading import Reader, Request
 log = logging.getLogger(__name__)
 
 _RUNNING = 2
-_THREADS = 128
+_THREADS = 1024  # so many may wait for a source, be it for ever
+_GIVEN_UP_AFTER = 1.0  # seconds that a request waits before a caller who gave up is told so
+_KEEPER_WAITS = 10.0  # seconds that a keeper waits for the source, since all of its pins wait with it
 _REFUSED = frozenset(
     {fuse.OPEN, fuse.OPENDIR, fuse.FLUSH, fuse.RELEASE, fuse.RELEASEDIR, fuse.ACCESS, fuse.FSYNC, fuse.FSYNCDIR}
 )
-_SILENT = frozenset({fuse.FORGET, fuse.BATCH_FORGET, fuse.INTERRUPT})
+_SILENT = frozenset({fuse.FORGET, fuse.BATCH_FORGET})
 _HANDLE = struct.Struct("=Q")
+
+
+@dataclass(slots=True)
+class _Wait:
+    """A request that waits for the source."""
+
+    since: float
+    is_keepers: bool
+    interrupted: bool = False
 
 
 class ByteLane:
@@ -51,6 +65,7 @@ class ByteLane:
         self._waiting = 0  # for the source
         self._parked = 0
         self._unpark = threading.Semaphore(0)
+        self._waits: dict[int, _Wait] = {}  # by the request's number
         self.ended = threading.Event()
 
     def start(self) -> None:
@@ -117,13 +132,13 @@ class ByteLane:
         _, opcode, unique, node, _, _, pid, _, _ = fuse.IN_HEADER.unpack_from(request)
         if opcode == fuse.READ:
             self._counters.add("reads")
-            self._answer(unique, self._read, unique, node, request, pid, into)
+            self._answer(unique, pid, self._read, unique, node, request, pid, into)
         elif opcode == fuse.LOOKUP:
             self._counters.add("lookups")
-            self._answer(unique, self._lookup, unique, node, bytes(message[fuse.IN_HEADER.size : -1]))
+            self._answer(unique, pid, self._lookup, unique, node, bytes(message[fuse.IN_HEADER.size : -1]))
         elif opcode == fuse.GETATTR:
             self._counters.add("lookups")
-            self._answer(unique, self._getattr, unique, node)
+            self._answer(unique, pid, self._getattr, unique, node)
         elif opcode in _REFUSED:
             self._counters.add("direct_opens")
             self._reply(fuse.error_reply(unique, errno.ENOSYS))
@@ -131,13 +146,17 @@ class ByteLane:
             # Python before 3.14 asks of every file that it opens whether it is a terminal, and the kernel passes it on.
             self._counters.add("ioctls")
             self._reply(fuse.error_reply(unique, errno.ENOTTY))
+        elif opcode == fuse.INTERRUPT:
+            wait = self._waits.get(_HANDLE.unpack_from(request, fuse.IN_HEADER.size)[0])
+            if wait is not None:
+                wait.interrupted = True
         elif opcode not in _SILENT:
             if opcode in (fuse.READDIR, fuse.READDIRPLUS):
                 _HANDLE.pack_into(request, fuse.IN_HEADER.size, node)
             self._counters.add("name_requests")
             self._names.send(message)
 
-    def _answer(self, unique: int, method: Callable[..., None], *arguments: object) -> None:
+    def _answer(self, unique: int, pid: int, method: Callable[..., None], *arguments: object) -> None:
         """Call `method` with a way to say that it is about to wait; its error is the answer, if it raises one."""
         waited = False
 
@@ -145,6 +164,7 @@ class ByteLane:
             nonlocal waited
             if not waited:
                 waited = True
+                self._waits[unique] = _Wait(time.monotonic(), pid in self._reader.admission.keeper_pids)
                 self._before_wait()
 
         try:
@@ -156,7 +176,24 @@ class ByteLane:
             self._reply(fuse.error_reply(unique, errno.EIO))
         finally:
             if waited:
+                del self._waits[unique]
                 self._after_wait()
+
+    def look_at_waits(self) -> None:
+        """Answer, in place of the source, what has waited for it for too long. Called every so often.
+
+        The kernel takes no second answer: that of the source, should it come, goes nowhere.
+        """
+        now = time.monotonic()
+        for unique, wait in self._waits.copy().items():
+            waited = now - wait.since
+            if wait.interrupted and waited > _GIVEN_UP_AFTER:
+                wait.interrupted = False
+                self._counters.add("interrupted")
+                self._reply(fuse.error_reply(unique, errno.EINTR))
+            elif wait.is_keepers and waited > _KEEPER_WAITS:
+                wait.is_keepers = False
+                self._reply(fuse.error_reply(unique, errno.EIO))
 
     def _lookup(self, unique: int, parent: int, name: bytes, before_wait: Callable[[], None]) -> None:
         record, st = self._namespace.lookup(self._namespace.record_of(parent), name, before_wait)

@@ -301,10 +301,12 @@ class Catalog:
         """Count `pages` more (or fewer, if negative) as pinned."""
         self._w[_HEADER_WORDS + record * _WORDS + 7] += pages
 
-    def clear_pinned_pages(self) -> None:
-        """Forget what is pinned, of every file: for a server that is about to be told by the keepers."""
-        for record in range(len(self)):
+    def clear_pinned_pages(self) -> dict[int, int]:
+        """Forget what is pinned, for a server that is about to be told by the keepers; what was, by the record."""
+        pinned = {record: found for record in range(len(self)) if (found := self.pinned_pages(record))}
+        for record in pinned:
             self._w[_HEADER_WORDS + record * _WORDS + 7] &= ~0xFFFFFFFF
+        return pinned
 
     # -- inside -------------------------------------------------------------------------------------------------
 

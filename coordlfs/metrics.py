@@ -27,7 +27,6 @@ NAMES = (
     "given_back_bytes",  # for want of memory
     "checked_files",  # by the sweeps that look for changes
     "sweeps",
-    "retries",  # of what the source failed at in a way that passes
     "interrupted",  # requests whose callers gave up on a source that does not answer
 )
 

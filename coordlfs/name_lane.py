@@ -2,6 +2,7 @@
 
 Listings, links, extended attributes and file system figures. The kernel asks nothing twice: names, attributes and
 listings are good for a day. pyfuse3 reads from a socket pair that the byte lane feeds; see `coordlfs.server`.
+A source that may never answer, as on a network, is asked from threads, so that nothing waits but who asked.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import functools
 import logging
 import os
 import stat
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 
 from coordlfs import items
 from coordlfs.catalog import REGULAR, Catalog
@@ -27,6 +30,7 @@ from coordlfs.source import Listing, Source
 log = logging.getLogger(__name__)
 
 _LISTINGS = 64
+TASKS = 500  # questions about names that may wait for the source at a time
 XATTR_PREFIX = b"user.coordl."
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -69,6 +73,14 @@ class NameLane(pyfuse3.Operations):
         self._namespace = namespace
         self._counters = counters
         self._listings: OrderedDict[int, Listing] = OrderedDict()
+        self._lock = threading.Lock()  # of the listings
+        self._threads = trio.CapacityLimiter(TASKS)
+
+    async def _ask(self, question: Callable[[], T]) -> T:
+        """Ask the source something, from a thread if it may never answer."""
+        if not self._source.is_remote:
+            return question()
+        return await trio.to_thread.run_sync(question, abandon_on_cancel=True, limiter=self._threads)
 
     def _attributes(self, node: int, st: os.stat_result) -> pyfuse3.EntryAttributes:
         a = pyfuse3.EntryAttributes()
@@ -91,7 +103,8 @@ class NameLane(pyfuse3.Operations):
     @_errno
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         """Where a symbolic link leads."""
-        return self._source.readlink(self._catalog.path(self._namespace.record_of(inode)))
+        path = self._catalog.path(self._namespace.record_of(inode))
+        return await self._ask(lambda: self._source.readlink(path))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Nothing is kept per kernel reference."""
@@ -99,7 +112,7 @@ class NameLane(pyfuse3.Operations):
     @_errno
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         """The source's figures."""
-        v = self._source.statvfs()
+        v = await self._ask(self._source.statvfs)
         d = pyfuse3.StatvfsData()
         d.f_bsize, d.f_frsize, d.f_blocks, d.f_bfree, d.f_bavail = (
             v.f_bsize,
@@ -117,6 +130,9 @@ class NameLane(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """Entries from position `start_id` on; `fh` is the node id, since directories are not opened."""
         record = self._namespace.record_of(fh)
+        await self._ask(lambda: self._list(fh, record, start_id, token))
+
+    def _list(self, fh: int, record: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         listing = self._listing(fh, record, start_id)
         names = listing.names
         position = start_id
@@ -145,20 +161,22 @@ class NameLane(pyfuse3.Operations):
             self._close_listing(fh)
 
     def _listing(self, node: int, record: int, position: int) -> Listing:
-        listing = self._listings.get(node)
-        if listing is not None and position:
+        with self._lock:
+            listing = self._listings.get(node)
+            if listing is not None and position:
+                self._listings.move_to_end(node)
+                return listing
+        listing = self._source.listing(self._catalog.directory_path(record))
+        with self._lock:
+            self._listings[node] = listing
             self._listings.move_to_end(node)
-            return listing
-        self._close_listing(node)
-        listing = self._listings[node] = self._source.listing(self._catalog.directory_path(record))
-        if len(self._listings) > _LISTINGS:
-            self._listings.popitem(last=False)[1].close()
+            if len(self._listings) > _LISTINGS:
+                self._listings.popitem(last=False)
         return listing
 
     def _close_listing(self, node: int) -> None:
-        listing = self._listings.pop(node, None)
-        if listing is not None:
-            listing.close()
+        with self._lock:
+            self._listings.pop(node, None)
 
     # -- extended attributes ------------------------------------------------------------------------------------
 
@@ -168,7 +186,8 @@ class NameLane(pyfuse3.Operations):
         record = self._namespace.record_of(inode)
         if name.startswith(XATTR_PREFIX):
             return self._own_xattr(record, name[len(XATTR_PREFIX) :])
-        return self._source.xattr(self._catalog.path(record), name)
+        path = self._catalog.path(record)
+        return await self._ask(lambda: self._source.xattr(path, name))
 
     def _own_xattr(self, record: int, name: bytes) -> bytes:
         if name == b"cached" and self._catalog.flags(record) & REGULAR:
@@ -186,6 +205,7 @@ class NameLane(pyfuse3.Operations):
     @_errno
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         """The source's: a copy made with its attributes must equal the source."""
-        names = self._source.xattrs(self._catalog.path(self._namespace.record_of(inode)))
+        path = self._catalog.path(self._namespace.record_of(inode))
+        names = await self._ask(lambda: self._source.xattrs(path))
         # The kernel guards their values itself, not their names.
         return [name for name in names if ctx.uid == 0 or not name.startswith(b"trusted.")]

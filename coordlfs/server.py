@@ -32,7 +32,7 @@ from coordlfs.kernel import fuse, mounts, pages, process
 from coordlfs.memory_watch import MemoryWatch
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO
-from coordlfs.name_lane import NameLane
+from coordlfs.name_lane import TASKS, NameLane
 from coordlfs.namespace import Namespace
 from coordlfs.notifier import Notifier
 from coordlfs.reading import Reader
@@ -78,7 +78,8 @@ def serve(config: dict[str, Any]) -> None:
     device: int = config["device"]
     catalog = Catalog(config["records"], config["names"])
     counters = Counters(catalog.counters)
-    source = Source(config["root"])
+    in_place = config["source"] == config["mountpoint"]
+    source = Source(config["root"], None if in_place else os.fsencode(config["source"]))
     epochs = Epochs(Epoch(counters["epochs_before"]))
     policy = MinIO(config["capacity"] // pages.PAGE)
     link = SupervisorLink(config["link"])
@@ -87,7 +88,7 @@ def serve(config: dict[str, Any]) -> None:
     notifier = Notifier(device)
     reader = Reader(catalog, source, admission, counters, notifier)
     memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
-    stats = Stats(config, catalog, admission, epochs, counters, memory_watch)
+    stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source)
     namespace = Namespace(catalog, source, reader, counters)
     names = NameLane(catalog, source, namespace, counters)
     revalidation = Revalidation(catalog, source, namespace, reader, notifier, counters)
@@ -116,8 +117,8 @@ def serve(config: dict[str, Any]) -> None:
         background: list[Callable[[], Awaitable[None]]] = [
             control.run,
             memory_watch.run,
-            partial(_tick, stats, epochs, counters),
-            pyfuse3.main,
+            partial(_tick, stats, lane, epochs, counters),
+            partial(pyfuse3.main, max_tasks=TASKS),
         ]
         if config["revalidate"]:
             background.append(partial(revalidation.run, config["revalidate"]))
@@ -172,9 +173,10 @@ async def _tasks(
             orphaned()
 
 
-async def _tick(stats: Stats, epochs: Epochs, counters: Counters) -> None:
+async def _tick(stats: Stats, lane: ByteLane, epochs: Epochs, counters: Counters) -> None:
     while True:
         stats.tick()
+        lane.look_at_waits()
         counters.set("epochs_before", epochs.current.number)
         await trio.sleep(0.5)
 

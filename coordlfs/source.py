@@ -16,11 +16,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from mmap import mmap
+from typing import TypeVar
 
 from coordlfs.kernel import pages, paths
 
+T = TypeVar("T")
+
 _KEEP_OPEN_FROM = 1 << 20  # files from this size on are read by many READs: keep the descriptor
 _KEPT, _KEPT_PER_FILE = 256, 8
+# What may pass: too many open files, a file handle of NFS that is known no longer, a server that is being started.
+_PASSING = frozenset(
+    {errno.EAGAIN, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT}
+)
+_RETRIES = (0.0, 0.05, 0.5)  # seconds between the attempts
+_ROOT_IS_GONE = frozenset({errno.ENOTCONN, errno.ESTALE})
 _KEPT_FOR = 1.0  # seconds after which a name is looked at again
 
 
@@ -37,25 +46,66 @@ class Listing:
 
     def close(self) -> None:
         """Let go of the directory."""
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __del__(self) -> None:  # so that one thread may forget a listing that another one still reads
+        self.close()
 
 
 class Source:
-    """The directory that is mounted. Paths are bytes, relative to it; every error is an OSError. Thread-safe."""
+    """The directory that is mounted. Paths are bytes, relative to it; every error is an OSError. Thread-safe.
 
-    def __init__(self, root: int) -> None:
+    `root` is a descriptor of it; `path`, if given, leads to what is mounted in its place once its file system is gone.
+    Errors that may pass are returned only after a few attempts, in about half a second.
+    """
+
+    def __init__(self, root: int, path: bytes | None = None) -> None:
         self.root = root
+        self.retries = 0
+        self._path = path
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, list[tuple[int, float]]] = OrderedDict()
         self._direct_refused = False
         # Of file systems without a block device of their own, as NFS and Lustre, opening a file may take its time.
-        self._remote = os.major(os.fstat(root).st_dev) == 0
+        self.is_remote = os.major(os.fstat(root).st_dev) == 0
 
     # -- names --------------------------------------------------------------------------------------------------
 
     def open(self, path: bytes, flags: int = os.O_RDONLY) -> int:
         """A descriptor of the file at `path`, never through a symbolic link, never above the root."""
         return paths.open_beneath(self.root, path, flags)
+
+    def _persistently(self, action: Callable[[], T], slow: Callable[[], None] | None) -> T:
+        """`action`, again if it fails in a way that may pass; `slow` is called before that is waited for."""
+        for pause in _RETRIES:
+            try:
+                return action()
+            except OSError as e:
+                if e.errno not in _PASSING:
+                    raise
+                if slow is not None:
+                    slow()
+                if e.errno in _ROOT_IS_GONE:
+                    self._find_root()
+                self.retries += 1
+            time.sleep(pause)
+        return action()
+
+    def _find_root(self) -> None:
+        """If the file system of the root is gone, take what its path leads to now, with the same descriptor."""
+        try:
+            os.fstat(self.root)
+        except OSError as e:
+            if e.errno not in _ROOT_IS_GONE or self._path is None:
+                return
+            try:
+                found = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError:
+                return
+            os.dup2(found, self.root)
+            os.close(found)
 
     @contextmanager
     def _reference(self, path: bytes) -> Iterator[int]:
@@ -70,6 +120,9 @@ class Source:
 
         `slow` is called before the disk has to be waited for.
         """
+        return self._persistently(lambda: self._lstat(path, slow), slow)
+
+    def _lstat(self, path: bytes, slow: Callable[[], None] | None) -> os.stat_result:
         fd = paths.reference_if_cached(self.root, path)
         if fd is None:
             if slow is not None:
@@ -87,7 +140,7 @@ class Source:
 
     def listing(self, path: bytes) -> Listing:
         """The entries of a directory as they are now."""
-        fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        fd = self._persistently(lambda: self.open(path, os.O_RDONLY | os.O_DIRECTORY), None)
         try:
             return Listing(fd, sorted(map(os.fsencode, os.listdir(fd))))
         except BaseException:
@@ -123,8 +176,13 @@ class Source:
 
         `record` names the file for the descriptors that are kept. `slow` is called before a read that will wait.
         """
-        if self._remote:
+        if self.is_remote:
             slow()
+        return self._persistently(lambda: self._read_file(record, path, into, offset, size, slow), slow)
+
+    def _read_file(
+        self, record: int, path: bytes, into: mmap | memoryview, offset: int, size: int, slow: Callable[[], None]
+    ) -> tuple[int, os.stat_result]:
         fd, opened = self._take(record) or (self._open_direct(path), time.monotonic())
         keep = False
         try:

@@ -18,6 +18,7 @@ from coordlfs.epochs import Epoch, Epochs
 from coordlfs.kernel import pages
 from coordlfs.memory_watch import MemoryWatch
 from coordlfs.metrics import Counters
+from coordlfs.source import Source
 
 _RATE_WINDOW = 2.0  # seconds
 
@@ -33,6 +34,7 @@ class Stats:
         epochs: Epochs,
         counters: Counters,
         memory_watch: MemoryWatch,
+        source: Source,
     ) -> None:
         self._config = config
         self._catalog = catalog
@@ -40,6 +42,7 @@ class Stats:
         self._epochs = epochs
         self._counters = counters
         self._memory = memory_watch
+        self._source = source
         self._started = time.time()
         self._mark = (time.monotonic(), 0)
         self._rate = 0.0
@@ -100,7 +103,7 @@ class Stats:
                 "files": c["source_files"],
                 "errors": c["source_errors"],
                 "changed_files": c["changed_files"],
-                "retries": c["retries"],
+                "retries": self._source.retries,
                 "bytes_per_second": round(self._rate),
             },
             "requests": {

@@ -1,7 +1,8 @@
 """A file system for the tests that shows a directory and fails on demand: `python faulty_fs.py DIRECTORY MNT FAULTS`.
 
 FAULTS is a file of JSON: for an operation and a name, as in {"read f": {"errno": 5, "from": 4096, "delay": 0.5}}, the
-error to fail with (0: none), the first byte that fails, and seconds to wait before. It is read for every request, so
+error to fail with (0: none), the first byte that fails, seconds to wait before, and how many "times" it fails.
+It is read for every request, so
 that a test changes it at will. The kernel is told to remember nothing.
 """
 
@@ -25,6 +26,7 @@ class Faulty(pyfuse3.Operations):
         self.directory = directory
         self.faults = faults
         self.names: dict[int, str] = {}
+        self.failed: dict[str, int] = {}
 
     async def _fail(self, operation: str, name: str, end: int = 1 << 62) -> None:
         fault: dict[str, Any] | None = json.loads(self.faults.read_text()).get(f"{operation} {name}")
@@ -32,6 +34,10 @@ class Faulty(pyfuse3.Operations):
             return
         await trio.sleep(fault.get("delay", 0))
         if fault.get("errno") and end > fault.get("from", 0):
+            key = f"{operation} {name} {fault}"
+            self.failed[key] = self.failed.get(key, 0) + 1
+            if self.failed[key] > fault.get("times", 1 << 30):
+                return
             raise pyfuse3.FUSEError(fault["errno"])
 
     def _attributes(self, name: str) -> pyfuse3.EntryAttributes:
@@ -91,7 +97,7 @@ def main() -> None:
     directory, mountpoint, faults = sys.argv[1:]
     pyfuse3.init(Faulty(Path(directory), Path(faults)), mountpoint, {"fsname=faulty", "allow_other"})
     try:
-        trio.run(pyfuse3.main)
+        trio.run(pyfuse3.main, 1, 1000)
     finally:
         pyfuse3.close(unmount=False)
 

@@ -499,12 +499,31 @@ class Faults:
         self._file = place / "faults"
         self.clear()
         program = Path(__file__).with_name("faulty_fs.py")
-        self._process = subprocess.Popen([sys.executable, program, directory, self.path, self._file])
+        self._command = [sys.executable, *map(str, (program, directory, self.path, self._file))]
+        self._process = subprocess.Popen(self._command)
         eventually(lambda: is_mounted(self.path))
+        # By default the kernel itself stops after 12 requests that are not answered.
+        connection = os.minor(os.stat(self.path).st_dev)
+        Path(f"/sys/fs/fuse/connections/{connection}/max_background").write_text("1000")
 
     def set(self, what: str, **fault: float) -> None:
         """From now on this fails, and nothing else."""
         self._write({what: fault})
+
+    def set_all(self, faults: dict[str, Any]) -> None:
+        """From now on all these fail, and nothing else."""
+        self._write(faults)
+
+    def kill(self) -> None:
+        """End the process, and nothing else: the file system answers ENOTCONN."""
+        self._process.kill()
+        self._process.wait()
+
+    def restart(self) -> None:
+        """Unmount what is dead, and mount it again."""
+        unmount_lazily(self.path)
+        self._process = subprocess.Popen(self._command)
+        eventually(lambda: is_mounted(self.path))
 
     def clear(self) -> None:
         """From now on nothing fails."""
@@ -696,3 +715,87 @@ def test_unmounting_while_the_source_takes_its_time(
         job.kill()
         job.wait()
     eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+@contextmanager
+def _waiting(commands: list[list[str]]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that wait for what never comes; they are killed in the end, and must end then."""
+    processes = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for c in commands]
+    try:
+        time.sleep(1)
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait(20)
+
+
+def test_what_never_answers_holds_up_nobody_else(source: Path, faults: Callable[[], Faults], mount: MakeMount) -> None:
+    """More readers of files that never come than any small pool of threads would have room for."""
+    hung = [f"hung{number}" for number in range(160)]
+    for name in ("pinned", "other", *hung):
+        (source / name).write_bytes(noise(50_000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    read(mounted.path / "pinned")
+    mounted.settle()
+    faulty.set_all({f"read {name}": {"delay": 3600} for name in hung})
+    with _waiting([["cat", str(mounted.path / name)] for name in hung]) as readers:
+        with mounted.messages() as sent:
+            assert read(mounted.path / "pinned") == noise(50_000)
+        assert sent["read"] == 0
+        assert read(mounted.path / "other") == noise(50_000)
+        assert mounted.cached("pinned") == "pinned"
+        coordlfs("drop", mounted.path, mounted.path / "pinned")
+        assert all(reader.poll() is None for reader in readers)
+    faulty.kill()  # a thread that waits for it could not end
+
+
+def test_who_waits_for_a_name_can_be_interrupted(source: Path, faults: Callable[[], Faults], mount: MakeMount) -> None:
+    for name in ("hung", "pinned"):
+        (source / name).write_bytes(noise(50_000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    read(mounted.path / "pinned")
+    mounted.settle()
+    faulty.set("lookup hung", delay=3600)
+    with _waiting([["cat", str(mounted.path / "hung")]]) as [reader]:
+        assert read(mounted.path / "pinned") == noise(50_000)
+        reader.send_signal(signal.SIGINT)
+        assert reader.wait(10) == -signal.SIGINT
+        assert mounted.stats()["requests"]["interrupted"] == 1
+    faulty.kill()
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("what", ["read f", "lookup f"])
+def test_what_passes_is_not_noticed(
+    source: Path, faults: Callable[[], Faults], mount: MakeMount, what: str, code: int
+) -> None:
+    (source / "f").write_bytes(noise(50_000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    faulty.set(what, errno=code, times=2)
+    assert read(mounted.path / "f") == noise(50_000)
+    assert mounted.stats()["source"]["retries"] >= 1
+
+
+def test_a_source_that_is_unmounted_and_mounted_again(
+    source: Path, faults: Callable[[], Faults], mount: MakeMount
+) -> None:
+    for name in ("pinned", "other", "third"):
+        (source / name).write_bytes(noise(50_000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    assert read(mounted.path / "pinned") == noise(50_000)
+    mounted.settle()
+    assert read(mounted.path / "other") == noise(50_000)
+    faulty.kill()
+    with mounted.messages() as sent:
+        assert read(mounted.path / "pinned") == noise(50_000)
+    assert sent["read"] == 0
+    raises(errno.ENOTCONN, lambda: read(mounted.path / "third"))
+    faulty.restart()
+    assert read(mounted.path / "third") == noise(50_000)
+    assert read(mounted.path / "other") == noise(50_000)

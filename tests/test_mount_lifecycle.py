@@ -525,6 +525,23 @@ def test_figures_survive_the_server(source: Path, mount: MakeMount) -> None:
     assert {mounted.cached(name) for name in names} == {"pinned"}
 
 
+def test_server_and_keeper_are_killed_at_once(source: Path, mount: MakeMount) -> None:
+    # What the keeper held is pinned again, and not read again: its pages are still there.
+    names = write_files(source, 50, 60_000)
+    mounted = mount(source)
+    mounted.expect_errors = True
+    _pin_some(mounted)
+    before = mounted.stats()
+    for pid in (*before["processes"]["keepers"], before["processes"]["server"]):
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: mounted.stats()["pinned_items"] == 50)
+    after = mounted.settle()
+    assert after["source"]["bytes"] == before["source"]["bytes"]
+    assert after["pinned_bytes"] == before["pinned_bytes"]
+    for number, name in enumerate(names):
+        assert read(mounted.path / name) == noise(60_000, number)
+
+
 def test_the_supervisor_is_killed(source: Path, mount: MakeMount) -> None:
     # Nothing serves after that; but nothing hangs, and nothing stays but the mountpoint, for `umount -l`.
     write_files(source, 5, 60_000)
