@@ -34,7 +34,12 @@ def _parser() -> argparse.ArgumentParser:
             metavar="SIZE",
             help="200G, 512M, 60%% (of all memory), 0 (none), or auto: 60%% of what is available (default)",
         )
-        command.add_argument("--log-file", metavar="FILE", help="where messages go (default: syslog)")
+        command.add_argument("--log-file", metavar="FILE", help="where messages go (default: the journal, or syslog)")
+        command.add_argument(
+            "--metrics",
+            metavar="[HOST:]PORT",
+            help="serve figures to Prometheus there, on loopback if no host is named",
+        )
 
     mount = commands.add_parser("mount", help="mount a dataset; returns when it serves")
     mount.add_argument("source", metavar="SRC", help="the dataset's directory")
@@ -63,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="mount over SRC for one command, which alone sees it",
-        usage="coordlfs run SRC [--cache-size SIZE] [--log-file FILE] -- COMMAND …",
+        usage="coordlfs run SRC [--cache-size SIZE] [--log-file FILE] [--metrics ADDRESS] -- COMMAND …",
     )
     run.add_argument("source", metavar="SRC")
     add_options(run)
@@ -73,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 def _mount(arguments: argparse.Namespace) -> int:
     from coordlfs import mounting
 
-    options = mounting.Options(arguments.cache_size, arguments.log_file)
+    options = mounting.Options(arguments.cache_size, arguments.log_file, arguments.metrics)
     supervisor = mounting.mount(arguments.source, arguments.mountpoint, options, foreground=arguments.foreground)
     if arguments.foreground:
         return mounting.stay(supervisor)
@@ -130,7 +135,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if not arguments.job:
         raise UserError("run needs a command: coordlfs run SRC -- python train.py", 2)
-    return mounting.run(arguments.source, arguments.job, mounting.Options(arguments.cache_size, arguments.log_file))
+    options = mounting.Options(arguments.cache_size, arguments.log_file, arguments.metrics)
+    return mounting.run(arguments.source, arguments.job, options)
 
 
 _COMMANDS = {

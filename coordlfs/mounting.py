@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from coordlfs import sizes
+from coordlfs import exporter, sizes
 from coordlfs.errors import UserError
 from coordlfs.kernel import mounts, process
 from coordlfs.kernel.memory import memory
@@ -30,6 +31,7 @@ class Options:
 
     cache_size: str = "auto"
     log_file: str | None = None
+    metrics: str | None = None  # where Prometheus may ask: HOST:PORT
 
 
 def find(mountpoint: str) -> mounts.Mount:
@@ -178,12 +180,16 @@ def mount(
     capacity, how = _limit_to_lockable(*sizes.cache_size(options.cache_size, have))
     _check_log(options.log_file)
     root = _check_source(source)
+    metrics: socket.socket | None = None
     try:
+        if options.metrics is not None:
+            metrics = exporter.listen(options.metrics)
+            asked_at = exporter.url(metrics)
         _check_places(source, mountpoint)
         _check_fuse()
         made = _check_mountpoint(source, mountpoint)
         try:
-            supervisor = _start(source, mountpoint, capacity, options, root, foreground, foreground or bound)
+            supervisor = _start(source, mountpoint, capacity, options, root, metrics, foreground, foreground or bound)
         except BaseException:
             if made:
                 with suppress(OSError):
@@ -191,6 +197,8 @@ def mount(
             raise
     finally:
         os.close(root)
+        if metrics is not None:
+            metrics.close()
     if capacity > have.available:
         print(
             f"coordlfs: the cache may grow to {sizes.text(capacity)}, but only {sizes.text(have.available)}"
@@ -199,11 +207,20 @@ def mount(
         )
     said = sys.stderr if bound else sys.stdout  # the output of `run` is the command's
     print(f"{source} is mounted on {mountpoint} with {sizes.text(capacity)} of cache ({how})", file=said, flush=True)
+    if metrics is not None:
+        print(f"metrics: {asked_at}", file=said, flush=True)
     return supervisor
 
 
 def _start(
-    source: str, mountpoint: str, capacity: int, options: Options, root: int, foreground: bool, bound: bool
+    source: str,
+    mountpoint: str,
+    capacity: int,
+    options: Options,
+    root: int,
+    metrics: socket.socket | None,
+    foreground: bool,
+    bound: bool,
 ) -> subprocess.Popen[bytes]:
     report_in, report_out = os.pipe2(os.O_CLOEXEC)
     log_target = os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None
@@ -215,12 +232,13 @@ def _start(
         "acl": _supports_acl(root),
         "report": report_out,
         "root": root,
+        "metrics": None if metrics is None else metrics.fileno(),
         "bound_to": os.getpid() if bound else None,
     }
     quiet = None if foreground else subprocess.DEVNULL
     supervisor = subprocess.Popen(
         [sys.executable, "-P", "-m", "coordlfs.supervisor", json.dumps(config)],
-        pass_fds=[report_out, root],
+        pass_fds=[report_out, root, *([] if metrics is None else [metrics.fileno()])],
         stdin=subprocess.DEVNULL,
         stdout=quiet,
         stderr=quiet,

@@ -19,7 +19,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from coordlfs import items, logs
+from coordlfs import exporter, items, logs
 from coordlfs.admission import Admission
 from coordlfs.byte_lane import ByteLane
 from coordlfs.catalog import Catalog
@@ -106,6 +106,8 @@ def serve(config: dict[str, Any]) -> None:
         stack.callback(admission.close)
         notifier.start()
         stack.callback(notifier.close)
+        if config["metrics"] is not None:
+            exporter.serve(config["metrics"], stats.collect)
         _run_or_exit(_tasks, config["mountpoint"], lane, stats, control, link, admission, epochs, counters)
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)

@@ -73,7 +73,7 @@ class Stats:
             "processes": {
                 "supervisor": self._config["parent"],
                 "server": os.getpid(),
-                "keepers": sorted(link.pid for link in self._admission.links.values()),
+                "keepers": sorted(link.pid for link in list(self._admission.links.values())),
             },
             "residence": "page cache (mlock)",
             "capacity_bytes": policy.capacity * pages.PAGE,

@@ -42,7 +42,7 @@ class _Keeper:
 
 @dataclass(slots=True)
 class Supervisor:
-    """One mount. `config`: source, mountpoint, capacity (bytes), log, acl; see `coordlfs.mounting`."""
+    """One mount. `config`: source, mountpoint, capacity (bytes), log, acl, metrics (fd); see `coordlfs.mounting`."""
 
     config: dict[str, Any]
     root: int
@@ -147,6 +147,8 @@ class Supervisor:
             }
             fds = [self.device, self.records, self.names, self.root, theirs.fileno()]
             fds += [k.ours.fileno() for k in self.keepers.values()]
+            if self.config["metrics"] is not None:
+                fds.append(self.config["metrics"])
             self.server = self._spawn("coordlfs.server", config, fds)
         self.link = ours
 

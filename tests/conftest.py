@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -51,13 +51,21 @@ def _mounts(place: Path) -> Iterator[MakeMount]:
     with ExitStack() as stack:
         count = 0
 
-        def make(source: Path, cache: str = "64M", *, mountpoint: Path | None = None) -> Mount:
+        def make(
+            source: Path,
+            cache: str = "64M",
+            *,
+            mountpoint: Path | None = None,
+            options: Sequence[object] = (),
+            said: Callable[[str], None] = lambda text: None,
+        ) -> Mount:
             nonlocal count
             count += 1
             path = mountpoint or place / f"mnt{count}"
             log = place / f"log{count}"
             stack.callback(unmount_lazily, path)
-            done = coordlfs("mount", source, path, "--cache-size", cache, "--log-file", log, status=None)
+            done = coordlfs("mount", source, path, "--cache-size", cache, "--log-file", log, *options, status=None)
+            said(done.stdout)
             assert done.returncode == 0, done.stderr + (log.read_text() if log.exists() else "")
             mount = Mount(source, path, log)
             stack.callback(mount.end)
