@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="compare every byte, name and attribute with the source")
     verify.add_argument("mountpoint", metavar="MNT")
 
+    doctor = commands.add_parser("doctor", help="examine the machine: what is missing, what that costs, how to mend it")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+
     run = commands.add_parser(
         "run",
         help="mount over SRC for one command, which alone sees it",
@@ -81,7 +84,7 @@ def _mount(arguments: argparse.Namespace) -> int:
     options = mounting.Options(arguments.cache_size, arguments.log_file, arguments.metrics)
     supervisor = mounting.mount(arguments.source, arguments.mountpoint, options, foreground=arguments.foreground)
     if arguments.foreground:
-        return mounting.stay(supervisor)
+        return mounting.stay(supervisor, arguments.mountpoint)
     supervisor.returncode = 0  # it lives on: do not let Popen warn of it
     return 0
 
@@ -130,6 +133,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from coordlfs import doctor
+
+    return 0 if doctor.show(as_json=arguments.json) else 1
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from coordlfs import mounting
 
@@ -146,15 +155,21 @@ _COMMANDS = {
     "warm": _warm,
     "drop": _drop,
     "verify": _verify,
+    "doctor": _doctor,
     "run": _run,
 }
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The arguments that `words` mean; exits with status 2 if they mean none."""
+    return _parser().parse_args(words)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command `coordlfs`; the exit status: 2 for usage, 1 for what else went wrong."""
     words = sys.argv[1:] if argv is None else argv
     ours = words.index("--") if words[:1] == ["run"] and "--" in words else len(words)
-    arguments = _parser().parse_args(words[:ours])
+    arguments = parse(words[:ours])
     arguments.job = words[ours + 1 :]
     try:
         return _COMMANDS[arguments.command](arguments)

@@ -11,18 +11,21 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from coordlfs import exporter, sizes
 from coordlfs.errors import UserError
-from coordlfs.kernel import mounts, process
+from coordlfs.kernel import mounts, process, systemd
 from coordlfs.kernel.memory import memory
 
 FSTYPE = b"fuse.coordlfs"
 _START_TIMEOUT = 60.0
 _END_TIMEOUT = 30.0
+_TELL_STATUS = 30.0  # seconds between what the service manager is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,11 +264,33 @@ def _start(
     return supervisor
 
 
-def stay(supervisor: subprocess.Popen[bytes]) -> int:
-    """Remain in the foreground until the mount ends; SIGINT and SIGTERM end it. The supervisor's status."""
+def stay(supervisor: subprocess.Popen[bytes], mountpoint: str) -> int:
+    """Remain in the foreground until the mount ends; SIGINT and SIGTERM end it. The supervisor's status.
+
+    Where a service manager started this process, it is told how the mount is.
+    """
+
+    def end(*_: object) -> None:
+        systemd.notify(STOPPING=1, STATUS=f"unmounting {mountpoint}")
+        supervisor.terminate()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: supervisor.terminate())
-    return supervisor.wait()
+        signal.signal(number, end)
+    if systemd.notify(READY=1, STATUS=f"serves {mountpoint}"):
+        # A thread, since a mount whose server is being replaced does not answer, and signals must be heard meanwhile.
+        threading.Thread(target=_tell_status, args=(mountpoint,), name="status", daemon=True).start()
+    status = supervisor.wait()
+    systemd.notify(STOPPING=1, STATUS=f"{mountpoint} is unmounted")
+    return status
+
+
+def _tell_status(mountpoint: str) -> None:
+    from coordlfs.status import summary
+
+    while True:
+        with suppress(UserError):
+            systemd.notify(STATUS=summary(stats(mountpoint)))
+        time.sleep(_TELL_STATUS)
 
 
 # -- unmounting ---------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def main() -> None:
     process.set_name("coordlfs-server")
     process.raise_limits()
     process.keep_freed_memory(_STASH_MOST)
-    logs.configure(config["log"])
+    logs.configure(config["log"], "server", config["mountpoint"], config["source"])
     os.chdir("/")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's to handle
     threading.excepthook = _exit_with_thread

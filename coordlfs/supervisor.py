@@ -274,7 +274,7 @@ def main() -> None:
     config = json.loads(sys.argv[1])
     report, root, bound_to = config.pop("report"), config.pop("root"), config.pop("bound_to")
     process.set_name("coordlfs-superv")
-    logs.configure(config["log"])
+    logs.configure(config["log"], "supervisor", config["mountpoint"], config["source"])
     os.chdir("/")
     supervisor = Supervisor(config, root)
     for number in (signal.SIGTERM, signal.SIGINT):
