@@ -11,9 +11,10 @@ import json
 import os
 import resource
 import shutil
+import stat
 import struct
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib import metadata
@@ -63,10 +64,19 @@ def _has_capability(number: int) -> bool:
         return bool(next(int(line.split()[1], 16) for line in f if line.startswith("CapEff:")) >> number & 1)
 
 
+def _is_setuid(program: str | None) -> bool:
+    if program is None:
+        return False
+    st = os.stat(program)
+    return st.st_uid == 0 and bool(st.st_mode & stat.S_ISUID)
+
+
 def _device() -> Check:
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as e:
+        if e.errno == errno.EACCES and _is_setuid(shutil.which("fusermount3")):
+            return _good("/dev/fuse", "can be opened by fusermount3")
         remedy = "chmod 666 /dev/fuse, or run as root" if e.errno == errno.EACCES else "modprobe fuse"
         remedy += "; a container needs the device (docker: --device /dev/fuse)"
         return Check("/dev/fuse", State.MISSING, _reason(e), "nothing can be mounted", remedy, True)
@@ -87,7 +97,7 @@ def _mounting() -> Check:
             "run as root, or install fuse3; a container needs --cap-add SYS_ADMIN",
             True,
         )
-    if os.stat(helper).st_uid or not os.stat(helper).st_mode & 0o4000:
+    if not _is_setuid(helper):
         return Check(
             name, State.MISSING, f"{helper} is not setuid root", "nothing can be mounted", f"chmod u+s {helper}", True
         )
@@ -95,7 +105,7 @@ def _mounting() -> Check:
         name,
         State.WARNING,
         f"no CAP_SYS_ADMIN; {helper}",
-        "mounts of an ordinary user: others see them only with user_allow_other, the source's changes of mode are his to see",
+        "mounts by way of fusermount3, of what this user may read; others see them only with user_allow_other",
         "run as root for all that coordlfs can do",
     )
 
@@ -195,15 +205,26 @@ def _in_child(action: Callable[[], bytes]) -> bytes:
 def _kernel() -> Check:
     release = os.uname().release
     try:
-        os.close(paths.open_beneath(_root(), b"proc", os.O_RDONLY))
+        root = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.close(paths.open_beneath(root, b"proc", os.O_RDONLY))
+        finally:
+            os.close(root)
     except OSError as e:
         found = f"Linux {release}: openat2 fails ({_reason(e)})"
         return Check("kernel", State.MISSING, found, "files cannot be opened safely", "Linux 5.14 or newer", True)
     return _good("kernel", f"Linux {release}")
 
 
-def _root() -> int:
-    return os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+@contextmanager
+def _page() -> Iterator[int]:
+    """A file of one page, in memory."""
+    fd = os.memfd_create("coordlfs-doctor")
+    try:
+        os.ftruncate(fd, pages.PAGE)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _detached_copies() -> Check:
@@ -221,8 +242,8 @@ def _detached_copies() -> Check:
 
 def _populate() -> Check:
     try:
-        with open(sys.executable, "rb") as f:
-            address = pages.map_file(f.fileno(), 0, pages.PAGE)
+        with _page() as fd:
+            address = pages.map_file(fd, 0, pages.PAGE)
             try:
                 pages.lock(address, pages.PAGE)
             finally:
@@ -235,16 +256,16 @@ def _populate() -> Check:
         return Check(
             "pinning a page",
             State.MISSING,
-            _reason(e),
+            f"MADV_POPULATE_READ: {_reason(e)}",
             "nothing can be cached",
-            "Linux 5.14 or newer (MADV_POPULATE_READ)",
+            "Linux 5.14 or newer",
         )
     return _good("pinning a page", "mmap, mlock2 and MADV_POPULATE_READ work")
 
 
 def _cachestat() -> Check:
-    with open(sys.executable, "rb") as f:
-        found = pages.resident(f.fileno())
+    with _page() as fd:
+        found = pages.resident(fd)
     if found is None:
         return Check(
             "cachestat",

@@ -13,7 +13,7 @@ from mounts import COORDLFS, NOBODY, coordlfs, mountpoints
 
 from coordlfs import doctor
 from coordlfs.doctor import Check, State
-from coordlfs.kernel import memory
+from coordlfs.kernel import memory, mounts, pages
 
 
 def examine(*prefix: object, status: int = 0) -> dict[str, dict[str, Any]]:
@@ -84,14 +84,9 @@ def test_whatever_is_not_ok_says_what_it_costs_and_how_to_mend_it(monkeypatch: p
         raise OSError(38, os.strerror(38))
 
     monkeypatch.setattr(os, "open", fails)
-    monkeypatch.setattr(doctor.pages, "resident", lambda *_: None)
-    for name in ("map_file", "lock"):
-        monkeypatch.setattr(doctor.pages, name, fails)
-    for name in ("detached_copy",):
-        monkeypatch.setattr(doctor.mounts, name, fails)
-    monkeypatch.setattr(
-        doctor.metadata, "version", lambda name: (_ for _ in ()).throw(doctor.metadata.PackageNotFoundError)
-    )
+    monkeypatch.setattr(pages, "resident", lambda *_: None)
+    for module, name in ((pages, "map_file"), (pages, "lock"), (mounts, "detached_copy")):
+        monkeypatch.setattr(module, name, fails)
     found = doctor.examine()
     troubled = [check for check in found if check.state is not State.OK]
     assert len(troubled) >= 6
