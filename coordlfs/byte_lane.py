@@ -30,7 +30,11 @@ _THREADS = 128
 _REFUSED = frozenset(
     {fuse.OPEN, fuse.OPENDIR, fuse.FLUSH, fuse.RELEASE, fuse.RELEASEDIR, fuse.ACCESS, fuse.FSYNC, fuse.FSYNCDIR}
 )
+_NAMES = frozenset(
+    {fuse.READLINK, fuse.STATFS, fuse.GETXATTR, fuse.LISTXATTR, fuse.READDIR, fuse.READDIRPLUS}
+)  # what the name lane answers; a mount that is read-only is asked nothing else that can be answered
 _SILENT = frozenset({fuse.FORGET, fuse.BATCH_FORGET, fuse.INTERRUPT})
+_LAST_OFFSET = (1 << 63) - 1 - fuse.MAX_READ
 _HANDLE = struct.Struct("=Q")
 
 
@@ -114,8 +118,13 @@ class ByteLane:
         self._unpark.release(_THREADS)
 
     def _dispatch(self, request: bytearray, message: memoryview, into: pages.Buffer) -> None:
-        _, opcode, unique, node, _, _, pid, _, _ = fuse.IN_HEADER.unpack_from(request)
-        if opcode == fuse.READ:
+        if len(message) < fuse.IN_HEADER.size:
+            return  # nobody to answer
+        length, opcode, unique, node, _, _, pid, _, _ = fuse.IN_HEADER.unpack_from(request)
+        if not fuse.is_whole(message, length, opcode):
+            log.warning("a message of kind %d is not whole", opcode)
+            self._reply(fuse.error_reply(unique, errno.EINVAL))
+        elif opcode == fuse.READ:
             self._counters.add("reads")
             self._answer(unique, self._read, unique, node, request, pid, into)
         elif opcode == fuse.LOOKUP:
@@ -131,11 +140,14 @@ class ByteLane:
             # Python before 3.14 asks of every file that it opens whether it is a terminal, and the kernel passes it on.
             self._counters.add("ioctls")
             self._reply(fuse.error_reply(unique, errno.ENOTTY))
-        elif opcode not in _SILENT:
+        elif opcode in _NAMES:
             if opcode in (fuse.READDIR, fuse.READDIRPLUS):
                 _HANDLE.pack_into(request, fuse.IN_HEADER.size, node)
             self._counters.add("name_requests")
             self._names.send(message)
+        elif opcode not in _SILENT:
+            self._counters.add("direct_opens")
+            self._reply(fuse.error_reply(unique, errno.ENOSYS))
 
     def _answer(self, unique: int, method: Callable[..., None], *arguments: object) -> None:
         """Call `method` with a way to say that it is about to wait; its error is the answer, if it raises one."""
@@ -176,6 +188,8 @@ class ByteLane:
         before_wait: Callable[[], None],
     ) -> None:
         _, offset, size, _, _, flags = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
+        if offset > _LAST_OFFSET:
+            raise OSError(errno.EINVAL, "no file is so long")
         asked = Request(node, offset, min(size, fuse.MAX_READ), pid, bool(flags & os.O_DIRECT))
         answer = self._reader.read(asked, into, before_wait)
         length = sum(map(len, answer.data))
