@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -168,7 +169,8 @@ def test_run_serves_metrics_to_its_command(source: Path) -> None:
     write_files(source, 2, 100)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = f"cat {source}/item-00000 >/dev/null && exec curl -sS http://127.0.0.1:{port}/metrics"
+    fetch = f"import urllib.request as r; print(r.urlopen('http://127.0.0.1:{port}/metrics').read().decode())"
+    command = f'cat {source}/item-00000 >/dev/null && exec {sys.executable} -c "{fetch}"'
     done = coordlfs("run", source, "--cache-size", "1M", "--metrics", port, "--", "sh", "-c", command)
     assert f'coordlfs_source_files_total{{mountpoint="{source}"}} 1.0' in done.stdout
 
