@@ -29,7 +29,7 @@ from coordlfs.kernel import cgroups, pages
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO, State
 from coordlfs.stash import Stash
-from coordlfs.wire import MAX_PACKET, PINS, REPLY, REQUEST, How, Outcome, Verb
+from coordlfs.wire import MAX_PACKET, REQUEST, How, Outcome, Verb, parse_reply
 
 log = logging.getLogger(__name__)
 
@@ -433,11 +433,15 @@ class Admission:
             if not packet:
                 self.lose_keeper(link.index)
                 return
-            outcome, _, code, item = REPLY.unpack_from(packet)
+            try:
+                outcome, code, item, pins = parse_reply(packet)
+            except ValueError as e:
+                log.warning("keeper %d: %s", link.pid, e)
+                continue
             with self._lock:
                 if outcome == Outcome.LISTED:
-                    self._learn(link, packet[REPLY.size :])
-                    if len(packet) == REPLY.size:
+                    self._learn(link, pins)
+                    if not pins:
                         link.asked = max(0, link.asked - 1)
                         self._recovered(link.index)
                     continue
@@ -450,7 +454,7 @@ class Admission:
                 link.asked = max(0, link.asked - 1)
                 self._flush(link)
                 if outcome != Outcome.PURGED:
-                    self._answered(link, Outcome(outcome), code, item)
+                    self._answered(link, outcome, code, item)
 
     def _recovered(self, index: int) -> None:
         """A keeper has told what it holds, or will not."""
@@ -473,9 +477,9 @@ class Admission:
                     self._waiting.append(item)
         self._ask_waiting()
 
-    def _learn(self, link: Link, pins: bytes) -> None:
-        for item, length in PINS.iter_unpack(pins):
-            if self.policy.admit(item, pages.count(length)):
+    def _learn(self, link: Link, pins: list[tuple[int, int]]) -> None:
+        for item, length in pins:
+            if items.record_of(item) < len(self.catalog) and self.policy.admit(item, pages.count(length)):
                 self._pinned(link, item)
 
     def _pinned(self, link: Link, item: int) -> None:

@@ -35,7 +35,11 @@ _KEEPER_WAITS = 10.0  # seconds that a keeper waits for the source, since all of
 _REFUSED = frozenset(
     {fuse.OPEN, fuse.OPENDIR, fuse.FLUSH, fuse.RELEASE, fuse.RELEASEDIR, fuse.ACCESS, fuse.FSYNC, fuse.FSYNCDIR}
 )
+_NAMES = frozenset(
+    {fuse.READLINK, fuse.STATFS, fuse.GETXATTR, fuse.LISTXATTR, fuse.READDIR, fuse.READDIRPLUS}
+)  # what the name lane answers; a mount that is read-only is asked nothing else that can be answered
 _SILENT = frozenset({fuse.FORGET, fuse.BATCH_FORGET})
+_LAST_OFFSET = (1 << 63) - 1 - fuse.MAX_READ
 _HANDLE = struct.Struct("=Q")
 
 
@@ -129,8 +133,13 @@ class ByteLane:
         self._unpark.release(_THREADS)
 
     def _dispatch(self, request: bytearray, message: memoryview, into: pages.Buffer) -> None:
-        _, opcode, unique, node, _, _, pid, _, _ = fuse.IN_HEADER.unpack_from(request)
-        if opcode == fuse.READ:
+        if len(message) < fuse.IN_HEADER.size:
+            return  # nobody to answer
+        length, opcode, unique, node, _, _, pid, _, _ = fuse.IN_HEADER.unpack_from(request)
+        if not fuse.is_whole(message, length, opcode):
+            log.warning("a message of kind %d is not whole", opcode)
+            self._reply(fuse.error_reply(unique, errno.EINVAL))
+        elif opcode == fuse.READ:
             self._counters.add("reads")
             self._answer(unique, pid, self._read, unique, node, request, pid, into)
         elif opcode == fuse.LOOKUP:
@@ -150,11 +159,14 @@ class ByteLane:
             wait = self._waits.get(_HANDLE.unpack_from(request, fuse.IN_HEADER.size)[0])
             if wait is not None:
                 wait.interrupted = True
-        elif opcode not in _SILENT:
+        elif opcode in _NAMES:
             if opcode in (fuse.READDIR, fuse.READDIRPLUS):
                 _HANDLE.pack_into(request, fuse.IN_HEADER.size, node)
             self._counters.add("name_requests")
             self._names.send(message)
+        elif opcode not in _SILENT:
+            self._counters.add("direct_opens")
+            self._reply(fuse.error_reply(unique, errno.ENOSYS))
 
     def _answer(self, unique: int, pid: int, method: Callable[..., None], *arguments: object) -> None:
         """Call `method` with a way to say that it is about to wait; its error is the answer, if it raises one."""
@@ -213,6 +225,8 @@ class ByteLane:
         before_wait: Callable[[], None],
     ) -> None:
         _, offset, size, _, _, flags = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
+        if offset > _LAST_OFFSET:
+            raise OSError(errno.EINVAL, "no file is so long")
         asked = Request(node, offset, min(size, fuse.MAX_READ), pid, bool(flags & os.O_DIRECT))
         answer = self._reader.read(asked, into, before_wait)
         length = sum(map(len, answer.data))

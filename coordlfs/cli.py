@@ -44,7 +44,12 @@ def _parser() -> argparse.ArgumentParser:
             help="within which a change of the source is noticed though nobody reads it: 30s, 10m (default), 6h",
         )
         command.add_argument("--immutable", action="store_true", help="the source never changes: do not look")
-        command.add_argument("--log-file", metavar="FILE", help="where messages go (default: syslog)")
+        command.add_argument("--log-file", metavar="FILE", help="where messages go (default: the journal, or syslog)")
+        command.add_argument(
+            "--metrics",
+            metavar="[HOST:]PORT",
+            help="serve figures to Prometheus there, on loopback if no host is named",
+        )
 
     mount = commands.add_parser("mount", help="mount a dataset; returns when it serves")
     mount.add_argument("source", metavar="SRC", help="the dataset's directory")
@@ -77,10 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     restart = commands.add_parser("restart", help="replace the mount's processes by the installed version, in use")
     restart.add_argument("mountpoint", metavar="MNT")
 
+    doctor = commands.add_parser("doctor", help="examine the machine: what is missing, what that costs, how to mend it")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+
     run = commands.add_parser(
         "run",
         help="mount over SRC for one command, which alone sees it",
-        usage="coordlfs run SRC [--cache-size SIZE] [--log-file FILE] -- COMMAND …",
+        usage="coordlfs run SRC [--cache-size SIZE] [--log-file FILE] [--metrics ADDRESS] -- COMMAND …",
     )
     run.add_argument("source", metavar="SRC")
     add_options(run)
@@ -92,7 +100,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     from coordlfs.sizes import seconds
 
     revalidate = None if arguments.immutable else seconds(arguments.revalidate)
-    return Options(arguments.cache_size, arguments.log_file, revalidate)
+    return Options(arguments.cache_size, arguments.log_file, revalidate, arguments.metrics)
 
 
 def _mount(arguments: argparse.Namespace) -> int:
@@ -102,7 +110,7 @@ def _mount(arguments: argparse.Namespace) -> int:
         arguments.source, arguments.mountpoint, _options(arguments), foreground=arguments.foreground
     )
     if arguments.foreground:
-        return mounting.stay(supervisor)
+        return mounting.stay(supervisor, arguments.mountpoint)
     supervisor.returncode = 0  # it lives on: do not let Popen warn of it
     return 0
 
@@ -167,6 +175,12 @@ def _restart(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from coordlfs import doctor
+
+    return 0 if doctor.show(as_json=arguments.json) else 1
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from coordlfs import mounting
 
@@ -184,15 +198,21 @@ _COMMANDS = {
     "verify": _verify,
     "refresh": _refresh,
     "restart": _restart,
+    "doctor": _doctor,
     "run": _run,
 }
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The arguments that `words` mean; exits with status 2 if they mean none."""
+    return _parser().parse_args(words)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command `coordlfs`; the exit status: 2 for usage, 1 for what else went wrong."""
     words = sys.argv[1:] if argv is None else argv
     ours = words.index("--") if words[:1] == ["run"] and "--" in words else len(words)
-    arguments = _parser().parse_args(words[:ours])
+    arguments = parse(words[:ours])
     arguments.job = words[ours + 1 :]
     try:
         return _COMMANDS[arguments.command](arguments)

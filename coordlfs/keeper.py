@@ -18,7 +18,7 @@ from contextlib import suppress
 
 from coordlfs.kernel import fuse, pages, paths, process
 from coordlfs.kernel.inotify import OpenWatch
-from coordlfs.wire import MAX_PACKET, PINS, REPLY, REQUEST, How, Outcome, Verb
+from coordlfs.wire import MAX_PACKET, PINS, REPLY, How, Outcome, Verb, parse_request
 
 _BATCH = 32  # items whose reading is started before the first is waited for
 _SENTINELS = 15  # files that are watched for being opened
@@ -31,8 +31,7 @@ class _Request:
     __slots__ = ("fd", "flags", "item", "length", "node", "offset", "path", "verb")
 
     def __init__(self, packet: bytes) -> None:
-        self.verb, self.flags, self.item, self.node, self.offset, self.length = REQUEST.unpack_from(packet)
-        self.path = packet[REQUEST.size :]
+        self.verb, self.flags, self.item, self.node, self.offset, self.length, self.path = parse_request(packet)
         self.fd = -1
 
     def reply(self, outcome: Outcome, code: int = 0) -> bytes:
@@ -67,9 +66,13 @@ class Keeper:
             packet = self.sock.recv(MAX_PACKET)
             if not packet:
                 return
-            batch = [_Request(packet)]
+            packets = [packet]
             with suppress(BlockingIOError):
-                while len(batch) < _BATCH and (packet := self.sock.recv(MAX_PACKET, socket.MSG_DONTWAIT)):
+                while len(packets) < _BATCH and (packet := self.sock.recv(MAX_PACKET, socket.MSG_DONTWAIT)):
+                    packets.append(packet)
+            batch = []
+            for packet in packets:
+                with suppress(ValueError):  # what is no request is nobody's to be answered
                     batch.append(_Request(packet))
             self._serve(batch)
 

@@ -7,21 +7,25 @@ import json
 import os
 import select
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from coordlfs import sizes
+from coordlfs import exporter, sizes
 from coordlfs.errors import UserError
-from coordlfs.kernel import mounts, process
+from coordlfs.kernel import mounts, process, systemd
 from coordlfs.kernel.memory import memory
 
 FSTYPE = b"fuse.coordlfs"
 _START_TIMEOUT = 60.0
 _END_TIMEOUT = 30.0
+_TELL_STATUS = 30.0  # seconds between what the service manager is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class Options:
     cache_size: str = "auto"
     log_file: str | None = None
     revalidate: float | None = 600.0  # seconds in which a change is noticed; None: the source never changes
+    metrics: str | None = None  # where Prometheus may ask: HOST:PORT
 
 
 def find(mountpoint: str) -> mounts.Mount:
@@ -179,12 +184,16 @@ def mount(
     capacity, how = _limit_to_lockable(*sizes.cache_size(options.cache_size, have))
     _check_log(options.log_file)
     root = _check_source(source)
+    metrics: socket.socket | None = None
     try:
+        if options.metrics is not None:
+            metrics = exporter.listen(options.metrics)
+            asked_at = exporter.url(metrics)
         _check_places(source, mountpoint)
         _check_fuse()
         made = _check_mountpoint(source, mountpoint)
         try:
-            supervisor = _start(source, mountpoint, capacity, options, root, foreground, foreground or bound)
+            supervisor = _start(source, mountpoint, capacity, options, root, metrics, foreground, foreground or bound)
         except BaseException:
             if made:
                 with suppress(OSError):
@@ -192,6 +201,8 @@ def mount(
             raise
     finally:
         os.close(root)
+        if metrics is not None:
+            metrics.close()
     if capacity > have.available:
         print(
             f"coordlfs: the cache may grow to {sizes.text(capacity)}, but only {sizes.text(have.available)}"
@@ -200,11 +211,20 @@ def mount(
         )
     said = sys.stderr if bound else sys.stdout  # the output of `run` is the command's
     print(f"{source} is mounted on {mountpoint} with {sizes.text(capacity)} of cache ({how})", file=said, flush=True)
+    if metrics is not None:
+        print(f"metrics: {asked_at}", file=said, flush=True)
     return supervisor
 
 
 def _start(
-    source: str, mountpoint: str, capacity: int, options: Options, root: int, foreground: bool, bound: bool
+    source: str,
+    mountpoint: str,
+    capacity: int,
+    options: Options,
+    root: int,
+    metrics: socket.socket | None,
+    foreground: bool,
+    bound: bool,
 ) -> subprocess.Popen[bytes]:
     report_in, report_out = os.pipe2(os.O_CLOEXEC)
     log_target = os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None
@@ -217,12 +237,13 @@ def _start(
         "revalidate": options.revalidate,
         "report": report_out,
         "root": root,
+        "metrics": None if metrics is None else metrics.fileno(),
         "bound_to": os.getpid() if bound else None,
     }
     quiet = None if foreground else subprocess.DEVNULL
     supervisor = subprocess.Popen(
         [sys.executable, "-P", "-m", "coordlfs.supervisor", json.dumps(config)],
-        pass_fds=[report_out, root],
+        pass_fds=[report_out, root, *([] if metrics is None else [metrics.fileno()])],
         stdin=subprocess.DEVNULL,
         stdout=quiet,
         stderr=quiet,
@@ -245,11 +266,33 @@ def _start(
     return supervisor
 
 
-def stay(supervisor: subprocess.Popen[bytes]) -> int:
-    """Remain in the foreground until the mount ends; SIGINT and SIGTERM end it. The supervisor's status."""
+def stay(supervisor: subprocess.Popen[bytes], mountpoint: str) -> int:
+    """Remain in the foreground until the mount ends; SIGINT and SIGTERM end it. The supervisor's status.
+
+    Where a service manager started this process, it is told how the mount is.
+    """
+
+    def end(*_: object) -> None:
+        systemd.notify(STOPPING=1, STATUS=f"unmounting {mountpoint}")
+        supervisor.terminate()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: supervisor.terminate())
-    return supervisor.wait()
+        signal.signal(number, end)
+    if systemd.notify(READY=1, STATUS=f"serves {mountpoint}"):
+        # A thread, since a mount whose server is being replaced does not answer, and signals must be heard meanwhile.
+        threading.Thread(target=_tell_status, args=(mountpoint,), name="status", daemon=True).start()
+    status = supervisor.wait()
+    systemd.notify(STOPPING=1, STATUS=f"{mountpoint} is unmounted")
+    return status
+
+
+def _tell_status(mountpoint: str) -> None:
+    from coordlfs.status import summary
+
+    while True:
+        with suppress(UserError):
+            systemd.notify(STATUS=summary(stats(mountpoint)))
+        time.sleep(_TELL_STATUS)
 
 
 # -- unmounting ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from coordlfs.source import Source
 
 NAME_TIMEOUT = 86400  # seconds that the kernel may believe names and attributes
 _EMPTY_TIMEOUT = 1  # of attributes of an empty file: nobody reads it, so that nothing else would show that it has grown
+_NO_NAMES = frozenset({b"", b".", b".."})
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV})
 
 
@@ -53,6 +54,8 @@ class Namespace:
 
         `before_wait` is called if a disk has to be waited for.
         """
+        if name in _NO_NAMES or b"/" in name or b"\0" in name:
+            raise OSError(errno.EINVAL, "no name of a directory's entry")
         directory = self._catalog.directory_path(parent)
         st = self._lstat(directory + b"/" + name if directory else name, before_wait)
         return self.enter(parent, name, st, announce=announce), st

@@ -21,7 +21,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from coordlfs import items, logs
+from coordlfs import exporter, items, logs
 from coordlfs.admission import Admission
 from coordlfs.byte_lane import ByteLane
 from coordlfs.catalog import Catalog
@@ -122,6 +122,8 @@ def serve(config: dict[str, Any]) -> None:
         ]
         if config["revalidate"]:
             background.append(partial(revalidation.run, config["revalidate"]))
+        if config["metrics"] is not None:
+            exporter.serve(config["metrics"], stats.collect)
         _run_or_exit(_tasks, config["mountpoint"], lane, link, admission, background)
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
@@ -187,7 +189,7 @@ def main() -> None:
     process.set_name("coordlfs-server")
     process.raise_limits()
     process.keep_freed_memory(_STASH_MOST)
-    logs.configure(config["log"])
+    logs.configure(config["log"], "server", config["mountpoint"], config["source"])
     os.chdir("/")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's to handle
     threading.excepthook = _exit_with_thread

@@ -80,7 +80,7 @@ class Stats:
             "processes": {
                 "supervisor": self._config["parent"],
                 "server": os.getpid(),
-                "keepers": sorted(link.pid for link in self._admission.links.values()),
+                "keepers": sorted(link.pid for link in list(self._admission.links.values())),
             },
             "server_starts": c["server_starts"],
             "residence": "page cache (mlock)",

@@ -42,7 +42,7 @@ class _Keeper:
 
 @dataclass(slots=True)
 class Supervisor:
-    """One mount. `config`: source, mountpoint, capacity (bytes), log, acl; see `coordlfs.mounting`."""
+    """One mount. `config`: source, mountpoint, capacity (bytes), log, acl, metrics (fd); see `coordlfs.mounting`."""
 
     config: dict[str, Any]
     root: int
@@ -148,6 +148,8 @@ class Supervisor:
             }
             fds = [self.device, self.records, self.names, self.root, theirs.fileno()]
             fds += [k.ours.fileno() for k in self.keepers.values()]
+            if self.config["metrics"] is not None:
+                fds.append(self.config["metrics"])
             self.server = self._spawn("coordlfs.server", config, fds)
         self.link = ours
 
@@ -215,8 +217,8 @@ class Supervisor:
             return
         if "want_keeper" in received[0]:
             self._tell_keeper(self._start_keeper())
-        if "replace" in received[0]:
-            self._replace(received[0]["replace"])
+        if isinstance(pid := received[0].get("replace"), int):
+            self._replace(pid)
 
     def _replace(self, pid: int) -> None:
         """End a process as anything else may end it; its successor is of the version that is installed by now."""
@@ -290,7 +292,7 @@ def main() -> None:
     config = json.loads(sys.argv[1])
     report, root, bound_to = config.pop("report"), config.pop("root"), config.pop("bound_to")
     process.set_name("coordlfs-superv")
-    logs.configure(config["log"])
+    logs.configure(config["log"], "supervisor", config["mountpoint"], config["source"])
     os.chdir("/")
     supervisor = Supervisor(config, root)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -5,7 +5,10 @@ JSON packets on a SOCK_SEQPACKET pair; a keeper's socket travels as SCM_RIGHTS.
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
+import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,9 @@ from coordlfs.wire import receive, send
 
 if TYPE_CHECKING:
     from coordlfs.admission import Admission
+
+
+log = logging.getLogger(__name__)
 
 
 class SupervisorLink:
@@ -50,8 +56,12 @@ class SupervisorLink:
                 on_death()
                 return
             message, fds = received
-            if "lost" in message:
-                admission.lose_keeper(message["lost"])
-            elif "keeper" in message:
-                keeper = message["keeper"]
-                admission.add_keeper(keeper["index"], keeper["pid"], socket.socket(fileno=fds[0]))
+            match message, fds:
+                case {"lost": int(index)}, []:
+                    admission.lose_keeper(index)
+                case {"keeper": {"index": int(index), "pid": int(pid)}}, [fd] if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                    admission.add_keeper(index, pid, socket.socket(fileno=fd))
+                case _:
+                    log.warning("the supervisor sent what is no message")
+                    for fd in fds:
+                        os.close(fd)

@@ -1,17 +1,22 @@
 """Messages between the server and its keepers, and between the server and the supervisor.
 
-All travel over SOCK_SEQPACKET pairs that only these processes hold: a packet is a message, whole or not at all.
+All travel over SOCK_SEQPACKET pairs that only these processes hold: a packet is a message, whole or not at all. What
+is read is checked nevertheless: a process whose memory went bad must not take the others with it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 from enum import IntEnum
 from typing import Any
 
+from coordlfs import items
+
 MAX_PACKET = 1 << 16
+_LAST_OFFSET = (1 << 63) - 1 - items.CHUNK
 
 REQUEST = struct.Struct("=BB6xQQQQ")  # verb, flags, item, node, offset, length; the path follows
 REPLY = struct.Struct("=BB2xiQ")  # outcome, flags, errno, item
@@ -48,10 +53,38 @@ class Outcome(IntEnum):
     PURGED = 9
 
 
+def parse_request(packet: bytes) -> tuple[Verb, int, int, int, int, int, bytes]:
+    """Verb, flags, item, node, offset, length and path. Raises ValueError for what is no request."""
+    if len(packet) < REQUEST.size:
+        raise ValueError("a request is too short")
+    verb, flags, item, node, offset, length = REQUEST.unpack_from(packet)
+    if length > items.CHUNK or offset > _LAST_OFFSET:
+        raise ValueError("a request for no part of a file")
+    return Verb(verb), flags, item, node, offset, length, packet[REQUEST.size :]
+
+
+def parse_reply(packet: bytes) -> tuple[Outcome, int, int, list[tuple[int, int]]]:
+    """Outcome, errno, item, and the pins (item and length) of a list. Raises ValueError for what is no reply."""
+    if len(packet) < REPLY.size or (len(packet) - REPLY.size) % PINS.size:
+        raise ValueError("a reply is cut off")
+    outcome, _, code, item = REPLY.unpack_from(packet)
+    return Outcome(outcome), code, item, list(PINS.iter_unpack(packet[REPLY.size :]))
+
+
 def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """One packet and the descriptors that came with it; None at the end."""
+    """One packet and the descriptors that came with it; None at the end. What is no message counts as an empty one."""
     packet, fds, _, _ = socket.recv_fds(sock, MAX_PACKET, 4)
-    return (json.loads(packet), list(fds)) if packet else None
+    if not packet:
+        return None
+    try:
+        message = json.loads(packet)
+    except (ValueError, RecursionError):
+        message = None
+    if isinstance(message, dict):
+        return message, list(fds)
+    for fd in fds:
+        os.close(fd)
+    return {}, []
 
 
 def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:

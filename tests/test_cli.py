@@ -12,7 +12,7 @@ from mounts import coordlfs, script
 from coordlfs import __version__
 from coordlfs.cli import main
 
-COMMANDS = ["mount", "umount", "status", "warm", "drop", "verify", "run"]
+COMMANDS = ["mount", "umount", "status", "warm", "drop", "verify", "doctor", "run"]
 USAGE = [
     [],
     ["frobnicate"],

@@ -25,6 +25,17 @@ OPEN, READ, STATFS, RELEASE, FSYNC = 14, 15, 17, 18, 20
 GETXATTR, LISTXATTR, FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR, FSYNCDIR = 22, 23, 25, 26, 27, 28, 29, 30
 ACCESS, INTERRUPT, DESTROY, IOCTL, BATCH_FORGET, READDIRPLUS = 34, 36, 38, 39, 42, 44
 
+# What the kernel sends of those that are looked into: bytes after the header at least, and whether a name follows.
+_BODIES = {
+    LOOKUP: (0, True),
+    READ: (READ_IN.size, False),
+    GETXATTR: (8, True),
+    LISTXATTR: (8, False),
+    READDIR: (READ_IN.size, False),
+    READDIRPLUS: (READ_IN.size, False),
+}
+_NOTHING = (0, False)
+
 NOTIFY_INVAL_INODE, NOTIFY_INVAL_ENTRY, NOTIFY_RESEND = 2, 3, 7
 UNIQUE_RESENT = 1 << 63
 
@@ -49,6 +60,13 @@ class Features:
     zero_message_open: bool
     zero_message_opendir: bool
     resend: bool
+
+
+def is_whole(message: memoryview, length: int, opcode: int) -> bool:
+    """Whether a message of at least a header, which says that it has `length` bytes, holds what its kind must."""
+    least, named = _BODIES.get(opcode, _NOTHING)
+    least += IN_HEADER.size
+    return length == len(message) and length >= least and (not named or (length > least + 1 and message[-1] == 0))
 
 
 def init_reply(request: bytes, *, acl: bool, background: int = 512) -> tuple[bytes, Features]:

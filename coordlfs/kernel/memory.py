@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 _UNLIMITED = 1 << 62  # version 1 of cgroups writes "no limit" as a number about as large
@@ -64,6 +65,16 @@ def _reclaimable(directory: str) -> int:
     with open(f"{directory}/memory.stat") as f:
         fields = dict(line.split() for line in f)
     return sum(int(fields.get(f"total_{name}", fields.get(name, 0))) for name in ("inactive_file", "active_file"))
+
+
+def limits() -> list[tuple[str, int]]:
+    """The memory cgroups of this process that have a limit: directory, and bytes."""
+    found = []
+    for directory, limit_file, _ in _cgroup_directories("self"):
+        with suppress(OSError):
+            if (limit := _number(f"{directory}/{limit_file}")) < _UNLIMITED:
+                found.append((directory, limit))
+    return found
 
 
 def memory(pid: int | str = "self") -> Memory:

@@ -1,0 +1,186 @@
+"""coordlfs as others start it: mount(8) and fstab, systemd, and what Kubernetes is given."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+from mounts import COORDLFS, eventually, is_mounted, mentions, read, unmount_lazily, write_files
+
+from coordlfs import mount_helper
+from coordlfs.errors import UserError
+
+DOCS = Path(__file__).parent.parent / "docs"
+HELPER = Path("/sbin/mount.coordlfs")
+
+# -- mount(8) -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "meant"),
+    [
+        ("", []),
+        ("rw", []),
+        ("rw,nosuid,nodev,relatime,_netdev,nofail,x-systemd.automount,X-mount.mkdir,comment=data,user=joe", []),
+        ("cache-size=10G,ro", ["--cache-size=10G"]),
+        ("rw,log-file=/a=b,metrics=[::1]:9", ["--log-file=/a=b", "--metrics=[::1]:9"]),
+        ('log-file="/a,b",noauto', ["--log-file=/a,b"]),
+        (",,", []),
+    ],
+)
+def test_mount_options(options: str, meant: list[str]) -> None:
+    assert mount_helper.words(options) == meant
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["cache", "cache_size=1G", "foreground", "help", "noexec", "rw,frobnicate=1", "remount", "--cache-size=1G"],
+)
+def test_options_that_cannot_be_honoured_are_refused(options: str) -> None:
+    with pytest.raises(UserError):
+        mount_helper.words(options)
+    if options != "remount":
+        assert mount_helper.words(options, sloppy=True) == []
+
+
+@pytest.fixture
+def mountpoint(place: Path, _may_mount: None) -> Iterator[Path]:
+    """A directory to mount on, with /sbin/mount.coordlfs there meanwhile."""
+    path = place / "mnt"
+    path.mkdir()
+    installed = Path(sys.executable).parent / "mount.coordlfs"
+    assert not HELPER.exists(), f"{HELPER} is there already"
+    HELPER.symlink_to(installed)
+    try:
+        yield path
+    finally:
+        HELPER.unlink()
+        unmount_lazily(path)
+        eventually(lambda: not mentions(path))
+
+
+def run(*command: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, f"{command} exited with {done.returncode}: {done.stdout}{done.stderr}"
+    return done
+
+
+def test_mount_and_umount(source: Path, mountpoint: Path) -> None:
+    names = write_files(source, 2, 100)
+    log = mountpoint.parent / "log,1"
+    done = run("mount", "-t", "coordlfs", source, mountpoint, "-o", f'cache-size=1M,noatime,nofail,log-file="{log}"')
+    assert not done.stdout
+    assert read(mountpoint / names[0]) == read(source / names[0])
+    assert log.exists()
+    assert run("findmnt", "-no", "FSTYPE,SOURCE", mountpoint).stdout.split() == ["fuse.coordlfs", str(source)]
+    run("umount", mountpoint)
+    assert not is_mounted(mountpoint)
+
+
+def test_a_line_of_fstab(source: Path, mountpoint: Path) -> None:
+    names = write_files(source, 2, 100)
+    spaced = source / "with space"
+    spaced.mkdir()
+    (spaced / "file").write_text("here")
+    table = mountpoint.parent / "fstab"
+    written = str(spaced).replace(" ", "\\040")
+    table.write_text(f"{written} {mountpoint} coordlfs defaults,cache-size=1M,_netdev,x-systemd.automount 0 0\n")
+    run("mount", "-T", table, "-v", mountpoint)
+    assert (mountpoint / "file").read_text() == "here"
+    assert names
+    run("umount", mountpoint)
+
+
+def test_what_mount_refuses(source: Path, mountpoint: Path) -> None:
+    for options, says, status in [
+        ("frobnicate=1", "option 'frobnicate' is not known", 1),
+        ("cache-size=5X", "'5X' is not a size", 1),
+        ("noexec", "option 'noexec' is not known", 1),
+    ]:
+        done = run("mount", "-t", "coordlfs", source, mountpoint, "-o", options, status=status)
+        assert says in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    done = run("mount", "-t", "coordlfs", source / "missing", mountpoint, status=32)
+    assert "does not exist" in done.stderr
+    run("mount", "-f", "-t", "coordlfs", source, mountpoint)
+    assert not is_mounted(mountpoint)
+    run("mount", "-s", "-t", "coordlfs", source, mountpoint, "-o", "frobnicate=1,cache-size=1M")
+    run("umount", mountpoint)
+
+
+# -- systemd ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_may_mount")
+@pytest.mark.parametrize("abstract", [False, True])
+def test_the_service_manager_is_told(source: Path, place: Path, abstract: bool) -> None:
+    names = write_files(source, 2, 100)
+    path = place / "mnt"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        address = f"@coordlfs-test-{os.getpid()}" if abstract else str(place / "notify")
+        manager.bind(address.replace("@", "\0"))
+        manager.settimeout(30)
+
+        def told() -> dict[str, str]:
+            return dict(line.split("=", 1) for line in manager.recv(1 << 12).decode().splitlines())
+
+        command = [*COORDLFS, "mount", str(source), str(path), "--foreground", "--cache-size", "1M"]
+        environment = os.environ | {"NOTIFY_SOCKET": address}
+        job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            assert told() == {"READY": "1", "STATUS": f"serves {path}"}
+            assert read(path / names[0]) == read(source / names[0]), "it serves when it says so"
+            assert told()["STATUS"].startswith(f"{source}: ")
+            job.send_signal(signal.SIGTERM)
+            assert told() == {"STOPPING": "1", "STATUS": f"unmounting {path}"}
+            assert job.wait(30) == 0
+            assert told() == {"STOPPING": "1", "STATUS": f"{path} is unmounted"}
+        finally:
+            with suppress(ProcessLookupError):
+                job.kill()
+            job.communicate()
+            unmount_lazily(path)
+    assert not is_mounted(path)
+
+
+def test_the_unit_is_valid(tmp_path: Path) -> None:
+    template = (DOCS / "systemd" / "coordlfs@.service").read_text()
+    assert "Type=notify" in template
+    assert "ExecStart=/opt/coordlfs/bin/coordlfs mount --foreground" in template
+    if shutil.which("systemd-analyze"):
+        # It insists on a program that exists.
+        (tmp_path / "coordlfs@.service").write_text(template.replace("/opt/coordlfs/bin/coordlfs", "/bin/true"))
+        done = run("systemd-analyze", "verify", tmp_path / "coordlfs@mnt-cached.service")
+        assert not done.stderr
+
+
+# -- Kubernetes ---------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_propagates_the_mount() -> None:
+    documents = {d["kind"]: d for d in yaml.safe_load_all((DOCS / "kubernetes.yaml").read_text())}
+    pod = documents["DaemonSet"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["securityContext"]["privileged"] is True
+    volumes = {v["name"]: v for v in pod["volumes"]}
+    mounts = {m["name"]: m for m in container["volumeMounts"]}
+    assert set(mounts) == set(volumes)
+    assert mounts["cached"]["mountPropagation"] == "Bidirectional"
+    job = documents["Pod"]["spec"]
+    (used,) = job["containers"][0]["volumeMounts"]
+    assert used["mountPropagation"] == "HostToContainer"
+    (volume,) = job["volumes"]
+    assert volume["hostPath"]["path"] == volumes["cached"]["hostPath"]["path"]
+    words = " ".join(container["command"])
+    assert f"coordlfs mount --foreground {mounts['source']['mountPath']} {mounts['cached']['mountPath']}/" in words
+    ports = [p["containerPort"] for p in container["ports"]]
+    assert f"--metrics 0.0.0.0:{ports[0]}" in words
