@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from coordlfs import __version__
 from coordlfs.errors import UserError
+
+if TYPE_CHECKING:
+    from coordlfs import mounting
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,6 +38,16 @@ def _parser() -> argparse.ArgumentParser:
             help="200G, 512M, 60%% (of all memory), 0 (none), or auto: 60%% of what is available (default)",
         )
         command.add_argument("--log-file", metavar="FILE", help="where messages go (default: syslog)")
+        command.add_argument(
+            "--peers",
+            metavar="NODES",
+            help="share caches with these nodes: HOST:PORT,HOST:PORT…, dns:NAME:PORT, slurm:PORT or etcd:URL/PREFIX",
+        )
+        command.add_argument("--listen", metavar="HOST:PORT", help="where the other nodes reach this one")
+        command.add_argument("--cluster-key-file", metavar="FILE", help="the key that all nodes share")
+        command.add_argument("--tls-cert", metavar="FILE", help="this node's certificate, and then all is encrypted")
+        command.add_argument("--tls-key", metavar="FILE", help="its private key")
+        command.add_argument("--tls-ca", metavar="FILE", help="who signed the nodes' certificates")
 
     mount = commands.add_parser("mount", help="mount a dataset; returns when it serves")
     mount.add_argument("source", metavar="SRC", help="the dataset's directory")
@@ -63,17 +76,29 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="mount over SRC for one command, which alone sees it",
-        usage="coordlfs run SRC [--cache-size SIZE] [--log-file FILE] -- COMMAND …",
+        usage="coordlfs run SRC [--cache-size SIZE] [--log-file FILE] [--peers NODES …] -- COMMAND …",
     )
     run.add_argument("source", metavar="SRC")
     add_options(run)
     return parser
 
 
+def _options(arguments: argparse.Namespace) -> mounting.Options:
+    from coordlfs import mounting
+
+    a = arguments
+    given = (a.listen, a.peers, a.cluster_key_file, a.tls_cert, a.tls_key, a.tls_ca)
+    if given == (None,) * len(given):
+        return mounting.Options(a.cache_size, a.log_file)
+    from coordlfs.peers.settings import Cluster
+
+    return mounting.Options(a.cache_size, a.log_file, Cluster(*given))
+
+
 def _mount(arguments: argparse.Namespace) -> int:
     from coordlfs import mounting
 
-    options = mounting.Options(arguments.cache_size, arguments.log_file)
+    options = _options(arguments)
     supervisor = mounting.mount(arguments.source, arguments.mountpoint, options, foreground=arguments.foreground)
     if arguments.foreground:
         return mounting.stay(supervisor)
@@ -130,7 +155,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if not arguments.job:
         raise UserError("run needs a command: coordlfs run SRC -- python train.py", 2)
-    return mounting.run(arguments.source, arguments.job, mounting.Options(arguments.cache_size, arguments.log_file))
+    return mounting.run(arguments.source, arguments.job, _options(arguments))
 
 
 _COMMANDS = {

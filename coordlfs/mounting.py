@@ -12,12 +12,17 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coordlfs import sizes
 from coordlfs.errors import UserError
 from coordlfs.kernel import mounts, process
 from coordlfs.kernel.memory import memory
+
+if TYPE_CHECKING:
+    import socket
+
+    from coordlfs.peers.settings import Cluster
 
 FSTYPE = b"fuse.coordlfs"
 _START_TIMEOUT = 60.0
@@ -30,6 +35,7 @@ class Options:
 
     cache_size: str = "auto"
     log_file: str | None = None
+    cluster: Cluster | None = None  # to share caches with
 
 
 def find(mountpoint: str) -> mounts.Mount:
@@ -177,13 +183,15 @@ def mount(
     have = memory()
     capacity, how = _limit_to_lockable(*sizes.cache_size(options.cache_size, have))
     _check_log(options.log_file)
+    node = _prepare(options.cluster)
     root = _check_source(source)
     try:
         _check_places(source, mountpoint)
         _check_fuse()
         made = _check_mountpoint(source, mountpoint)
         try:
-            supervisor = _start(source, mountpoint, capacity, options, root, foreground, foreground or bound)
+            peers = node[0] if node else None
+            supervisor = _start(source, mountpoint, capacity, options, root, foreground, foreground or bound, peers)
         except BaseException:
             if made:
                 with suppress(OSError):
@@ -191,6 +199,8 @@ def mount(
             raise
     finally:
         os.close(root)
+        if node:
+            node[1].close()
     if capacity > have.available:
         print(
             f"coordlfs: the cache may grow to {sizes.text(capacity)}, but only {sizes.text(have.available)}"
@@ -202,8 +212,23 @@ def mount(
     return supervisor
 
 
+def _prepare(cluster: Cluster | None) -> tuple[dict[str, Any], socket.socket] | None:
+    if cluster is None:
+        return None
+    from coordlfs.peers import settings  # here, since a node that stands alone needs none of it
+
+    return settings.prepare(cluster)
+
+
 def _start(
-    source: str, mountpoint: str, capacity: int, options: Options, root: int, foreground: bool, bound: bool
+    source: str,
+    mountpoint: str,
+    capacity: int,
+    options: Options,
+    root: int,
+    foreground: bool,
+    bound: bool,
+    peers: dict[str, Any] | None,
 ) -> subprocess.Popen[bytes]:
     report_in, report_out = os.pipe2(os.O_CLOEXEC)
     log_target = os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None
@@ -216,11 +241,12 @@ def _start(
         "report": report_out,
         "root": root,
         "bound_to": os.getpid() if bound else None,
+        "peers": peers,
     }
     quiet = None if foreground else subprocess.DEVNULL
     supervisor = subprocess.Popen(
         [sys.executable, "-P", "-m", "coordlfs.supervisor", json.dumps(config)],
-        pass_fds=[report_out, root],
+        pass_fds=[report_out, root, *([peers["listener"]] if peers else [])],
         stdin=subprocess.DEVNULL,
         stdout=quiet,
         stderr=quiet,

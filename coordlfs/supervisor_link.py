@@ -51,3 +51,5 @@ class SupervisorLink:
             elif "keeper" in message:
                 keeper = message["keeper"]
                 admission.add_keeper(keeper["index"], keeper["pid"], socket.socket(fileno=fds[0]))
+            elif "peer_server" in message and admission.sharing is not None:
+                admission.sharing.attach(message["peer_server"], socket.socket(fileno=fds[0]))

@@ -51,13 +51,20 @@ def _mounts(place: Path) -> Iterator[MakeMount]:
     with ExitStack() as stack:
         count = 0
 
-        def make(source: Path, cache: str = "64M", *, mountpoint: Path | None = None) -> Mount:
+        def make(
+            source: Path,
+            cache: str = "64M",
+            *options: object,
+            mountpoint: Path | None = None,
+            inside: str | None = None,
+        ) -> Mount:
             nonlocal count
             count += 1
             path = mountpoint or place / f"mnt{count}"
             log = place / f"log{count}"
             stack.callback(unmount_lazily, path)
-            done = coordlfs("mount", source, path, "--cache-size", cache, "--log-file", log, status=None)
+            arguments = ["mount", source, path, "--cache-size", cache, "--log-file", log, *options]
+            done = coordlfs(*arguments, status=None, inside=inside)
             assert done.returncode == 0, done.stderr + (log.read_text() if log.exists() else "")
             mount = Mount(source, path, log)
             stack.callback(mount.end)
