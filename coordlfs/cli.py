@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("mountpoint", metavar="MNT")
         command.add_argument("paths", metavar="PATH", nargs="*", help="files or directories on MNT; default: all")
 
+    peers = commands.add_parser("peers", help="the nodes that share the cache: who lives, what each caches and sends")
+    peers.add_argument("mountpoint", metavar="MNT")
+    peers.add_argument("--json", action="store_true", help="stable figures, for programs")
+
     verify = commands.add_parser("verify", help="compare every byte, name and attribute with the source")
     verify.add_argument("mountpoint", metavar="MNT")
 
@@ -139,6 +143,13 @@ def _drop(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _peers(arguments: argparse.Namespace) -> int:
+    from coordlfs.peers import show
+
+    show.show(arguments.mountpoint, as_json=arguments.json)
+    return 0
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from coordlfs import verify
     from coordlfs.sizes import text
@@ -164,6 +175,7 @@ _COMMANDS = {
     "status": _status,
     "warm": _warm,
     "drop": _drop,
+    "peers": _peers,
     "verify": _verify,
     "run": _run,
 }

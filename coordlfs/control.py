@@ -41,7 +41,11 @@ class Control:
         self._namespace = namespace
         self._admission = admission
         self.name = f"coordlfs-{secrets.token_hex(16)}"
-        self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {"admit": self._admit, "drop": self._drop}
+        self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "admit": self._admit,
+            "drop": self._drop,
+            "peers": self._peers,
+        }
 
     async def run(self) -> None:
         """Accept connections until cancelled."""
@@ -121,6 +125,11 @@ class Control:
             "pinned_pages": sum(map(policy.pages, pinned)),
             "free_pages": policy.capacity - policy.used,
         }
+
+    async def _peers(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The nodes that share the cache."""
+        sharing = self._admission.sharing
+        return {"nodes": sharing.table() if sharing else []}
 
     async def _drop(self, request: dict[str, Any]) -> dict[str, int]:
         """Let files go (all of them if no paths are given), and wait until they are gone."""

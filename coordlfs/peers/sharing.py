@@ -31,6 +31,7 @@ from coordlfs.peers.ownership import Node, Ownership, key_of
 
 log = logging.getLogger(__name__)
 
+_AT_ONCE = 50  # of the cache, what belongs to others and gives way in one go: 2 %
 _COUNTED = {
     Outcome.NO: "peer_refusals",
     Outcome.WRONG_VERSION: "peer_wrong_versions",
@@ -119,10 +120,15 @@ class Sharing:
     # -- admission ----------------------------------------------------------------------------------------------
 
     def displaced(self, wanted: int) -> list[int]:
-        """Items that are pinned here and owned elsewhere, of `wanted` pages or more if there are so many."""
+        """Items that are pinned here and owned elsewhere, of `wanted` pages or more if there are so many.
+
+        More, since they go while the item that wants their room is being answered, and it is admitted only when it
+        misses again: one for one, half of what is owned here would find no room, in every epoch.
+        """
         view, policy = self._view, self._admission.policy
         if view is None:
             return []
+        wanted = max(wanted, policy.capacity // _AT_ONCE)
         with self._lock:
             if self._displaceable is None:
                 strangers = [i for i in policy.items() if self._owner(view, i) != self._own] if view.peers else []
