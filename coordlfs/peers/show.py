@@ -27,7 +27,8 @@ def show(mountpoint: str, *, as_json: bool) -> None:
 
     table = Table(title=f"nodes that share the cache of {mounting.find(mountpoint).source.decode(errors='replace')}")
     for heading in ("node", "state", "cached", "share", "received from", "served to", "latency"):
-        table.add_column(heading, justify="left" if heading in ("node", "state") else "right")
+        left = heading in ("node", "state")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=heading == "node")
     for row in rows:
         here = row["self"]
         latency = None if here else row["latency_seconds"]
