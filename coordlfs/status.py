@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from coordlfs import mounting
@@ -22,6 +23,20 @@ def _share(value: float | None) -> str:
 
 def _from_peers(s: dict[str, Any]) -> str:
     return f", {text(s['peers']['bytes'])} from peers" if "name" in s["peers"] else ""
+
+
+def _peer_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    peers = s["peers"]
+    if "name" not in peers:
+        return
+    yield "read from peers", f"{text(peers['bytes'])} in {peers['reads']} reads; {peers['refusals']} refused"
+    bad = peers["failures"] + peers["bad_payloads"] + peers["wrong_versions"]
+    yield "peers", f"{peers['alive']} of {peers['known']} alive; {bad} failures, {peers['skipped']} not asked"
+    epoch = s["epoch_history"][-1] if s["epoch_history"] else s["epoch"]
+    if epoch:
+        parts = (epoch["local_bytes"], epoch["peer_bytes"], epoch["bytes"])
+        split = " / ".join(_share(part / max(1, sum(parts))) for part in parts)
+        yield "local / peer / source", f"{split} in epoch {epoch['number']}"
 
 
 def summary(s: dict[str, Any]) -> str:
@@ -55,20 +70,8 @@ def table(s: dict[str, Any]) -> Table:
     grid.add_row("items", f"{s['pinned_items']} pinned, {s['pending_items']} on their way")
     grid.add_row("residence", s["residence"])
     grid.add_row("read from source", f"{text(source['bytes'])} in {source['reads']} reads of {source['files']} files")
-    if "name" in s["peers"]:
-        peers = s["peers"]
-        grid.add_row(
-            "read from peers", f"{text(peers['bytes'])} in {peers['reads']} reads; {peers['refusals']} refused"
-        )
-        bad = peers["failures"] + peers["bad_payloads"] + peers["wrong_versions"]
-        grid.add_row(
-            "peers", f"{peers['alive']} of {peers['known']} alive; {bad} failures, {peers['skipped']} not asked"
-        )
-        epoch = s["epoch_history"][-1] if s["epoch_history"] else s["epoch"]
-        if epoch:
-            parts = (epoch["local_bytes"], epoch["peer_bytes"], epoch["bytes"])
-            split = " / ".join(_share(part / max(1, sum(parts))) for part in parts)
-            grid.add_row("local / peer / source", f"{split} in epoch {epoch['number']}")
+    for heading, line in _peer_lines(s):
+        grid.add_row(heading, line)
     grid.add_row("throughput", f"{text(source['bytes_per_second'])}/s from the source")
     grid.add_row("errors of source", f"{source['errors']}; {source['changed_files']} files changed")
     grid.add_row("epochs seen", str(s["epochs"]))

@@ -28,7 +28,8 @@ def requests(draw: st.DrawFn) -> Request:
 @given(st.lists(requests(), max_size=6), st.lists(st.integers(1, 80), min_size=1))
 def test_requests_survive_being_cut_anywhere(sent: list[Request], cuts: list[int]) -> None:
     stream = b"".join(map(protocol.encode_request, sent))
-    decoder, received, at, turn = Requests(), [], 0, 0
+    received: list[Request] = []
+    decoder, at, turn = Requests(), 0, 0
     while at < len(stream):
         cut = cuts[turn % len(cuts)]
         received += decoder.feed(stream[at : at + cut])
