@@ -43,7 +43,7 @@ def test_the_package_alone_needs_no_extra() -> None:
     modules = script(
         """
 import importlib, pkgutil, sys
-for extra in ("torch", "PIL", "hypothesis", "pytest"):
+for extra in ("torch", "PIL", "hypothesis", "httpx", "pytest"):
     sys.modules[extra] = None
 import coordlfs
 for module in pkgutil.walk_packages(coordlfs.__path__, "coordlfs."):

@@ -38,7 +38,7 @@ _STALL = 20.0  # seconds that one read may take whatever the peers do: the limit
 _KEY = b"0123456789abcdef0123456789abcdef"
 
 
-def _ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Free ports."""
     with ExitStack() as stack:
         socks = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -98,7 +98,7 @@ def nodes(source: Path, mount: MakeMount) -> Callable[..., list[Mount]]:
     """Mounts `source` on several nodes that know each other."""
 
     def make(count: int, cache: str = "16M", *more: object) -> list[Mount]:
-        ports = _ports(count)
+        ports = free_ports(count)
         made = [mount(source, cache, *_options(port, ports, *more)) for port in ports]
         _alive(*made, count=count - 1)
         return made
@@ -155,7 +155,7 @@ def test_an_owner_without_room_says_no(source: Path, nodes: Callable[..., list[M
 def test_what_belongs_to_a_node_that_joins_gives_way(source: Path, mount: MakeMount) -> None:
     """The first node caches all that it can; once there is another, both cache what they own."""
     names = write_files(source, 100, 100_000)  # 10.2 MB in whole pages
-    ports = _ports(2)
+    ports = free_ports(2)
     first = mount(source, "7M", *_options(ports[0], ports))
     eventually(lambda: "name" in first.stats()["peers"])
     time.sleep(1.5)  # until it knows itself alone
@@ -181,7 +181,7 @@ def test_what_belongs_to_a_node_that_joins_gives_way(source: Path, mount: MakeMo
 @pytest.mark.timeout(180)
 def test_a_node_is_killed_and_mounted_again_during_epochs(source: Path, mount: MakeMount, place: Path) -> None:
     names = write_files(source, 150, 100_000)
-    ports = _ports(3)
+    ports = free_ports(3)
     made = [mount(source, "16M", *_options(port, ports)) for port in ports]
     _alive(*made, count=2)
     stop, failed = threading.Event(), []
@@ -401,7 +401,7 @@ def test_whatever_a_peer_answers_readers_get_right_bytes(
     source: Path, mount: MakeMount, liar: Callable[..., _Liar], lie: Any, counted: str
 ) -> None:
     names = write_files(source, 30, 50_000)
-    ports = _ports(2)
+    ports = free_ports(2)
     bad = liar(ports[1], lie)
     node = mount(source, "16M", *_options(ports[0], ports))
     _alive(node, count=1)
@@ -427,7 +427,7 @@ def test_a_slow_peer_is_left_alone(source: Path, mount: MakeMount, liar: Callabl
             sock.sendall(data[at : at + 10_000])
             time.sleep(0.1)
 
-    ports = _ports(2)
+    ports = free_ports(2)
     liar(ports[1], drip)
     node = mount(source, "16M", *_options(ports[0], ports))
     _alive(node, count=1)
@@ -494,7 +494,7 @@ def test_a_node_with_another_key_is_no_member(
     source: Path, mount: MakeMount, liar: Callable[..., _Liar], key_file: Path
 ) -> None:
     names = write_files(source, 20, 50_000)
-    ports = _ports(2)
+    ports = free_ports(2)
     bad = liar(ports[1], _nothing, b"another key of no use")
     node = mount(source, "16M", *_options(ports[0], ports, "--cluster-key-file", key_file))
     eventually(lambda: bad.strangers > 0)
@@ -509,7 +509,7 @@ def test_only_files_of_the_dataset_can_be_asked_for(source: Path, mount: MakeMou
     (source / "file").write_bytes(b"inside")
     (place / "secret").write_bytes(b"secret")
     (source / "link").symlink_to(place / "secret")
-    ports = _ports(2)
+    ports = free_ports(2)
     node = mount(source, "16M", *_options(ports[0], ports))
     st = (source / "file").stat()
     with connection.connect(("127.0.0.1", ports[0]), Credentials(b""), None) as sock:
@@ -633,7 +633,7 @@ def test_tls_between_nodes_and_a_foreign_authority(source: Path, mount: MakeMoun
         options = ("--tls-cert", cert, "--tls-key", private, "--tls-ca", ca)
         return ("--cluster-key-file", key_file, *options)
 
-    ports = _ports(3)
+    ports = free_ports(3)
     made = [mount(source, "32M", *_options(port, ports, *tls(*ours))) for port in ports[:2]]
     stranger = mount(source, "32M", *_options(ports[2], ports, *tls(*foreign)))
     _alive(*made, count=1)

@@ -1,8 +1,8 @@
 """What a cluster of nodes would read from where: a simulator with the product's own ownership and policy.
 
 `python -m coordlfs_tools.cluster_sim --nodes 2,10,100,1000 --total 1.1` says, for every number of nodes, which share of
-an epoch's bytes each node gets from its own memory, from other nodes, and from its storage. Every epoch is shuffled anew
-and dealt to the nodes, as a DistributedSampler does.
+an epoch's bytes each node gets from its own memory, from other nodes, and from its storage. Every epoch is shuffled
+anew and dealt to the nodes, as a DistributedSampler does.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
 import socket
@@ -66,7 +67,11 @@ def _check_key(path: str) -> None:
 def _check_peers(text: str) -> None:
     kind, colon, rest = text.partition(":")
     if kind == "etcd" and rest.startswith(("http://", "https://")):
+        if importlib.util.find_spec("httpx") is None:
+            raise UserError(f"--peers {text} needs httpx: `pip install coordlfs[cluster]`")
         return
+    if kind == "slurm" and not os.environ.get("SLURM_JOB_NODELIST"):
+        raise UserError(f"--peers {text}: there is no SLURM_JOB_NODELIST: mount from within the job")
     try:
         if kind == "dns" and rest:
             address(rest)
