@@ -82,6 +82,7 @@ def test_links_that_are_cut_healed_and_slow(source: Path, place: Path, mount: Ma
         for node in nodes:
             for name in names:
                 assert read(node.path / name) == wanted[name]
-        return all(node.stats()["peers"]["bytes"] > b for node, b in zip(nodes, before, strict=True))
+        # The third may have cached all that there is while it was alone.
+        return all(node.stats()["peers"]["bytes"] > b for node, b in zip(nodes[:2], before[:2], strict=True))
 
     eventually(shares_again, 60, "all are asked again")
