@@ -97,8 +97,8 @@ class _Etcd:
         eventually(self._answers, 40, "etcd answers")
 
     def _answers(self) -> bool:
-        with suppress(OSError):
-            return urllib.request.urlopen(f"{self.url}/health", timeout=1).status == 200
+        with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=1) as response:
+            return bool(response.status == 200)
         return False
 
     def stop(self) -> None:

@@ -110,6 +110,10 @@ def _epoch(nodes: list[_Node], data: Images, seed: int) -> tuple[float, list[int
     return seconds, [a - b for a, b in zip(after, before, strict=True)]
 
 
+def _from_source(nodes: list[_Node]) -> list[int]:
+    return [node.mount.status()["source"]["bytes"] for node in nodes]
+
+
 def _settle(nodes: list[_Node], data: Images) -> None:
     for seed in range(_SETTLING):
         drop_caches()  # and not at the end: names and inodes are no part of what is measured
@@ -124,19 +128,24 @@ def _shared(context: Context, data: Images, count: int, share: float) -> Iterato
     epochs = context.rounds(_EPOCHS)
     with _cluster(context, data, [capacity] * count) as nodes:
         _settle(nodes, data)
-        ours, disk = [], []
+        ours, stored, disk = [], [], []
+        before = _from_source(nodes)
         for seed in range(epochs):
             seconds, read = _epoch(nodes, data, seed)
+            after = _from_source(nodes)
             ours.append(seconds)
-            disk.append(max(read))
-            context.say(f"  {count} nodes, epoch {seed + 1}: {seconds:.2f} s, {sum(read) / 1e6:.1f} MB from disks")
+            stored.append(max(a - b for a, b in zip(after, before, strict=True)))
+            disk.append(sum(read))
+            before = after
+            context.say(f"  {count} nodes, epoch {seed + 1}: {seconds:.2f} s, {disk[-1] / 1e6:.3f} MB from disks")
         figures = [node.mount.status() for node in nodes]
-    trouble = sum(f["peers"][kind] for f in figures for kind in ("failures", "bad_payloads", "skipped"))
+    kinds = ("refusals", "failures", "bad_payloads", "skipped")
+    trouble = ", ".join(f"{sum(f['peers'][kind] for f in figures)} {kind}" for kind in kinds)
     yield Figure(
-        f"{count} nodes of {share:.0%} each: MB read from a node's disk in a steady epoch",
-        [nbytes / 1e6 for nbytes in disk],
+        f"{count} nodes of {share:.0%} each: MB of files that a node reads from storage in a steady epoch",
+        [nbytes / 1e6 for nbytes in stored],
         Bound(0),
-        f"{trouble} peer requests went wrong",
+        f"{median(disk) / 1e6:.3f} MB from all disks, with metadata; {trouble}",
     )
     alone = _alone(context, data, count, capacity, epochs, cached=True)
     page_cache = _alone(context, data, count, capacity, epochs, cached=False)
