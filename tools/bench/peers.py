@@ -176,7 +176,8 @@ def _alone(context: Context, data: Images, count: int, capacity: int, epochs: in
         root = data.root
         if cached:
             mount = stack.enter_context(mounts.coordlfs(data.root, capacity, servers))
-            mount.warm()
+            reader.read(mount.point, data.paths, _READERS, 0, job)  # and not `warm`: the directory holds more files
+            mount.settled()
             root = mount.point
         else:
             for seed in range(_SETTLING):
@@ -225,7 +226,8 @@ def _too_little(context: Context, data: Images, count: int) -> Iterator[Figure]:
 def _hits(context: Context, data: Images) -> Iterator[Figure]:
     """Number 3: peer hits of one asker and of two, against the bare loop."""
     with _cluster(context, data, [0, 0, int(data.allocated * 1.1)], None) as (one, two, owner):
-        owner.mount.warm()
+        reader.read(owner.mount.point, data.paths, _READERS, 0)
+        owner.mount.settled()
         for node in (one, two):
             reader.read(node.mount.point, data.paths, _READERS, 0)  # names are known, checksums as well
         with _bare_server(owner) as port:
