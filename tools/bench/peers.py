@@ -20,7 +20,7 @@ from statistics import mean, median
 import numpy as np
 from coordlfs_tools.bench import mounts, reader
 from coordlfs_tools.bench.dataset import Images
-from coordlfs_tools.bench.machine import BenchError, Group, cgroup, drop_caches
+from coordlfs_tools.bench.machine import BenchError, Group, cgroup, drop_caches, drop_pages
 from coordlfs_tools.bench.network import Host, network
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
 from coordlfs_tools.cluster_sim import Cluster, deal
@@ -236,7 +236,7 @@ def _hits(context: Context, data: Images) -> Iterator[Figure]:
                 return reader.read(node.mount.point, data.paths, _READERS, seed).files_per_second
 
             def ours(seed: int) -> float:
-                drop_caches()
+                drop_pages()
                 before = one.mount.status()["source"]["bytes"]
                 rate = asker(one, seed)
                 if one.mount.status()["source"]["bytes"] != before:
@@ -244,7 +244,7 @@ def _hits(context: Context, data: Images) -> Iterator[Figure]:
                 return rate
 
             def both(seed: int) -> float:
-                drop_caches()
+                drop_pages()
                 with ThreadPoolExecutor(2) as pool:
                     return sum(pool.map(lambda node: asker(node, seed), (one, two)))
 
