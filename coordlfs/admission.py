@@ -21,6 +21,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from coordlfs import items
 from coordlfs.catalog import FOREIGN, Catalog
@@ -30,6 +31,9 @@ from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO, State
 from coordlfs.stash import Stash
 from coordlfs.wire import MAX_PACKET, REQUEST, How, Outcome, Verb, parse_reply
+
+if TYPE_CHECKING:
+    from coordlfs.peers.sharing import Sharing
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +103,7 @@ class Admission:
         self._job_cgroups: dict[int, tuple[bytes | None, float]] = {}  # by pid; and until when that is believed
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
+        self.sharing: Sharing | None = None  # with other nodes, each of which caches what it owns
 
     # -- called by the byte lane --------------------------------------------------------------------------------
 
@@ -113,10 +118,21 @@ class Admission:
                 pending.contended = not pending.at_home
             return self.stash.parts(item, offset, min(size, end - offset))
 
-    def missed(self, item: int, offset: int, data: memoryview, st: os.stat_result, pid: int, direct: bool) -> None:
+    def missed(
+        self,
+        item: int,
+        offset: int,
+        data: memoryview,
+        st: os.stat_result,
+        pid: int,
+        direct: bool,
+        *,
+        for_peer: bool = False,
+    ) -> None:
         """A READ of job `pid` brought `data`, of a file with attributes `st`, from the source.
 
-        Counts it, and admits its item if there is room. `direct`: the READ went around the page cache.
+        Counts it, and admits its item if there is room. `direct`: the READ went around the page cache. `for_peer`: it
+        was another node that wanted it, and no epoch of this one.
         """
         record, file_size = items.record_of(item), st.st_size
         with self._lock:
@@ -125,7 +141,8 @@ class Admission:
             if direct:
                 self._know(record, file_size)
                 return  # it fills no cache, and may read a page many times an epoch
-            self._count_miss(record, item, offset, len(data), file_size)
+            if not for_peer:
+                self._count_miss(record, item, offset, len(data), file_size)
             if self._recovering:
                 return
             state = self.policy.state(item)
@@ -135,7 +152,7 @@ class Admission:
                 return
             length = items.length(item, file_size)
             if state is State.ABSENT:
-                if not length or not self.policy.admit(item, pages.count(length)):
+                if not length or not self._admits(item, pages.count(length)):
                     return
                 at_home = self._at_home(record, pid)
                 if at_home and len(data) == length:
@@ -160,6 +177,38 @@ class Admission:
                 self._later(item, _IDLE)
                 return
             self._ask(item, pending)
+
+    def shared(self, item: int, offset: int, nbytes: int, direct: bool) -> None:
+        """A READ brought bytes from another node: count them as read in this epoch, though not from the source."""
+        record = items.record_of(item)
+        with self._lock:
+            file_size = self.catalog.size(record)
+            if direct:
+                self._know(record, file_size)
+            else:
+                self._count_miss(record, item, offset, 0, file_size)
+                self.epochs.current.peer_bytes += nbytes
+
+    def has_room(self, npages: int) -> bool:
+        """Whether so much more could be admitted now. If not, what belongs to other nodes begins to give way."""
+        with self._lock:
+            if self.policy.used + npages <= self.policy.capacity:
+                return True
+            self._give_way(npages)
+            return False
+
+    def _admits(self, item: int, npages: int) -> bool:
+        """Take room for an item, if it is for this node to cache."""
+        if self.sharing is not None and not self.sharing.owns(item):
+            return False
+        if self.policy.admit(item, npages):
+            return True
+        self._give_way(npages)
+        return False
+
+    def _give_way(self, npages: int) -> None:
+        if self.sharing is not None and npages <= self.policy.capacity:
+            self.drop(self.sharing.displaced(npages))
 
     def keep(self, item: int, offset: int, data: memoryview, st: os.stat_result) -> None:
         """The keeper's READ brought `data` from the source: should the item have to be pinned again, it is here."""
@@ -190,7 +239,7 @@ class Admission:
         remember = self.epochs.miss(last, offset // pages.PAGE, nbytes, self._unpinned())
         if remember is None:
             return
-        if self.catalog.last_miss(record)[0] != remember[0]:
+        if nbytes and self.catalog.last_miss(record)[0] != remember[0]:
             self.counters.add("source_files")
         if not whole:
             self._chunk_misses[item] = remember
@@ -216,7 +265,7 @@ class Admission:
             for item in wanted:
                 size = self.catalog.size(items.record_of(item))
                 room = pages.count(items.length(item, size))
-                if item not in self._dropping and self.policy.admit(item, room):
+                if item not in self._dropping and self._admits(item, room):
                     self._know(items.record_of(item), size)
                     self.stash.reserve(item, items.length(item, size))  # for `keep`; without room it goes without
                     self._ask(item, self._pending.setdefault(item, _Pending()))

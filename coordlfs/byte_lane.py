@@ -227,7 +227,8 @@ class ByteLane:
         _, offset, size, _, _, flags = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
         if offset > _LAST_OFFSET:
             raise OSError(errno.EINVAL, "no file is so long")
-        asked = Request(node, offset, min(size, fuse.MAX_READ), pid, bool(flags & os.O_DIRECT))
+        direct, leaves_no_trace = bool(flags & os.O_DIRECT), bool(flags & os.O_NOATIME)
+        asked = Request(node, offset, min(size, fuse.MAX_READ), pid, direct, leaves_no_trace)
         answer = self._reader.read(asked, into, before_wait)
         length = sum(map(len, answer.data))
         if not length and offset and not asked.direct:

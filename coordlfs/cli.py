@@ -50,6 +50,16 @@ def _parser() -> argparse.ArgumentParser:
             metavar="[HOST:]PORT",
             help="serve figures to Prometheus there, on loopback if no host is named",
         )
+        command.add_argument(
+            "--peers",
+            metavar="NODES",
+            help="share caches with these nodes: HOST:PORT,HOST:PORT…, dns:NAME:PORT, slurm:PORT or etcd:URL/PREFIX",
+        )
+        command.add_argument("--listen", metavar="HOST:PORT", help="where the other nodes reach this one")
+        command.add_argument("--cluster-key-file", metavar="FILE", help="the key that all nodes share")
+        command.add_argument("--tls-cert", metavar="FILE", help="this node's certificate, and then all is encrypted")
+        command.add_argument("--tls-key", metavar="FILE", help="its private key")
+        command.add_argument("--tls-ca", metavar="FILE", help="who signed the nodes' certificates")
 
     mount = commands.add_parser("mount", help="mount a dataset; returns when it serves")
     mount.add_argument("source", metavar="SRC", help="the dataset's directory")
@@ -72,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("mountpoint", metavar="MNT")
         command.add_argument("paths", metavar="PATH", nargs="*", help="files or directories on MNT; default: all")
 
+    peers = commands.add_parser("peers", help="the nodes that share the cache: who lives, what each caches and sends")
+    peers.add_argument("mountpoint", metavar="MNT")
+    peers.add_argument("--json", action="store_true", help="stable figures, for programs")
+
     verify = commands.add_parser("verify", help="compare every byte, name and attribute with the source")
     verify.add_argument("mountpoint", metavar="MNT")
 
@@ -88,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="mount over SRC for one command, which alone sees it",
-        usage="coordlfs run SRC [--cache-size SIZE] [--log-file FILE] [--metrics ADDRESS] -- COMMAND …",
+        usage="coordlfs run SRC [--cache-size SIZE] [OPTION …] -- COMMAND …",
     )
     run.add_argument("source", metavar="SRC")
     add_options(run)
@@ -99,8 +113,15 @@ def _options(arguments: argparse.Namespace) -> Options:
     from coordlfs.mounting import Options
     from coordlfs.sizes import seconds
 
-    revalidate = None if arguments.immutable else seconds(arguments.revalidate)
-    return Options(arguments.cache_size, arguments.log_file, revalidate, arguments.metrics)
+    a = arguments
+    given = (a.listen, a.peers, a.cluster_key_file, a.tls_cert, a.tls_key, a.tls_ca)
+    cluster = None
+    if any(value is not None for value in given):
+        from coordlfs.peers.settings import Cluster
+
+        cluster = Cluster(*given)
+    revalidate = None if a.immutable else seconds(a.revalidate)
+    return Options(a.cache_size, a.log_file, revalidate, a.metrics, cluster)
 
 
 def _mount(arguments: argparse.Namespace) -> int:
@@ -145,6 +166,13 @@ def _drop(arguments: argparse.Namespace) -> int:
 
     done = client.drop(arguments.mountpoint, arguments.paths)
     print(f"{done['dropped']} items were given back, {text(done['freed_pages'] * PAGE)}")
+    return 0
+
+
+def _peers(arguments: argparse.Namespace) -> int:
+    from coordlfs.peers import show
+
+    show.show(arguments.mountpoint, as_json=arguments.json)
     return 0
 
 
@@ -195,6 +223,7 @@ _COMMANDS = {
     "status": _status,
     "warm": _warm,
     "drop": _drop,
+    "peers": _peers,
     "verify": _verify,
     "refresh": _refresh,
     "restart": _restart,

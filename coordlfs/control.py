@@ -55,6 +55,7 @@ class Control:
         self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {
             "admit": self._admit,
             "drop": self._drop,
+            "peers": self._peers,
             "refresh": self._refresh,
             "replace": self._replace_process,
         }
@@ -137,6 +138,11 @@ class Control:
             "pinned_pages": sum(map(policy.pages, pinned)),
             "free_pages": policy.capacity - policy.used,
         }
+
+    async def _peers(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The nodes that share the cache."""
+        sharing = self._admission.sharing
+        return {"nodes": sharing.table() if sharing else []}
 
     async def _drop(self, request: dict[str, Any]) -> dict[str, int]:
         """Let files go (all of them if no paths are given), and wait until they are gone."""

@@ -24,6 +24,7 @@ class Epoch:
     misses: int = 0
     bytes: int = 0
     expected_bytes: int = 0  # what was known and not pinned when it began: what it will read
+    peer_bytes: int = 0  # got from other nodes, on top of `bytes`
 
     @property
     def is_read(self) -> bool:

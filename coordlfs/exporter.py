@@ -68,6 +68,13 @@ COUNTERS = {
     "admission.not_admitted": ("admission_not_admitted", "Items that had room and were not pinned."),
     "admission.retries": ("admission_retries", "Items pinned on a later attempt."),
     "admission.errors": ("admission_errors", "Items that could not be read."),
+    "peers.bytes": ("peer_bytes", "Bytes got from other nodes."),
+    "peers.reads": ("peer_reads", "Reads that other nodes answered."),
+    "peers.refusals": ("peer_refusals", "Answers of other nodes that they cache it not."),
+    "peers.wrong_versions": ("peer_wrong_versions", "Answers of other nodes that have another version."),
+    "peers.failures": ("peer_failures", "Questions to other nodes without a good answer."),
+    "peers.bad_payloads": ("peer_bad_payloads", "Answers of other nodes whose checksum was wrong."),
+    "peers.skipped": ("peer_skipped", "Questions not asked, since the other node failed before or was too busy."),
     "epochs": ("epochs", "Epochs seen, the one that runs included."),
 }
 EPOCH = {

@@ -22,9 +22,14 @@ def record_of(item: int) -> int:
     return item >> _CHUNK_BITS
 
 
+def chunk_of(item: int) -> int:
+    """Which chunk of its file the item is."""
+    return item & (1 << _CHUNK_BITS) - 1
+
+
 def span(item: int, file_size: int) -> tuple[int, int]:
     """Offset and length, in bytes, of the item in its file."""
-    offset = (item & (1 << _CHUNK_BITS) - 1) * CHUNK
+    offset = chunk_of(item) * CHUNK
     return offset, max(0, min(CHUNK, file_size - offset))
 
 

@@ -28,6 +28,13 @@ NAMES = (
     "checked_files",  # by the sweeps that look for changes
     "sweeps",
     "interrupted",  # requests whose callers gave up on a source that does not answer
+    "peer_bytes",  # got from other nodes
+    "peer_reads",  # READs that they answered
+    "peer_refusals",  # answers that they cache it not
+    "peer_wrong_versions",
+    "peer_failures",  # no answer, or an error
+    "peer_bad_payloads",  # whose checksum was wrong
+    "peer_skipped",  # not asked, because of failures before or because too many waited
 )
 
 _SOURCE_BYTES, _SOURCE_READS = NAMES.index("source_bytes"), NAMES.index("source_reads")

@@ -15,12 +15,15 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coordlfs import exporter, sizes
 from coordlfs.errors import UserError
 from coordlfs.kernel import mounts, process, systemd
 from coordlfs.kernel.memory import memory
+
+if TYPE_CHECKING:
+    from coordlfs.peers.settings import Cluster
 
 FSTYPE = b"fuse.coordlfs"
 _START_TIMEOUT = 60.0
@@ -36,6 +39,7 @@ class Options:
     log_file: str | None = None
     revalidate: float | None = 600.0  # seconds in which a change is noticed; None: the source never changes
     metrics: str | None = None  # where Prometheus may ask: HOST:PORT
+    cluster: Cluster | None = None  # to share caches with
 
 
 def find(mountpoint: str) -> mounts.Mount:
@@ -183,6 +187,7 @@ def mount(
     have = memory()
     capacity, how = _limit_to_lockable(*sizes.cache_size(options.cache_size, have))
     _check_log(options.log_file)
+    node = _prepare(options.cluster)
     root = _check_source(source)
     metrics: socket.socket | None = None
     try:
@@ -193,7 +198,10 @@ def mount(
         _check_fuse()
         made = _check_mountpoint(source, mountpoint)
         try:
-            supervisor = _start(source, mountpoint, capacity, options, root, metrics, foreground, foreground or bound)
+            peers = node[0] if node else None
+            supervisor = _start(
+                source, mountpoint, capacity, options, root, metrics, foreground, foreground or bound, peers
+            )
         except BaseException:
             if made:
                 with suppress(OSError):
@@ -203,6 +211,8 @@ def mount(
         os.close(root)
         if metrics is not None:
             metrics.close()
+        if node:
+            node[1].close()
     if capacity > have.available:
         print(
             f"coordlfs: the cache may grow to {sizes.text(capacity)}, but only {sizes.text(have.available)}"
@@ -216,6 +226,14 @@ def mount(
     return supervisor
 
 
+def _prepare(cluster: Cluster | None) -> tuple[dict[str, Any], socket.socket] | None:
+    if cluster is None:
+        return None
+    from coordlfs.peers import settings  # here, since a node that stands alone needs none of it
+
+    return settings.prepare(cluster)
+
+
 def _start(
     source: str,
     mountpoint: str,
@@ -225,6 +243,7 @@ def _start(
     metrics: socket.socket | None,
     foreground: bool,
     bound: bool,
+    peers: dict[str, Any] | None,
 ) -> subprocess.Popen[bytes]:
     report_in, report_out = os.pipe2(os.O_CLOEXEC)
     log_target = os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None
@@ -239,11 +258,16 @@ def _start(
         "root": root,
         "metrics": None if metrics is None else metrics.fileno(),
         "bound_to": os.getpid() if bound else None,
+        "peers": peers,
     }
     quiet = None if foreground else subprocess.DEVNULL
     supervisor = subprocess.Popen(
         [sys.executable, "-P", "-m", "coordlfs.supervisor", json.dumps(config)],
-        pass_fds=[report_out, root, *([] if metrics is None else [metrics.fileno()])],
+        pass_fds=[
+            *(report_out, root),
+            *([] if metrics is None else [metrics.fileno()]),
+            *([peers["listener"]] if peers else []),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=quiet,
         stderr=quiet,

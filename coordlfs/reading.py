@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from coordlfs import items
 from coordlfs.admission import Admission
@@ -25,17 +25,21 @@ from coordlfs.metrics import Counters
 from coordlfs.notifier import Notifier
 from coordlfs.source import Source
 
+if TYPE_CHECKING:
+    from coordlfs.peers.sharing import Sharing
+
 _AFTER_READS = 1.0  # seconds in which the other READs of a file are surely answered
 
 
 class Request(NamedTuple):
-    """A READ: `direct` if it goes around the page cache."""
+    """A READ: `direct` if it goes around the page cache, `marked` if the file was opened with O_NOATIME."""
 
     node: int
     offset: int
     size: int
     pid: int
     direct: bool
+    marked: bool = False
 
 
 @dataclass(slots=True)
@@ -47,6 +51,8 @@ class Answer:
     data: list[memoryview] = field(default_factory=list)
     # Item, offset in the file, bytes, and the attributes that they belong to:
     fetched: list[tuple[int, int, memoryview, os.stat_result]] = field(default_factory=list)
+    shared: list[tuple[int, int, int]] = field(default_factory=list)  # from a peer: item, offset in the file, length
+    for_peer: bool = False
 
 
 class Reader:
@@ -65,6 +71,7 @@ class Reader:
         self.admission = admission
         self.counters = counters
         self.notifier = notifier
+        self.sharing: Sharing | None = None
 
     def read(self, request: Request, into: pages.Buffer, before_wait: Callable[[], None]) -> Answer:
         """The bytes that a READ asks for: from the stash what is there, and the rest from the source.
@@ -77,6 +84,8 @@ class Reader:
         if record is None:
             raise OSError(errno.ESTALE, "unknown node")
         answer = Answer(record, request)
+        if self.sharing is not None and request.marked:
+            answer.for_peer = self.sharing.is_peer_server(request.pid)
         at, end = offset, self.catalog.size(record)
         for item, start, length in items.cut(record, offset, request.size):
             for part in self.admission.stashed(item, start, length, end, request.pid):
@@ -96,8 +105,14 @@ class Reader:
     def _fetch(
         self, answer: Answer, item: int, offset: int, size: int, into: memoryview, before_wait: Callable[[], None]
     ) -> int:
-        """Read from the source into `into`; how many bytes."""
+        """Read from the peer that owns the item, else from the source, into `into`; how many bytes."""
         record = answer.record
+        if self.sharing is not None and not answer.for_peer and answer.request.pid not in self.admission.keeper_pids:
+            n = self.sharing.fetch(item, offset, into[:size], before_wait)
+            if n:
+                self.catalog.set_served(record)
+                answer.shared.append((item, offset, n))
+                return n
         try:
             n, st = self.source.read(record, self.catalog.path(record), into, offset, size, before_wait)
         except OSError as e:
@@ -125,7 +140,9 @@ class Reader:
             if pid in self.admission.keeper_pids:
                 self.admission.keep(item, offset, data, st)
             else:
-                self.admission.missed(item, offset, data, st, pid, direct)
+                self.admission.missed(item, offset, data, st, pid, direct, for_peer=answer.for_peer)
+        for item, offset, length in answer.shared:
+            self.admission.shared(item, offset, length, direct)
 
     def use_other_name(self, record: int) -> bool:
         """Have a file whose name is gone read by another hard link of it; False if none is known."""

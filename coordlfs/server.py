@@ -16,7 +16,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyfuse3
 import trio
@@ -41,6 +41,9 @@ from coordlfs.source import Source
 from coordlfs.stash import Stash
 from coordlfs.stats import Stats
 from coordlfs.supervisor_link import SupervisorLink
+
+if TYPE_CHECKING:
+    from coordlfs.peers.sharing import Sharing
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +96,7 @@ def serve(config: dict[str, Any]) -> None:
     names = NameLane(catalog, source, namespace, counters)
     revalidation = Revalidation(catalog, source, namespace, reader, notifier, counters)
     control = Control(catalog, source, namespace, admission, revalidation, link.replace)
+    sharing = _share(config, catalog, admission, reader, counters) if config["peers"] else None
     names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode}
 
     with ExitStack() as stack:
@@ -108,10 +112,14 @@ def serve(config: dict[str, Any]) -> None:
             threading.Thread(target=_relay, args=(ours, device), name="relay"),
             threading.Thread(target=admission.run, name="admission"),
         ]
+        if sharing is not None:
+            threads.append(threading.Thread(target=sharing.run, name="sharing"))
         for thread in threads:
             thread.start()
             stack.callback(thread.join)
         stack.callback(admission.close)
+        if sharing is not None:
+            stack.callback(sharing.close)
         notifier.start()
         stack.callback(notifier.close)
         background: list[Callable[[], Awaitable[None]]] = [
@@ -127,6 +135,17 @@ def serve(config: dict[str, Any]) -> None:
         _run_or_exit(_tasks, config["mountpoint"], lane, link, admission, background)
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
+
+
+def _share(
+    config: dict[str, Any], catalog: Catalog, admission: Admission, reader: Reader, counters: Counters
+) -> Sharing:
+    from coordlfs.peers.sharing import Sharing  # here, since a node that stands alone needs none of it
+
+    sharing = Sharing(config, catalog, admission, counters)
+    admission.sharing = reader.sharing = sharing
+    sharing.attach(config["peer_server"]["pid"], socket.socket(fileno=config["peer_server"]["socket"]))
+    return sharing
 
 
 def _run_or_exit(*arguments: Any) -> None:

@@ -61,6 +61,7 @@ class Stats:
         return {
             **asdict(epoch),
             "items": known_items,
+            "local_bytes": max(0, known_bytes - epoch.bytes - epoch.peer_bytes),
             "hit_rate": None if rate is None else round(max(0.0, rate), 4),
         }
 
@@ -81,6 +82,7 @@ class Stats:
                 "supervisor": self._config["parent"],
                 "server": os.getpid(),
                 "keepers": sorted(link.pid for link in list(self._admission.links.values())),
+                "peer_server": self._admission.sharing.pid if self._admission.sharing else None,
             },
             "server_starts": c["server_starts"],
             "residence": "page cache (mlock)",
@@ -123,6 +125,16 @@ class Stats:
                 "not_admitted": c["not_admitted"],
                 "retries": c["pin_retries"],
                 "errors": c["pin_errors"],
+            },
+            "peers": {
+                "bytes": c["peer_bytes"],
+                "reads": c["peer_reads"],
+                "refusals": c["peer_refusals"],
+                "wrong_versions": c["peer_wrong_versions"],
+                "failures": c["peer_failures"],
+                "bad_payloads": c["peer_bad_payloads"],
+                "skipped": c["peer_skipped"],
+                **(self._admission.sharing.summary() if self._admission.sharing else {}),
             },
             "epochs": self._epochs.current.number,
             "epoch": current,

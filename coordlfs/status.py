@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from coordlfs import mounting
@@ -20,11 +21,29 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
+def _from_peers(s: dict[str, Any]) -> str:
+    return f", {text(s['peers']['bytes'])} from peers" if "name" in s["peers"] else ""
+
+
+def _peer_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    peers = s["peers"]
+    if "name" not in peers:
+        return
+    yield "read from peers", f"{text(peers['bytes'])} in {peers['reads']} reads; {peers['refusals']} refused"
+    bad = peers["failures"] + peers["bad_payloads"] + peers["wrong_versions"]
+    yield "peers", f"{peers['alive']} of {peers['known']} alive; {bad} failures, {peers['skipped']} not asked"
+    epoch = s["epoch_history"][-1] if s["epoch_history"] else s["epoch"]
+    if epoch:
+        parts = (epoch["local_bytes"], epoch["peer_bytes"], epoch["bytes"])
+        split = " / ".join(_share(part / max(1, sum(parts))) for part in parts)
+        yield "local / peer / source", f"{split} in epoch {epoch['number']}"
+
+
 def summary(s: dict[str, Any]) -> str:
     """One line."""
     return (
         f"{s['source_path']}: {text(s['pinned_bytes'])} of {text(s['capacity_bytes'])} cached in "
-        f"{s['pinned_items']} items; {text(s['source']['bytes'])} read from the source; "
+        f"{s['pinned_items']} items; {text(s['source']['bytes'])} read from the source{_from_peers(s)}; "
         f"{s['epochs']} epochs seen, hit rate {_share(s['hit_rate'])}"
     )
 
@@ -54,6 +73,8 @@ def table(s: dict[str, Any]) -> Table:
     grid.add_row("items", f"{s['pinned_items']} pinned, {s['pending_items']} on their way")
     grid.add_row("residence", s["residence"])
     grid.add_row("read from source", f"{text(source['bytes'])} in {source['reads']} reads of {source['files']} files")
+    for heading, line in _peer_lines(s):
+        grid.add_row(heading, line)
     grid.add_row("throughput", f"{text(source['bytes_per_second'])}/s from the source")
     grid.add_row("errors of source", f"{source['errors']}; {source['changed_files']} files changed")
     grid.add_row("epochs seen", str(s["epochs"]))

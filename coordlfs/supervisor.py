@@ -56,11 +56,13 @@ class Supervisor:
     next_index: int = 1
     server: subprocess.Popen[bytes] | None = None
     link: socket.socket | None = None
+    peer_server: _Keeper | None = None
     ending: bool = False
     keeper_deaths: list[float] = field(default_factory=list)  # of the last minute
     replaced: set[int] = field(default_factory=set)  # processes that were ended to be replaced
     keepers_missing: int = 0
     keeper_pause: float = 0.0  # until when no more are started
+    peer_server_pause: float = 0.0
 
     # -- beginning ----------------------------------------------------------------------------------------------
 
@@ -103,6 +105,8 @@ class Supervisor:
         """Start keeper and server."""
         if self.config["capacity"]:
             self._start_keeper()
+        if self.config["peers"]:
+            self._start_peer_server()
         self._start_server()
 
     def _spawn(self, module: str, config: dict[str, Any], fds: list[int]) -> subprocess.Popen[bytes]:
@@ -131,6 +135,23 @@ class Supervisor:
         self.keepers[keeper.index] = keeper
         return keeper
 
+    def _start_peer_server(self) -> _Keeper:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (ours, theirs):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        listener = self.config["peers"]["listener"]
+        with theirs:
+            config = self.config["peers"] | {
+                "parent": os.getpid(),
+                "capacity": self.config["capacity"],
+                "log": self.config["log"],
+                "socket": theirs.fileno(),
+                "tree": self.tree,
+            }
+            child = self._spawn("coordlfs.peers.server", config, [theirs.fileno(), self.tree, listener])
+        self.peer_server = _Keeper(0, child, ours)
+        return self.peer_server
+
     def _start_server(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -150,6 +171,10 @@ class Supervisor:
             fds += [k.ours.fileno() for k in self.keepers.values()]
             if self.config["metrics"] is not None:
                 fds.append(self.config["metrics"])
+            if self.peer_server is not None:
+                of_it = self.peer_server.ours.fileno()
+                config["peer_server"] = {"pid": self.peer_server.process.pid, "socket": of_it}
+                fds.append(of_it)
             self.server = self._spawn("coordlfs.server", config, fds)
         self.link = ours
 
@@ -180,7 +205,7 @@ class Supervisor:
                 poll.register(table, select.POLLPRI | select.POLLERR)
                 poll.register(wake_in, select.POLLIN)
                 poll.register(self.link, select.POLLIN)
-                events = dict(poll.poll(1000 if self.keepers_missing else None))
+                events = dict(poll.poll(1000 if self.keepers_missing or self.peer_server_pause else None))
                 if wake_in in events:
                     signals = os.read(wake_in, 512)
                     if {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} & set(signals):
@@ -190,6 +215,7 @@ class Supervisor:
                 if self.link.fileno() in events:
                     self._hear()
                 self._replace_keepers()
+                self._replace_peer_server()
                 status = self.server.poll()
                 if status == 0:
                     return
@@ -256,6 +282,23 @@ class Supervisor:
             self.keepers_missing -= 1
             self._tell_keeper(self._start_keeper())
 
+    def _replace_peer_server(self) -> None:
+        old = self.peer_server
+        if old is None or self.ending or old.process.poll() is None:
+            return
+        now = time.monotonic()
+        if not self.peer_server_pause:
+            log.error("the peer server %d ended with status %s", old.process.pid, old.process.returncode)
+            self.peer_server_pause = now + 1.0
+        if now < self.peer_server_pause:
+            return
+        self.peer_server_pause = 0.0
+        old.ours.close()
+        new = self._start_peer_server()
+        assert self.link is not None
+        with suppress(OSError):
+            wire.send(self.link, {"peer_server": new.process.pid}, (new.ours.fileno(),))
+
     # -- ending -------------------------------------------------------------------------------------------------
 
     def _is_mounted(self) -> bool:
@@ -269,16 +312,17 @@ class Supervisor:
         """The mountpoint is gone: end the keepers, whose files are all that still holds the file system."""
         self.ending = True
         os.close(self.tree)
-        for keeper in self.keepers.values():
-            keeper.process.kill()
-        for keeper in self.keepers.values():
-            keeper.process.wait()
+        clients = [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
+        for client in clients:
+            client.process.kill()
+        for client in clients:
+            client.process.wait()
 
     def close(self) -> None:
         """Leave nothing behind, whatever happened."""
-        for keeper in self.keepers.values():
-            keeper.process.kill()
-            keeper.process.wait()
+        for client in [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]:
+            client.process.kill()
+            client.process.wait()
         if self.server is not None:
             if self.server.poll() is None:
                 self.server.kill()

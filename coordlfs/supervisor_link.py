@@ -61,6 +61,8 @@ class SupervisorLink:
                     admission.lose_keeper(index)
                 case {"keeper": {"index": int(index), "pid": int(pid)}}, [fd] if stat.S_ISSOCK(os.fstat(fd).st_mode):
                     admission.add_keeper(index, pid, socket.socket(fileno=fd))
+                case {"peer_server": int(pid)}, [fd] if admission.sharing and stat.S_ISSOCK(os.fstat(fd).st_mode):
+                    admission.sharing.attach(pid, socket.socket(fileno=fd))
                 case _:
                     log.warning("the supervisor sent what is no message")
                     for fd in fds:

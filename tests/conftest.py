@@ -57,13 +57,15 @@ def _mounts(place: Path) -> Iterator[MakeMount]:
             *options: object,
             mountpoint: Path | None = None,
             said: Callable[[str], None] = lambda text: None,
+            inside: str | None = None,
         ) -> Mount:
             nonlocal count
             count += 1
             path = mountpoint or place / f"mnt{count}"
             log = place / f"log{count}"
             stack.callback(unmount_lazily, path)
-            done = coordlfs("mount", source, path, "--cache-size", cache, "--log-file", log, *options, status=None)
+            arguments = ["mount", source, path, "--cache-size", cache, "--log-file", log, *options]
+            done = coordlfs(*arguments, status=None, inside=inside)
             said(done.stdout)
             assert done.returncode == 0, done.stderr + (log.read_text() if log.exists() else "")
             mount = Mount(source, path, log)

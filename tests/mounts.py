@@ -34,9 +34,17 @@ _WATCHDOG = 100.0  # seconds that a mount may live
 _MNT_DETACH = 2
 
 
-def coordlfs(*arguments: object, status: int | None = 0, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    """Run the command; the test fails if it does not exit with `status` (None: any) within `timeout` seconds."""
+def coordlfs(
+    *arguments: object, status: int | None = 0, timeout: float = 60, inside: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command; the test fails if it does not exit with `status` (None: any) within `timeout` seconds.
+
+    `inside` names the network namespace in which it runs.
+    """
     command = [*COORDLFS, *map(os.fsdecode, map(str, arguments))]
+    if inside is not None:
+        # And not `ip netns exec`, which would give it a mount namespace of its own.
+        command = ["nsenter", f"--net=/run/netns/{inside}", *command]
     done = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", timeout=timeout)
     if status is not None:
         assert done.returncode == status, f"{command} exited with {done.returncode}: {done.stdout}{done.stderr}"

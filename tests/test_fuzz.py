@@ -151,6 +151,7 @@ class FakeKernel(Harness):
             "acl": False,
             "metrics": None,
             "revalidate": None,
+            "peers": None,
             "parent": os.getpid(),
             "records": records,
             "names": names,

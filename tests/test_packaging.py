@@ -43,7 +43,7 @@ def test_the_package_alone_needs_no_extra() -> None:
     modules = script(
         """
 import importlib, pkgutil, sys
-for extra in ("torch", "PIL", "hypothesis", "prometheus_client", "pytest", "yaml"):
+for extra in ("torch", "PIL", "httpx", "hypothesis", "prometheus_client", "pytest", "yaml"):
     sys.modules[extra] = None
 import coordlfs
 for module in pkgutil.walk_packages(coordlfs.__path__, "coordlfs."):

@@ -31,6 +31,9 @@ missing_packages() {
     has fio || echo fio
     has getfattr || echo attr
     has setfacl || echo acl
+    has ip || echo iproute2
+    has etcd || echo etcd-server
+    has openssl || echo openssl
     if python=$(find_python); then
         # The name of the package has the version only where there is more than one Python.
         "$python" -c '
@@ -67,6 +70,6 @@ if [ ! -x "$venv/bin/python" ] || [ "$(cat "$venv/coordlfs-setup" 2>/dev/null)" 
     "$python" -m venv "$venv"
     "$venv/bin/pip" install -qq "$torch" 2>/dev/null ||
         "$venv/bin/pip" install -qq "$torch" --index-url https://download.pytorch.org/whl/cpu
-    "$venv/bin/pip" install -qq --editable '.[loader,tools,test]'
+    "$venv/bin/pip" install -qq --editable '.[cluster,loader,tools,test]'
     echo "$wanted" >"$venv/coordlfs-setup"
 fi

@@ -25,6 +25,11 @@ def drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
+def drop_pages() -> None:
+    """Empty the page cache, but leave the names and inodes that the kernel knows."""
+    Path("/proc/sys/vm/drop_caches").write_text("1")
+
+
 def reclaims_idle_pages() -> bool:
     """Whether DAMON takes pages back that nobody used of late, however much memory is free: clouds set it up so."""
     schemes = Path("/sys/kernel/mm/damon/admin/kdamonds").glob("*/contexts/*/schemes/*/action")

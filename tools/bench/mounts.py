@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coordlfs_tools.bench.machine import BenchError, Group
+from coordlfs_tools.bench.network import Host
 
 _LIMIT = 120.0  # seconds that a command may take
 COORDLFS = str(Path(sys.executable).with_name("coordlfs"))
@@ -25,6 +26,7 @@ class Mount:
     """A coordlfs mount that serves."""
 
     point: Path
+    host: Host | None = None
 
     def status(self) -> dict[str, Any]:
         """The figures of `coordlfs status --json`."""
@@ -40,9 +42,18 @@ class Mount:
             time.sleep(0.2)
         return figures
 
+    def wait_for_peers(self, count: int) -> None:
+        """Return when so many other nodes are alive."""
+        deadline = time.monotonic() + _LIMIT
+        while self.status()["peers"]["alive"] != count:
+            if time.monotonic() > deadline:
+                raise BenchError(f"{self.point} does not find {count} other nodes")
+            time.sleep(0.2)
+
     def warm(self) -> None:
         """Fill the cache."""
-        _command([COORDLFS, "warm", str(self.point)])
+        command = [COORDLFS, "warm", str(self.point)]
+        _command(self.host.inside(command) if self.host else command)  # its socket is the network's
 
 
 class MessageCount:
@@ -90,12 +101,23 @@ def _mountpoint() -> Iterator[Path]:
 
 
 @contextmanager
-def coordlfs(source: Path, cache_size: int, group: Group | None = None) -> Iterator[Mount]:
-    """`source` mounted with `cache_size` bytes of cache by processes of `group`; ended when the `with` ends."""
+def coordlfs(
+    source: Path,
+    cache_size: int,
+    group: Group | None = None,
+    *,
+    options: Sequence[str] = (),
+    host: Host | None = None,
+) -> Iterator[Mount]:
+    """`source` mounted with `cache_size` bytes of cache by processes of `group`; ended when the `with` ends.
+
+    `host`: in whose network.
+    """
     with _mountpoint() as point:
-        _command([COORDLFS, "mount", str(source), str(point), "--cache-size", str(cache_size)], group)
+        command = [COORDLFS, "mount", str(source), str(point), "--cache-size", str(cache_size), *options]
+        _command(host.inside(command) if host else command, group)
         try:
-            yield Mount(point)
+            yield Mount(point, host)
         finally:
             _command([COORDLFS, "umount", str(point)])
 

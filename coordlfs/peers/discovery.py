@@ -1,0 +1,200 @@
+"""Where nodes may be found: a static list, the name service, Slurm's host list, or etcd.
+
+Whatever goes wrong here changes nothing about the nodes that are known: they are greeted all the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from coordlfs.peers import settings
+
+if TYPE_CHECKING:
+    import httpx
+
+log = logging.getLogger(__name__)
+
+Addresses = set[tuple[str, int]]
+Found = Callable[[Addresses], None]
+
+_RESOLVE_EVERY = 5.0  # seconds
+_LEASE = 10  # seconds that etcd keeps a node which says nothing
+_RENEW_EVERY = 3.0
+_AGAIN_AFTER = 1.0  # seconds after which an etcd that failed is asked again
+
+
+def static(text: str) -> Addresses:
+    """The addresses of HOST:PORT,HOST:PORT…"""
+    return {settings.address(entry) for entry in map(str.strip, text.split(",")) if entry}
+
+
+async def watch(
+    config: dict[str, Any], found: Found, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Call `found` with the addresses, now and whenever they change, until cancelled."""
+    text: str = config["peers"]
+    kind, _, rest = text.partition(":")
+    if kind == "dns":
+        await _watch_names(settings.address(rest), found, task_status)
+    elif kind == "etcd":
+        await _watch_etcd(rest, config["name"], found, task_status)
+    else:
+        if kind == "slurm":
+            found({(host, int(rest)) for host in expand(os.environ.get("SLURM_JOB_NODELIST", ""))})
+        else:
+            found(static(text))
+        task_status.started()
+        await trio.sleep_forever()
+
+
+# -- Slurm ----------------------------------------------------------------------------------------------------------
+
+
+def expand(nodelist: str) -> list[str]:
+    """The hosts of Slurm's notation: `a[01-03,7],b` are a01, a02, a03, a7 and b. Raises ValueError."""
+    hosts: list[str] = []
+    for entry in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
+        hosts += _expand_entry(entry)
+    return hosts
+
+
+def _expand_entry(entry: str) -> list[str]:
+    head, bracket, rest = entry.partition("[")
+    if not bracket:
+        return [head]
+    ranges, _, tail = rest.partition("]")
+    tails = _expand_entry(tail)
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"{entry!r} is no list of hosts")
+        numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
+    return [head + number + end for number in numbers for end in tails]
+
+
+# -- the name service -----------------------------------------------------------------------------------------------
+
+
+async def _watch_names(where: tuple[str, int], found: Found, task_status: trio.TaskStatus[None]) -> None:
+    """Every address of a name is a node: a headless service of Kubernetes."""
+    started = False
+    while True:
+        try:
+            entries = await trio.socket.getaddrinfo(*where, type=socket.SOCK_STREAM)
+        except OSError as e:  # of a service without a node that is ready, too
+            log.info("%s cannot be resolved: %s", where[0], e)
+        else:
+            found({(str(entry[4][0]), where[1]) for entry in entries})
+        if not started:
+            started = True
+            task_status.started()
+        await trio.sleep(_RESOLVE_EVERY)
+
+
+# -- etcd -----------------------------------------------------------------------------------------------------------
+
+
+def _encode(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def _after(prefix: str) -> str:
+    """The end of the range of keys that begin with `prefix`."""
+    key = bytearray(prefix.encode())
+    key[-1] += 1
+    return base64.b64encode(bytes(key)).decode()
+
+
+def split_url(text: str) -> tuple[str, str]:
+    """Where etcd is, and the prefix of the nodes' keys: http://HOST:2379/PREFIX."""
+    scheme, _, rest = text.partition("://")
+    host, _, prefix = rest.partition("/")
+    return f"{scheme}://{host}", f"/{prefix.strip('/') or 'coordlfs'}/"
+
+
+async def _watch_etcd(text: str, name: str, found: Found, task_status: trio.TaskStatus[None]) -> None:
+    """Every node keeps a key with a lease, and watches the others' (etcd's v3 API through its JSON gateway).
+
+    While etcd is away nothing changes; when it is back, keys are written again where their lease has run out.
+    """
+    import httpx  # of the extra `cluster`
+
+    url, prefix = split_url(text)
+    task_status.started()
+    timeout = httpx.Timeout(5.0)
+    async with httpx.AsyncClient(base_url=url, timeout=timeout) as client, trio.open_nursery() as nursery:
+        nursery.start_soon(_keep_key, client, prefix + name)
+        while True:
+            try:
+                async for addresses in _etcd_changes(client, prefix):
+                    found(addresses)
+            except (httpx.HTTPError, ValueError, KeyError, TypeError) as e:
+                log.info("etcd at %s: %r", url, e)
+            await trio.sleep(_AGAIN_AFTER)
+
+
+async def _ask(client: httpx.AsyncClient, verb: str, body: dict[str, Any]) -> dict[str, Any]:
+    response = await client.post(f"/v3/{verb}", json=body)
+    response.raise_for_status()
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+async def _keep_key(client: httpx.AsyncClient, key: str) -> None:
+    import httpx
+
+    lease = None
+    while True:
+        try:
+            if lease is not None:
+                answer = await _ask(client, "lease/keepalive", {"ID": lease})
+                if int(answer["result"].get("TTL", 0)) <= 0:
+                    lease = None
+            if lease is None:
+                lease = (await _ask(client, "lease/grant", {"TTL": _LEASE}))["ID"]
+                await _ask(client, "kv/put", {"key": _encode(key), "value": "", "lease": lease})
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as e:
+            log.info("etcd: the key of this node: %r", e)
+            lease = None if isinstance(e, httpx.HTTPStatusError) else lease
+            await trio.sleep(_AGAIN_AFTER)
+        else:
+            await trio.sleep(_RENEW_EVERY)
+
+
+async def _etcd_changes(client: httpx.AsyncClient, prefix: str) -> AsyncIterator[Addresses]:
+    """The addresses now, and again after every change. Ends when etcd goes away."""
+    import httpx
+
+    span = {"key": _encode(prefix), "range_end": _after(prefix)}
+    answer = await _ask(client, "kv/range", {**span, "keys_only": True})
+    yield _addresses(answer, prefix)
+    revision = int(answer["header"]["revision"]) + 1
+    body = {"create_request": {**span, "start_revision": str(revision)}}
+    never = httpx.Timeout(5.0, read=None)
+    async with client.stream("POST", "/v3/watch", json=body, timeout=never) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if "events" in json.loads(line).get("result", {}):
+                # What is there now, and not what the events say: whatever was missed is made good by it.
+                yield _addresses(await _ask(client, "kv/range", {**span, "keys_only": True}), prefix)
+
+
+def _addresses(answer: dict[str, Any], prefix: str) -> Addresses:
+    found: Addresses = set()
+    for entry in answer.get("kvs", ()):
+        name = base64.b64decode(entry["key"]).decode()[len(prefix) :]
+        try:
+            found.add(settings.address(name))
+        except ValueError:
+            log.warning("etcd: %s%s is no address", prefix, name)
+    return found

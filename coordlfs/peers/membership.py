@@ -1,0 +1,169 @@
+"""Who the nodes are: addresses from a list, the name service, Slurm or etcd, and which of them live.
+
+Every address is greeted every few seconds. A node that answers is a member, with the name and the capacity that it
+gives; one that has not answered for a while is none, until it answers again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import ssl
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from coordlfs.peers import connection, discovery, link, protocol
+from coordlfs.peers.client import Pipe
+from coordlfs.peers.connection import Credentials
+from coordlfs.peers.protocol import ProtocolError, Request, Status, Verb
+
+log = logging.getLogger(__name__)
+
+_ROUND = 1.0  # seconds between two greetings
+_DEAD_AFTER = 6.0  # seconds without an answer after which a member is none: longer than a restart takes
+_AT_ONCE = 40  # greetings
+_FIRST_ROUND = 3.0  # seconds that the first greetings may take, before members are told without the rest
+
+
+@dataclass(slots=True)
+class _Known:
+    """One address, and what was heard from there."""
+
+    host: str
+    port: int
+    info: dict[str, Any] | None = None  # what the node said of itself, last
+    heard: float = 0.0  # when
+    latency: float | None = None
+    problem: str = "not yet reached"
+    pipe: Pipe | None = None
+
+    def is_alive(self, now: float) -> bool:
+        return self.info is not None and now - self.heard < _DEAD_AFTER
+
+
+class Membership:
+    """Keeps the list of members, and tells it with `tell`, packet by packet, after every round."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        credentials: Credentials,
+        tell: Callable[[bytes], None],
+        served: Counter[str],
+    ) -> None:
+        self._config = config
+        self._credentials = credentials
+        self._tls: ssl.SSLContext | None = credentials.context(server=False)
+        self._tell = tell
+        self._served = served
+        self._instance = os.urandom(8).hex()
+        self._known: dict[tuple[str, int], _Known] = {}
+        self._limiter = trio.CapacityLimiter(_AT_ONCE)
+        self._told: dict[str, str] = {}
+
+    def own(self, pinned: int) -> dict[str, Any]:
+        """What this node says of itself."""
+        return {
+            "name": self._config["name"],
+            "instance": self._instance,
+            "capacity": self._config["capacity"],
+            "pinned": pinned,
+        }
+
+    async def run(self) -> None:
+        """Watch, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(discovery.watch, self._config, self._set_addresses)
+            while True:
+                with trio.move_on_after(_FIRST_ROUND):
+                    async with trio.open_nursery() as round_:
+                        for known in list(self._known.values()):
+                            round_.start_soon(self._greet, known)
+                await trio.to_thread.run_sync(self._report)
+                await trio.sleep(_ROUND)
+
+    def _set_addresses(self, addresses: set[tuple[str, int]]) -> None:
+        for gone in self._known.keys() - addresses:
+            known = self._known.pop(gone)
+            if known.pipe is not None:
+                known.pipe.close()
+        for new in addresses - self._known.keys():
+            self._known[new] = _Known(*new)
+
+    async def _greet(self, known: _Known) -> None:
+        await trio.to_thread.run_sync(self._ask, known, limiter=self._limiter, abandon_on_cancel=True)
+
+    def _ask(self, known: _Known) -> None:
+        began = time.monotonic()
+        try:
+            if known.pipe is None or known.pipe.broken:
+                known.pipe = Pipe(connection.connect((known.host, known.port), self._credentials, self._tls))
+                began = time.monotonic()
+            room = memoryview(bytearray(protocol.MOST_INFO))
+            reply = known.pipe.ask(lambda number: Request(Verb.INFO, number), room)
+            text = bytes(room[: reply.length])
+            if reply.status is not Status.OK or protocol.checksum(text) != reply.checksum:
+                raise ProtocolError("it does not say who it is")
+            known.info = _checked(json.loads(text))
+            known.heard = time.monotonic()
+            known.latency = known.heard - began
+            known.problem = ""
+        except (OSError, ProtocolError, ValueError, KeyError, TypeError) as e:
+            if known.pipe is not None:
+                known.pipe.close()
+                known.pipe = None
+            known.problem = (e.strerror if isinstance(e, OSError) else None) or str(e) or type(e).__name__
+
+    def _members(self) -> list[link.Member]:
+        now = time.monotonic()
+        found: dict[str, link.Member] = {}
+        instances: dict[str, str] = {self._config["name"]: self._instance}
+        for known in self._known.values():
+            info, alive, problem = known.info, known.is_alive(now), known.problem
+            if info is not None and info["instance"] == self._instance:
+                continue
+            name = info["name"] if info else f"{known.host}:{known.port}"
+            if info is not None and alive and instances.setdefault(name, info["instance"]) != info["instance"]:
+                name, alive, problem = f"{known.host}:{known.port}", False, f"it calls itself {name}, as another does"
+            if name in found and (found[name].alive or not alive):
+                continue  # one node at two addresses
+            found[name] = link.Member(
+                name,
+                known.host,
+                known.port,
+                info["capacity"] if info else 0,
+                info["pinned"] if info else 0,
+                alive,
+                known.latency if alive else None,
+                self._served[known.host],
+                "" if alive else problem,
+            )
+        return list(found.values())
+
+    def _report(self) -> None:
+        members = self._members()
+        for member in members:
+            state = "alive" if member.alive else f"not alive: {member.problem}"
+            if self._told.get(member.name) != state:
+                self._told[member.name] = state
+                log.info("node %s is %s", member.name, state)
+        for packet in link.encode_members(members):
+            self._tell(packet)
+
+
+def _checked(info: Any) -> dict[str, Any]:
+    """What a node says of itself, if it makes sense. Raises ValueError, KeyError, TypeError."""
+    checked = {"name": info["name"], "instance": info["instance"], "capacity": info["capacity"]}
+    checked["pinned"] = info["pinned"]
+    texts = all(isinstance(checked[key], str) and 0 < len(checked[key]) < 300 for key in ("name", "instance"))
+    if not texts or not all(
+        isinstance(checked[key], int) and 0 <= checked[key] < 1 << 62 for key in ("capacity", "pinned")
+    ):
+        raise ValueError("what it says of itself makes no sense")
+    return checked

@@ -1,0 +1,282 @@
+"""The mount's server's side of the partitioned cache: who owns an item, asking that node, and what to admit.
+
+Until the peer server has told who the others are, nobody is asked and nothing admitted: for a moment after mounting
+the source is read. A member that died is left out of ownership after a while, and its items are admitted by others on
+their next misses. What is pinned here and owned elsewhere since a node joined stays, since it costs nothing and hits,
+until an item owned here needs its room.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from coordlfs import items
+from coordlfs.admission import Admission
+from coordlfs.catalog import Catalog, node_of_path
+from coordlfs.kernel import pages
+from coordlfs.metrics import Counters
+from coordlfs.minio import State
+from coordlfs.peers import link, protocol, settings
+from coordlfs.peers.client import Outcome, Peer, Waiting
+from coordlfs.peers.ownership import Node, Ownership, key_of
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 50  # of the cache, what belongs to others and gives way in one go: 2 %
+_COUNTED = {
+    Outcome.NO: "peer_refusals",
+    Outcome.WRONG_VERSION: "peer_wrong_versions",
+    Outcome.ERROR: "peer_failures",
+    Outcome.FAILED: "peer_failures",
+    Outcome.BAD: "peer_bad_payloads",
+    Outcome.SKIPPED: "peer_skipped",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The cluster at one moment."""
+
+    ownership: Ownership
+    peers: dict[str, Peer]  # by name; without this node
+
+
+class Sharing:
+    """What the server of one mount knows of the others. Every method may be called from any thread."""
+
+    def __init__(self, config: dict[str, Any], catalog: Catalog, admission: Admission, counters: Counters) -> None:
+        mine = config["peers"]
+        self._own = Node(mine["name"], config["capacity"])
+        self._catalog = catalog
+        self._admission = admission
+        self._counters = counters
+        self._credentials = settings.credentials(mine)
+        self._tls = self._credentials.context(server=False)
+        self._waiting = Waiting()
+        self._view: _View | None = None
+        self._members: list[link.Member] = []
+        self._arriving: list[link.Member] = []
+        self._peers: dict[tuple[str, str, int], Peer] = {}
+        self._displaceable: deque[int] | None = None
+        self.pid = 0
+        self._sock: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._closing = False
+
+    # -- on the way of a miss -----------------------------------------------------------------------------------
+
+    def is_peer_server(self, tid: int) -> bool:
+        """Whether a thread belongs to this mount's peer server, whose READs are answered from the source alone."""
+        return os.path.exists(f"/proc/{self.pid}/task/{tid}")
+
+    def _owner(self, view: _View, item: int) -> Node | None:
+        # By the path, not by the node id, which is the same but for hard links and files that were replaced.
+        path = self._catalog.path(items.record_of(item))
+        return view.ownership.owner(key_of(node_of_path(path), items.chunk_of(item)))
+
+    def owns(self, item: int) -> bool:
+        """Whether this node is the one that caches an item."""
+        view = self._view
+        return view is not None and self._owner(view, item) == self._own
+
+    def fetch(self, item: int, offset: int, into: memoryview, before_wait: Callable[[], None]) -> int:
+        """Have the owner of an item fill `into` with the bytes at `offset` of its file; how many came.
+
+        0 if they have to come from the source, for whatever reason.
+        """
+        view = self._view
+        if view is None or not view.peers:
+            return 0
+        owner = self._owner(view, item)
+        if owner is None or owner == self._own:
+            return 0
+        record = items.record_of(item)
+        version = self._catalog.version(record)
+        length = min(len(into), version.size - offset, protocol.MOST_PAYLOAD)
+        path = self._catalog.path(record)
+        if length <= 0 or len(path) > protocol.LONGEST_PATH:
+            return 0
+        peer = view.peers[owner.name]
+        outcome = peer.get(path, (version.size, version.mtime_ns), offset, into[:length], before_wait)
+        if outcome is not Outcome.OK:
+            self._counters.add(_COUNTED[outcome])
+            return 0
+        if self._catalog.version(record) != version:
+            return 0  # somebody has seen another one meanwhile
+        self._counters.add("peer_reads")
+        self._counters.add("peer_bytes", length)
+        return length
+
+    # -- admission ----------------------------------------------------------------------------------------------
+
+    def displaced(self, wanted: int) -> list[int]:
+        """Items that are pinned here and owned elsewhere, of `wanted` pages or more if there are so many.
+
+        More, since they go while the item that wants their room is being answered, and it is admitted only when it
+        misses again: one for one, half of what is owned here would find no room, in every epoch.
+        """
+        view, policy = self._view, self._admission.policy
+        if view is None:
+            return []
+        wanted = max(wanted, policy.capacity // _AT_ONCE)
+        with self._lock:
+            if self._displaceable is None:
+                strangers = [i for i in policy.items() if self._owner(view, i) != self._own] if view.peers else []
+                self._displaceable = deque(strangers)
+            chosen: list[int] = []
+            while wanted > 0 and self._displaceable:
+                item = self._displaceable.popleft()
+                if policy.state(item) is State.PINNED:
+                    chosen.append(item)
+                    wanted -= policy.pages(item)
+            return chosen
+
+    def _may_serve(self, node: int, offset: int) -> bool:
+        record = self._catalog.find(node)
+        if record is None:
+            return False
+        item = items.item_at(record, offset)
+        if self._admission.policy.state(item) is not State.ABSENT:
+            return True
+        if not self.owns(item):
+            return False
+        return self._admission.has_room(pages.count(items.length(item, self._catalog.size(record))))
+
+    # -- the peer server ----------------------------------------------------------------------------------------
+
+    def attach(self, pid: int, sock: socket.socket) -> None:
+        """There is a peer server, the first or one that takes another's place."""
+        sock.setblocking(False)
+        with self._lock:
+            self.pid, self._sock = pid, sock
+            self._arriving = []
+        os.eventfd_write(self._wake, 1)
+
+    def run(self) -> None:
+        """Listen to the peer server, until `close`."""
+        while not self._closing:
+            with self._lock:
+                sock = self._sock
+            poll = select.poll()
+            poll.register(self._wake, select.POLLIN)
+            if sock is not None:
+                poll.register(sock, select.POLLIN)
+            ready = [fd for fd, _ in poll.poll()]
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            elif sock is not None and not self._hear(sock):
+                with self._lock:
+                    if self._sock is sock:
+                        self._sock = None  # it died: the supervisor sends another
+                sock.close()
+
+    def _hear(self, sock: socket.socket) -> bool:
+        try:
+            packet = sock.recv(link.MOST)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if packet[:1] == b"?":
+            _, number, node, offset = link.QUESTION.unpack(packet)
+            self._answer(sock, number, self._may_serve(node, offset))
+        elif packet:
+            message = link.decode(packet)
+            if "end" in message:
+                self._set_members(self._arriving)
+                self._arriving = []
+                self._answer(sock, 0, False)
+            else:
+                self._arriving += [link.Member(*fields) for fields in message["members"]]
+        return bool(packet)
+
+    def _answer(self, sock: socket.socket, number: int, yes: bool) -> None:
+        pinned = self._admission.policy.pinned_pages * pages.PAGE
+        with suppress(OSError):
+            sock.send(link.ANSWER.pack(b"!", number, yes, pinned))
+
+    def _set_members(self, members: list[link.Member]) -> None:
+        self._members = members
+        alive = {m.name: m for m in members if m.alive and m.name != self._own.name}
+        ownership = Ownership([self._own, *(Node(m.name, m.capacity) for m in alive.values())])
+        places = {(m.name, m.host, m.port): m for m in alive.values()}
+        if (
+            self._view is not None
+            and self._view.ownership.nodes == ownership.nodes
+            and places.keys() == self._peers.keys()
+        ):
+            return
+        for place in places.keys() - self._peers.keys():
+            name, host, port = place
+            self._peers[place] = Peer(name, (host, port), self._credentials, self._tls, self._waiting)
+        for gone in self._peers.keys() - places.keys():
+            self._peers.pop(gone).close()
+        self._view = _View(ownership, {place[0]: peer for place, peer in self._peers.items()})
+        with self._lock:
+            self._displaceable = None
+        log.info("the cache is shared by %s", ", ".join(node.name for node in ownership.nodes))
+
+    def close(self) -> None:
+        """End `run`, and every connection."""
+        self._closing = True
+        os.eventfd_write(self._wake, 1)
+        for peer in list(self._peers.values()):
+            peer.close()
+
+    # -- figures ------------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, Any]:
+        """For `status`."""
+        return {
+            "name": self._own.name,
+            "known": len(self._members),
+            "alive": sum(m.alive for m in self._members),
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """For `coordlfs peers`: this node and every other."""
+        view = self._view
+        total = sum(node.weight for node in view.ownership.nodes) if view else 0
+        pinned = self._admission.policy.pinned_pages * pages.PAGE
+        rows: list[dict[str, Any]] = [
+            {
+                "name": self._own.name,
+                "self": True,
+                "state": "alive",
+                "problem": "",
+                "capacity_bytes": self._own.weight,
+                "pinned_bytes": pinned,
+                "share": self._own.weight / total if total else 0.0,
+            }
+        ]
+        for m in self._members:
+            peer = self._peers.get((m.name, m.host, m.port))
+            outcomes = peer.outcomes if peer else dict.fromkeys(Outcome, 0)
+            resting = peer is not None and peer.breaker.open
+            rows.append(
+                {
+                    "name": m.name,
+                    "self": False,
+                    "address": f"{m.host}:{m.port}",
+                    "state": "dead" if not m.alive else "resting" if resting else "alive",
+                    "problem": m.problem,
+                    "capacity_bytes": m.capacity,
+                    "pinned_bytes": m.pinned,
+                    "share": m.capacity / total if total and peer else 0.0,
+                    "latency_seconds": m.latency,
+                    "received_bytes": peer.received_bytes if peer else 0,
+                    "served_bytes": m.served_bytes,
+                    "answers": {outcome.value: count for outcome, count in outcomes.items()},
+                }
+            )
+        return rows

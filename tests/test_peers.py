@@ -1,0 +1,650 @@
+"""The partitioned cache on real mounts: two or three nodes on loopback, epochs that are checked, and bad peers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mounts import (
+    MIB,
+    MakeMount,
+    Mount,
+    coordlfs,
+    drop_caches,
+    eventually,
+    is_alive,
+    noise,
+    read,
+    unmount_lazily,
+    write_files,
+)
+
+from coordlfs.peers import connection, protocol
+from coordlfs.peers.connection import Credentials
+from coordlfs.peers.protocol import ProtocolError, Reply, Request, Requests, Status, Verb
+
+_STALL = 20.0  # seconds that one read may take whatever the peers do: the limits, on a machine four times slower
+_KEY = b"0123456789abcdef0123456789abcdef"
+
+
+def free_ports(count: int) -> list[int]:
+    """Free ports."""
+    with ExitStack() as stack:
+        socks = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in socks:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in socks]
+
+
+def _list(ports: list[int]) -> str:
+    return ",".join(f"127.0.0.1:{port}" for port in ports)
+
+
+def _options(port: int, ports: list[int], *more: object) -> tuple[object, ...]:
+    return ("--listen", f"127.0.0.1:{port}", "--peers", _list(ports), *more)
+
+
+def _alive(*mounts: Mount, count: int) -> None:
+    def reached() -> bool:
+        return all(mount.stats()["peers"]["alive"] == count for mount in mounts)
+
+    eventually(reached, 30, f"{count} peers of {[mount.path for mount in mounts]} alive")
+
+
+def _restarted(mount: Mount, kind: str, pid: int) -> None:
+    eventually(lambda: mount.stats()["processes"][kind] not in (pid, 0, None), 30)
+
+
+def _check(mount: Mount, names: list[str], seed: int = 0, readers: int = 4) -> float:
+    """Read every file in random order and compare it with the source; the longest that a read took."""
+    order = list(names)
+    random.Random(seed).shuffle(order)
+    failed: list[BaseException] = []
+    took = [0.0]
+
+    def work(part: list[str]) -> None:
+        try:
+            for name in part:
+                began = time.monotonic()
+                data = read(mount.path / name)
+                took.append(time.monotonic() - began)
+                assert data == read(mount.source / name), name
+        except BaseException as e:
+            failed.append(e)
+
+    threads = [threading.Thread(target=work, args=(order[i::readers],)) for i in range(readers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed
+    assert max(took) < _STALL
+    return max(took)
+
+
+@pytest.fixture
+def nodes(source: Path, mount: MakeMount) -> Callable[..., list[Mount]]:
+    """Mounts `source` on several nodes that know each other."""
+
+    def make(count: int, cache: str = "16M", *more: object) -> list[Mount]:
+        ports = free_ports(count)
+        made = [mount(source, cache, *_options(port, ports, *more)) for port in ports]
+        _alive(*made, count=count - 1)
+        return made
+
+    return make
+
+
+# -- the caches add up ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(120)
+def test_what_is_cached_somewhere_is_read_from_no_source(source: Path, nodes: Callable[..., list[Mount]]) -> None:
+    """Neither node has room for the dataset, both together have; files of a page, of some, and of several chunks."""
+    names = write_files(source, 120, 100_000)
+    (source / "small").write_bytes(b"x")
+    (source / "large").write_bytes(noise(40 * MIB + 5))
+    names += ["small", "large"]
+    made = nodes(2, "44M")
+    for seed in range(2):
+        for node in made:
+            _check(node, names, seed)
+        for node in made:
+            node.settle()
+        drop_caches()
+    before = [node.source_bytes() for node in made]
+    assert sum(before) < 1.5 * sum((source / name).stat().st_size for name in names)  # about once in all
+    for seed in range(2, 4):
+        for node in made:
+            _check(node, names, seed)
+        drop_caches()
+    assert [node.source_bytes() for node in made] == before
+    figures = [node.stats() for node in made]
+    assert sum(f["pinned_items"] for f in figures) == 121 + 3
+    assert all(f["pinned_items"] > 30 and f["peers"]["bytes"] > 0 for f in figures)
+    assert all(f["peers"]["failures"] == f["peers"]["bad_payloads"] == 0 for f in figures)
+
+
+@pytest.mark.timeout(120)
+def test_an_owner_without_room_says_no(source: Path, nodes: Callable[..., list[Mount]]) -> None:
+    names = write_files(source, 80, 100_000)
+    made = nodes(2, "2M")
+    for seed in range(3):
+        for node in made:
+            _check(node, names, seed)
+            node.settle()
+        drop_caches()
+    figures = [node.stats() for node in made]
+    assert all(f["fill"] > 0.9 for f in figures)
+    assert sum(f["peers"]["refusals"] for f in figures) > 0
+    assert all(f["peers"]["failures"] == 0 for f in figures)
+
+
+@pytest.mark.timeout(120)
+def test_what_belongs_to_a_node_that_joins_gives_way(source: Path, mount: MakeMount) -> None:
+    """The first node caches all that it can; once there is another, both cache what they own."""
+    names = write_files(source, 100, 100_000)  # 10.2 MB in whole pages
+    ports = free_ports(2)
+    first = mount(source, "7M", *_options(ports[0], ports))
+    eventually(lambda: "name" in first.stats()["peers"])
+    time.sleep(1.5)  # until it knows itself alone
+    _check(first, names)
+    first.settle()
+    assert first.stats()["fill"] > 0.9
+    second = mount(source, "7M", *_options(ports[1], ports))
+    _alive(first, second, count=1)
+    for seed in range(6):
+        for node in (first, second):
+            _check(node, names, seed)
+            node.settle()
+        drop_caches()
+    before = first.source_bytes(), second.source_bytes()
+    _check(first, names, 9)
+    _check(second, names, 9)
+    assert (first.source_bytes(), second.source_bytes()) == before
+
+
+# -- nodes that go and come -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(180)
+def test_a_node_is_killed_and_mounted_again_during_epochs(source: Path, mount: MakeMount, place: Path) -> None:
+    names = write_files(source, 150, 100_000)
+    ports = free_ports(3)
+    made = [mount(source, "16M", *_options(port, ports)) for port in ports]
+    _alive(*made, count=2)
+    stop, failed = threading.Event(), []
+
+    def epochs(node: Mount) -> None:
+        seed = 0
+        try:
+            while not stop.is_set():
+                _check(node, names, seed, readers=2)
+                drop_caches()
+                seed += 1
+        except BaseException as e:
+            failed.append(e)
+
+    threads = [threading.Thread(target=epochs, args=(node,)) for node in made[:2]]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(2)
+        victim = made[2]
+        victim.expect_errors = True
+        for pid in victim.pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        unmount_lazily(victim.path)
+        eventually(lambda: made[0].stats()["peers"]["alive"] == 1, 40)
+        again = mount(source, "16M", *_options(ports[2], ports))
+        _alive(*made[:2], again, count=2)
+        _check(again, names)
+        time.sleep(2)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failed, failed
+
+
+@pytest.mark.timeout(120)
+def test_the_peer_server_and_the_server_are_killed(source: Path, nodes: Callable[..., list[Mount]]) -> None:
+    names = write_files(source, 60, 100_000)
+    made = nodes(2)
+    for node in made:
+        node.expect_errors = True
+        _check(node, names)
+    for kind in ("peer_server", "server"):
+        pid = made[1].stats()["processes"][kind]
+        os.kill(pid, signal.SIGKILL)
+        drop_caches()
+        _check(made[0], names)
+        _restarted(made[1], kind, pid)
+        _alive(*made, count=1)
+        drop_caches()
+        for node in made:
+            _check(node, names)
+    before = made[0].stats()["peers"]["bytes"]
+
+    def asks_again() -> bool:
+        drop_caches()
+        _check(made[0], names)
+        return bool(made[0].stats()["peers"]["bytes"] > before)
+
+    eventually(asks_again, 40)
+
+
+@pytest.mark.timeout(120)
+def test_a_frozen_node_costs_a_bounded_delay_once(source: Path, nodes: Callable[..., list[Mount]]) -> None:
+    names = write_files(source, 60, 100_000)
+    made = nodes(2)
+    for node in made:
+        _check(node, names)
+        node.settle()
+    drop_caches()
+    frozen = made[1].stats()["processes"]["peer_server"]
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        _check(made[0], names)
+        assert time.monotonic() - began < _STALL
+        figures = made[0].stats()["peers"]
+        assert figures["failures"] > 0
+        assert figures["failures"] + figures["skipped"] >= 10  # and not each of them waited
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    _alive(made[0], count=1)
+
+
+# -- peers that lie -------------------------------------------------------------------------------------------------
+
+
+class _Liar:
+    """A node that knows the key and says who it is, and answers requests for bytes with `lie`."""
+
+    def __init__(self, port: int, key: bytes, lie: Callable[[socket.socket, Request], None]) -> None:
+        self._listener = socket.create_server(("127.0.0.1", port))
+        self._credentials = Credentials(key)
+        self._lie = lie
+        self.asked = 0
+        self.strangers = 0
+        self._socks: list[socket.socket] = []
+        self._port = port
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                self._socks.append(sock)
+                self._threads.append(threading.Thread(target=self._serve, args=(sock,)))
+                self._threads[-1].start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with suppress(OSError, ProtocolError):
+            try:
+                connection.accept(sock, self._credentials, None)
+            except ProtocolError:
+                self.strangers += 1
+                sock.close()
+                return
+            connection.set_limits(sock, 30, 30)
+            requests = Requests()
+            while data := sock.recv(1 << 16):
+                for request in requests.feed(data):
+                    if request.verb is Verb.INFO:
+                        text = json.dumps(
+                            {"name": f"127.0.0.1:{self._port}", "instance": "liar", "capacity": 1 << 40, "pinned": 0}
+                        ).encode()
+                        reply = Reply(Status.OK, request.number, len(text), protocol.checksum(text))
+                        sock.sendall(protocol.encode_reply(reply) + text)
+                    else:
+                        self.asked += 1
+                        self._lie(sock, request)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for sock in self._socks:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for sock in self._socks:
+            sock.close()
+
+
+@pytest.fixture
+def liar() -> Iterator[Callable[..., _Liar]]:
+    """Makes a node that lies."""
+    with ExitStack() as stack:
+
+        def make(port: int, lie: Callable[[socket.socket, Request], None], key: bytes = b"") -> _Liar:
+            made = _Liar(port, key, lie)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+def _garbage(sock: socket.socket, request: Request) -> None:
+    sock.sendall(os.urandom(5000))
+
+
+def _wrong_bytes(sock: socket.socket, request: Request) -> None:
+    data = bytes(request.length)
+    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number, len(data), protocol.checksum(b"x"))) + data)
+
+
+def _wrong_version(sock: socket.socket, request: Request) -> None:
+    sock.sendall(protocol.encode_reply(Reply(Status.WRONG_VERSION, request.number)))
+
+
+def _half_a_frame(sock: socket.socket, request: Request) -> None:
+    data = bytes(request.length // 2)
+    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number, request.length, 1)) + data)
+    sock.shutdown(socket.SHUT_RDWR)
+
+
+def _half_a_head(sock: socket.socket, request: Request) -> None:
+    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number, request.length, 1))[:7])
+    sock.shutdown(socket.SHUT_RDWR)
+
+
+def _nothing(sock: socket.socket, request: Request) -> None:
+    pass
+
+
+def _too_much(sock: socket.socket, request: Request) -> None:
+    data = bytes(request.length + 4096)
+    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number, len(data), protocol.checksum(data))) + data)
+
+
+def _another_answer(sock: socket.socket, request: Request) -> None:
+    data = bytes(request.length)
+    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number + 1, len(data), protocol.checksum(data))) + data)
+
+
+def _an_error(sock: socket.socket, request: Request) -> None:
+    sock.sendall(protocol.encode_reply(Reply(Status.ERROR, request.number)))
+
+
+_LIES = [
+    (_garbage, "failures"),
+    (_wrong_bytes, "bad_payloads"),
+    (_wrong_version, "wrong_versions"),
+    (_half_a_frame, "failures"),
+    (_half_a_head, "failures"),
+    (_nothing, "failures"),
+    (_too_much, "failures"),
+    (_another_answer, "failures"),
+    (_an_error, "failures"),
+]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("lie", "counted"), _LIES)
+def test_whatever_a_peer_answers_readers_get_right_bytes(
+    source: Path, mount: MakeMount, liar: Callable[..., _Liar], lie: Any, counted: str
+) -> None:
+    names = write_files(source, 30, 50_000)
+    ports = free_ports(2)
+    bad = liar(ports[1], lie)
+    node = mount(source, "16M", *_options(ports[0], ports))
+    _alive(node, count=1)
+    began = time.monotonic()
+    _check(node, names)
+    assert time.monotonic() - began < _STALL
+    figures = node.stats()["peers"]
+    assert bad.asked > 0
+    assert figures[counted] > 0
+    assert figures["bytes"] == 0
+    assert figures["failures"] + figures["bad_payloads"] <= 30
+
+
+@pytest.mark.timeout(60)
+def test_a_slow_peer_is_left_alone(source: Path, mount: MakeMount, liar: Callable[..., _Liar]) -> None:
+    """It sends right bytes at 100 kB/s."""
+    names = write_files(source, 20, 100_000)
+
+    def drip(sock: socket.socket, request: Request) -> None:
+        data = (source / os.fsdecode(request.path)).read_bytes()[request.offset :][: request.length]
+        sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number, len(data), protocol.checksum(data))))
+        for at in range(0, len(data), 10_000):
+            sock.sendall(data[at : at + 10_000])
+            time.sleep(0.1)
+
+    ports = free_ports(2)
+    liar(ports[1], drip)
+    node = mount(source, "16M", *_options(ports[0], ports))
+    _alive(node, count=1)
+    began = time.monotonic()
+    _check(node, names)
+    assert time.monotonic() - began < 15
+    figures = node.stats()["peers"]
+    assert figures["failures"] + figures["skipped"] >= 15
+
+
+# -- who may ask ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def key_file(place: Path) -> Path:
+    path = place / "key"
+    path.write_bytes(_KEY + b"\n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.mark.timeout(120)
+def test_nodes_with_the_key_share_and_a_stranger_learns_nothing(
+    source: Path, nodes: Callable[..., list[Mount]], key_file: Path
+) -> None:
+    names = write_files(source, 40, 50_000)
+    made = nodes(2, "16M", "--cluster-key-file", key_file)
+    for node in made:
+        _check(node, names)
+    assert all(node.stats()["peers"]["bytes"] > 0 for node in made)
+    where = ("127.0.0.1", int(made[0].stats()["peers"]["name"].partition(":")[2]))
+    with connection.connect(where, Credentials(_KEY), None) as sock:
+        sock.sendall(protocol.encode_request(Request(Verb.INFO, 1)))
+        assert sock.recv(100)
+    for key in (b"", b"another key of no use"):
+        with pytest.raises((ProtocolError, ConnectionError)):
+            connection.connect(where, Credentials(key), None)
+    with socket.create_connection(where, 5) as sock:
+        said = b""
+        sock.settimeout(10)
+        sock.sendall(os.urandom(64) + protocol.encode_request(Request(Verb.INFO, 1)))
+        with suppress(ConnectionError):
+            while data := sock.recv(1000):
+                said += data
+        assert len(said) == protocol.GREETING  # a nonce, and nothing about anything
+    # Whoever says nothing is not waited for, and does not keep others away.
+    silent = [socket.create_connection(where, 5) for _ in range(100)]
+    try:
+        eventually(lambda: _meets(where), 20)
+    finally:
+        for sock in silent:
+            sock.close()
+
+
+def _meets(where: tuple[str, int]) -> bool:
+    with suppress(OSError, ProtocolError):
+        connection.connect(where, Credentials(_KEY), None).close()
+        return True
+    return False
+
+
+@pytest.mark.timeout(60)
+def test_a_node_with_another_key_is_no_member(
+    source: Path, mount: MakeMount, liar: Callable[..., _Liar], key_file: Path
+) -> None:
+    names = write_files(source, 20, 50_000)
+    ports = free_ports(2)
+    bad = liar(ports[1], _nothing, b"another key of no use")
+    node = mount(source, "16M", *_options(ports[0], ports, "--cluster-key-file", key_file))
+    eventually(lambda: bad.strangers > 0)
+    _check(node, names)
+    figures = node.stats()["peers"]
+    assert figures["alive"] == bad.asked == figures["failures"] == 0
+
+
+@pytest.mark.timeout(60)
+def test_only_files_of_the_dataset_can_be_asked_for(source: Path, mount: MakeMount, place: Path) -> None:
+    (source / "directory").mkdir()
+    (source / "file").write_bytes(b"inside")
+    (place / "secret").write_bytes(b"secret")
+    (source / "link").symlink_to(place / "secret")
+    ports = free_ports(2)
+    node = mount(source, "16M", *_options(ports[0], ports))
+    st = (source / "file").stat()
+    with connection.connect(("127.0.0.1", ports[0]), Credentials(b""), None) as sock:
+
+        def ask(path: bytes, size: int = 6, mtime_ns: int = st.st_mtime_ns) -> Status:
+            request = Request(Verb.GET, 7, 1, 0, size, mtime_ns, path)
+            sock.sendall(protocol.encode_request(request))
+            reply = protocol.parse_reply(sock.recv(protocol.REPLY, socket.MSG_WAITALL), request)
+            if reply.length:
+                assert sock.recv(reply.length, socket.MSG_WAITALL) == b"i"
+            return reply.status
+
+        eventually(lambda: ask(b"file") is Status.OK)
+        secret = (place / "secret").stat()
+        for path in (b"../" + os.fsencode(place.name) + b"/secret", b"/etc/passwd", b"link", b"no", b"file/x", b"\0"):
+            assert ask(path, secret.st_size, secret.st_mtime_ns) in (Status.ERROR, Status.WRONG_VERSION), path
+        assert ask(b"directory", 4096) is Status.WRONG_VERSION
+        assert ask(b"file", 7) is Status.WRONG_VERSION
+        assert ask(b"file", 6, st.st_mtime_ns + 1) is Status.WRONG_VERSION
+        assert ask(b"file") is Status.OK
+        sock.sendall(os.urandom(1000))  # garbage ends the connection, and nothing else
+        with suppress(ConnectionError):
+            while sock.recv(1000):
+                pass
+    assert is_alive(node.stats()["processes"]["peer_server"])
+
+
+@pytest.mark.timeout(60)
+def test_another_version_is_not_served(source: Path, nodes: Callable[..., list[Mount]]) -> None:
+    """Node 1 has cached files; they change; node 2, which lists them only now, gets the new ones."""
+    names = write_files(source, 20, 50_000)
+    one, two = nodes(2)
+    _check(one, names)
+    one.settle()
+    two.settle()
+    theirs = [name for name in names if one.cached(name) == "pinned"]
+    assert len(theirs) > 2
+    for name in names:
+        (source / name).write_bytes(noise(60_000, 7))
+    for name in theirs:
+        assert read(two.path / name) == noise(60_000, 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "says"),
+    [
+        (["--listen", "0.0.0.0:0"], 2, "--peers"),
+        (["--peers", "a:1,b:2"], 2, "--listen"),
+        (["--peers", "a:1", "--listen", "0.0.0.0:7070"], 2, "--cluster-key-file"),
+        (["--peers", "a:1", "--listen", "nonsense"], 2, "HOST:PORT"),
+        (["--peers", "nonsense", "--listen", "127.0.0.1:0"], 2, "etcd:URL"),
+        (["--peers", "a:1", "--listen", "127.0.0.1:7070", "--tls-cert", "x"], 2, "go together"),
+        (["--peers", "a:1", "--listen", "127.0.0.1:7070", "--cluster-key-file", "/nowhere"], 1, "No such file"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(
+    source: Path, place: Path, options: list[str], status: int, says: str
+) -> None:
+    done = coordlfs("mount", source, place / "mnt", *options, status=status)
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
+    assert not (place / "mnt").exists()
+
+
+@pytest.mark.timeout(60)
+def test_the_commands_tell_of_the_nodes(source: Path, nodes: Callable[..., list[Mount]]) -> None:
+    names = write_files(source, 40, 50_000)
+    one, two = nodes(2)
+    for seed in range(2):
+        for node in (one, two):
+            _check(node, names, seed)
+            node.settle()
+        drop_caches()
+    eventually(lambda: json.loads(coordlfs("peers", one.path, "--json").stdout)[1]["served_bytes"] > 0)
+    here, there = json.loads(coordlfs("peers", one.path, "--json").stdout)
+    assert here["self"]
+    assert there["state"] == "alive"
+    assert there["received_bytes"] == one.stats()["peers"]["bytes"] > 0
+    assert there["latency_seconds"] < 1
+    assert here["share"] + there["share"] == pytest.approx(1)
+    assert here["pinned_bytes"] == one.stats()["pinned_bytes"]
+    assert there["name"] in coordlfs("peers", one.path).stdout.replace("\n", "")
+    assert "local / peer / source" in coordlfs("status", one.path).stdout
+    figures = one.stats()
+    epochs = [*figures["epoch_history"], figures["epoch"]]
+    assert any(epoch["peer_bytes"] for epoch in epochs)
+    for epoch in epochs:
+        assert epoch["local_bytes"] + epoch["peer_bytes"] + epoch["bytes"] == 40 * 50_000
+
+
+@pytest.mark.timeout(60)
+def test_who_stands_alone_has_no_peers(source: Path, mount: MakeMount) -> None:
+    alone = mount(source)
+    assert alone.stats()["processes"]["peer_server"] is None
+    assert "--peers" in coordlfs("peers", alone.path, status=1).stderr
+
+
+# -- TLS ------------------------------------------------------------------------------------------------------------
+
+
+def _authority(place: Path, name: str) -> tuple[Path, Path, Path]:
+    """A certificate authority, and a certificate by it: certificate, private key, and whom to believe."""
+    ca, ca_key, cert, private = (place / f"{name}-{part}" for part in ("ca", "ca-key", "cert", "key"))
+    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    for more in (
+        ["-subj", f"/CN={name}", "-keyout", str(ca_key), "-out", str(ca)],
+        ["-subj", "/CN=node", "-CA", str(ca), "-CAkey", str(ca_key), "-keyout", str(private), "-out", str(cert)],
+    ):
+        subprocess.run([*new, *more], check=True, capture_output=True)
+    return cert, private, ca
+
+
+@pytest.mark.timeout(120)
+def test_tls_between_nodes_and_a_foreign_authority(source: Path, mount: MakeMount, place: Path, key_file: Path) -> None:
+    names = write_files(source, 40, 50_000)
+    (source / "large").write_bytes(noise(20 * MIB + 1))
+    names.append("large")
+    ours, foreign = _authority(place, "ours"), _authority(place, "foreign")
+
+    def tls(cert: Path, private: Path, ca: Path) -> tuple[object, ...]:
+        options = ("--tls-cert", cert, "--tls-key", private, "--tls-ca", ca)
+        return ("--cluster-key-file", key_file, *options)
+
+    ports = free_ports(3)
+    made = [mount(source, "32M", *_options(port, ports, *tls(*ours))) for port in ports[:2]]
+    stranger = mount(source, "32M", *_options(ports[2], ports, *tls(*foreign)))
+    _alive(*made, count=1)
+    for seed in range(2):
+        for node in (*made, stranger):
+            _check(node, names, seed)
+        drop_caches()
+    assert all(node.stats()["peers"]["bytes"] > 0 for node in made)
+    assert all(node.stats()["peers"]["failures"] == 0 for node in made)
+    figures = stranger.stats()["peers"]
+    assert figures["alive"] == figures["bytes"] == 0
+    where = ("127.0.0.1", ports[0])
+    with pytest.raises((ProtocolError, OSError)):
+        connection.connect(where, Credentials(_KEY), None)  # the key alone is not enough
