@@ -25,7 +25,8 @@ _LAST_LINES = 12
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What one run left: a result for each process that had a loader, rank 0's first, and the files it opened."""
+    """What one run left: a result for each process that had a loader, rank 0's first; the files it opened, each
+    time that it did."""
 
     results: list[dict[str, Any]]
     opened: list[str]
@@ -64,8 +65,8 @@ def run(
         results = [json.loads(path.read_text()) for path in sorted(out.glob("result-*.json"))]
         results.sort(key=lambda result: int(result["rank"]))
         with suppress(FileNotFoundError):
-            opened = list(dict.fromkeys((out / "opens").read_text(errors="surrogateescape").split("\n")))
-            return Ran(results, list(filter(None, opened)), True, status, seconds)
+            opened = (out / "opens").read_text(errors="surrogateescape").split("\n")[:-1]
+            return Ran(results, opened, True, status, seconds)
         return Ran(results, [], (out / "started").exists(), status, seconds)
 
 
