@@ -9,6 +9,7 @@ from the measurements, so that at today's point the model says what was measured
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 _BUSY = 0.9  # of the cores: the loader's workers wait for each other
@@ -150,13 +151,14 @@ def predict(job: Job, cached: float, change: Change = TODAY) -> Prediction:
     return Prediction(total * each, 1 / total, (warm - compute) / total, (total - warm) / total)
 
 
-def enough_cache(job: Job, most: float = 1.0, change: Change = TODAY) -> float:
-    """The smallest share of the dataset, in hundredths up to `most`, that is as good as `most` within 1 %."""
-    best = predict(job, most, change).seconds
-    for percent in range(int(most * 100)):
-        if predict(job, percent / 100, change).seconds <= best * _NEAR:
-            return percent / 100
-    return most
+def enough_cache(job: Job, hits: Callable[[float], float], most: float = 1.0) -> float:
+    """The smallest share of the dataset to cache, in hundredths up to `most`, that is as good as any within 1 %.
+
+    `hits(share)` is the share of the bytes that is found then.
+    """
+    shares = [*(percent / 100 for percent in range(int(most * 100))), most]
+    seconds = [predict(job, hits(share)).seconds for share in shares]
+    return next(share for share, value in zip(shares, seconds, strict=True) if value <= min(seconds) * _NEAR)
 
 
 def enough_workers(job: Job, cached: float, most: int) -> int:

@@ -70,13 +70,24 @@ def _share(job: Job, memory: float) -> float:
     return min(memory / job.dataset_bytes, 1.0) if job.dataset_bytes else 1.0
 
 
+def mounted_hits(pinned: float, share: float) -> float:
+    """The hits with a share `pinned` of the dataset pinned, when memory has room for `share` of it in all.
+
+    What is not pinned still goes through the page cache, in the memory that is left.
+    """
+    if pinned >= 1:
+        return 1.0
+    return pinned + (1 - pinned) * page_cache_hits((share - pinned) / (1 - pinned))
+
+
 def _hits(job: Job, memory: float) -> float:
     return page_cache_hits(_share(job, memory))
 
 
 def curves(job: Job, memory: int) -> list[Curve]:
     """Everything that is asked: cache size, workers, storage, GPU, jobs, nodes."""
-    pinned = _share(job, memory * _SHARE)
+    room = _share(job, memory)
+    pinned = mounted_hits(_share(job, memory * _SHARE), room)
     kernel = _hits(job, memory)
     shares = [step / _STEPS for step in range(_STEPS + 1)]
 
@@ -128,10 +139,12 @@ def curves(job: Job, memory: int) -> list[Curve]:
 def advise(job: Job, memory: int) -> Advice:
     """What to do with `memory` bytes available. It never recommends to pin more than 60 % of them."""
     now = today(job, memory)
-    cached = enough_cache(job, _share(job, memory * _SHARE))
-    mounted = predict(job, cached)
+    room = _share(job, memory)
+    cached = enough_cache(job, lambda share: mounted_hits(share, room), _share(job, memory * _SHARE))
+    found = mounted_hits(cached, room)
+    mounted = predict(job, found)
     gain = now.seconds / mounted.seconds
-    workers = enough_workers(job, cached, max(2 * job.cores, job.workers, 1))
+    workers = enough_workers(job, found, max(2 * job.cores, job.workers, 1))
     if not job.dataset_bytes:
         why = "where the data lies is unknown, and so what fetching it costs"
     elif predict(job, 0.0).fetch_share < WORTH:
@@ -141,7 +154,7 @@ def advise(job: Job, memory: int) -> Advice:
     elif gain < 1 + WORTH:
         why = "the memory that is free would hold too little of the dataset to matter"
     else:
-        why = f"it would keep {cached:.0%} of the dataset, of which the page cache finds {_hits(job, memory):.0%}"
+        why = f"{found:.0%} of the bytes would be in memory, where the page cache alone finds {_hits(job, memory):.0%}"
     return Advice(
         now, mounted, cached, int(cached * job.dataset_bytes), workers, gain, bool(gain >= 1 + WORTH), why
     )

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from coordlfs_tools.bench import dataset, epochs, first_epoch, hits, misses, startup, tree
+from coordlfs_tools.bench import analyser, dataset, epochs, first_epoch, hits, misses, startup, tree
 from coordlfs_tools.bench.machine import BenchError
 from coordlfs_tools.bench.report import Context, Figure, table
 
@@ -19,6 +19,7 @@ _BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
     "misses": (misses.run, "a slow disk through the mount and directly; a warm source against bindfs and rclone"),
     "first-epoch": (first_epoch.run, "filling the cache against reading directly"),
     "tree": (tree.run, "listing a million files, and the server's memory for them"),
+    "analyser": (analyser.run, "jobs whose truth is known, and predicted epochs against real ones on a mount"),
     "startup": (startup.run, "the command, and from mount to first byte"),
 }
 
