@@ -31,6 +31,7 @@ missing_packages() {
     has fio || echo fio
     has getfattr || echo attr
     has setfacl || echo acl
+    has chromium || echo chromium
     if python=$(find_python); then
         # The name of the package has the version only where there is more than one Python.
         "$python" -c '
