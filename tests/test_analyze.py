@@ -99,7 +99,10 @@ document.title = JSON.stringify({width: innerWidth, scroll: document.documentEle
 def _chromium(directory: Path, *arguments: str) -> str:
     profile = directory / "profile"
     done = subprocess.run(
-        ["chromium", *(word.replace("_", " ") for word in CHROMIUM), f"--user-data-dir={profile}", *arguments], capture_output=True, text=True, timeout=120
+        ["chromium", *(word.replace("_", " ") for word in CHROMIUM), f"--user-data-dir={profile}", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     shutil.rmtree(profile)

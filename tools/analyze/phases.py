@@ -131,9 +131,7 @@ def scout(command: Sequence[str], data: Path | None, loader: int | None) -> Scou
     data = data.resolve() if data else None
     files = listed(data) if data else []
     drop(files)
-    ran = run(
-        command, [{"name": "scout", "skip": 2, "count": SCOUTED}], data=data, loader=loader, opens=True
-    )
+    ran = run(command, [{"name": "scout", "skip": 2, "count": SCOUTED}], data=data, loader=loader, opens=True)
     result = _measured(ran, SCOUTED + 2)
     source, section = result["source"], result["sections"]["scout"]
     batch = source["batch"] or max(round(section["samples"] / section["iterations"]), 1)

@@ -128,9 +128,7 @@ def curves(job: Job, memory: int) -> list[Curve]:
             1.0,
             {
                 "each with its own cache": [(x, predict(job, pinned, Change(nodes=n))) for x, n in counts],
-                "partitioned cache": [
-                    (x, predict(job, pinned, Change(nodes=n, partitioned=True))) for x, n in counts
-                ],
+                "partitioned cache": [(x, predict(job, pinned, Change(nodes=n, partitioned=True))) for x, n in counts],
             },
         ),
     ]
@@ -155,6 +153,4 @@ def advise(job: Job, memory: int) -> Advice:
         why = "the memory that is free would hold too little of the dataset to matter"
     else:
         why = f"{found:.0%} of the bytes would be in memory, where the page cache alone finds {_hits(job, memory):.0%}"
-    return Advice(
-        now, mounted, cached, int(cached * job.dataset_bytes), workers, gain, bool(gain >= 1 + WORTH), why
-    )
+    return Advice(now, mounted, cached, int(cached * job.dataset_bytes), workers, gain, bool(gain >= 1 + WORTH), why)

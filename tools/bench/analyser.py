@@ -94,7 +94,9 @@ def _against_truth(context: Context, case: _Case, data: Path) -> Iterator[Figure
             yield Figure(f"{name}: {key}, points off", [off], Bound(2), sides + f"; each round {_words(values)}")
         else:
             value = found["rates"][key]
-            yield Figure(f"{name}: {key}, % off", [100 * abs(value / true - 1)], Bound(3), f"{value:,.0f}, truly {true:,.0f}")
+            yield Figure(
+                f"{name}: {key}, % off", [100 * abs(value / true - 1)], Bound(3), f"{value:,.0f}, truly {true:,.0f}"
+            )
 
 
 def _words(values: list[float]) -> str:

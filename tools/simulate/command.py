@@ -89,9 +89,7 @@ def _trace(arguments: argparse.Namespace) -> traces.Trace:
     mean, _ = cache_size(arguments.item_size, Memory(1 << 62, 1 << 62))
     if not mean:
         raise UserError(f"--item-size {arguments.item_size} is nothing: give the size of a file", 2)
-    return traces.random_epochs(
-        arguments.items, mean, arguments.epochs, jobs=arguments.jobs, seed=arguments.seed
-    )
+    return traces.random_epochs(arguments.items, mean, arguments.epochs, jobs=arguments.jobs, seed=arguments.seed)
 
 
 def _capacity(word: str, dataset: int) -> int:
@@ -121,9 +119,7 @@ def _figures(outcome: Outcome, partitioned: bool, trace: traces.Trace) -> dict[s
     }
 
 
-def _table(
-    trace: traces.Trace, outcomes: Sequence[tuple[bool, Outcome]], arguments: argparse.Namespace
-) -> Table:
+def _table(trace: traces.Trace, outcomes: Sequence[tuple[bool, Outcome]], arguments: argparse.Namespace) -> Table:
     cluster = f", {arguments.nodes} nodes" if arguments.nodes > 1 else ""
     jobs = f", {arguments.jobs} jobs" if arguments.jobs > 1 and not arguments.trace else ""
     table = Table(
@@ -156,7 +152,9 @@ def _plot(path: Path, trace: traces.Trace, outcomes: Sequence[tuple[bool, Outcom
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.7), layout="constrained")
-    axes = figure.add_subplot(xlabel="cache (% of the dataset)", ylabel="read from storage in an epoch (% of the dataset)")
+    axes = figure.add_subplot(
+        xlabel="cache (% of the dataset)", ylabel="read from storage in an epoch (% of the dataset)"
+    )
     lines: dict[str, list[tuple[float, float]]] = {}
     for partitioned, outcome in outcomes:
         point = (100 * outcome.capacity / trace.dataset, 100 * outcome.storage_bytes / trace.dataset)

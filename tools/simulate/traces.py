@@ -26,7 +26,9 @@ class Trace:
         return sum(self.sizes)
 
 
-def random_epochs(items: int, mean: int, epochs: int, *, jobs: int = 1, spread: float = _SPREAD, seed: int = 0) -> Trace:
+def random_epochs(
+    items: int, mean: int, epochs: int, *, jobs: int = 1, spread: float = _SPREAD, seed: int = 0
+) -> Trace:
     """`jobs` jobs that each read all items once an epoch in an order of their own, at the same pace.
 
     The items are `mean` bytes on average, the logarithm of their sizes normal with standard deviation `spread`.

@@ -128,7 +128,13 @@ class Rates:
 
 
 def measure(
-    files: Sequence[File], threads: int, *, each: int | None = None, seconds: float = 2.0, rounds: int = 3, seed: int = 0
+    files: Sequence[File],
+    threads: int,
+    *,
+    each: int | None = None,
+    seconds: float = 2.0,
+    rounds: int = 3,
+    seed: int = 0,
 ) -> Rates:
     """Measure cold, then what was read again, warm. Every round reads parts that no other did, as far as they last.
 

@@ -105,7 +105,11 @@ def _first_length(batch: Any) -> int:
     """The length of the first thing in the minibatch that has one, which is the batch by PyTorch's custom."""
     while isinstance(batch, (list, tuple, dict)) and batch:
         first = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
-        if isinstance(batch, (list, tuple)) and not isinstance(first, (list, tuple, dict)) and not hasattr(first, "shape"):
+        if (
+            isinstance(batch, (list, tuple))
+            and not isinstance(first, (list, tuple, dict))
+            and not hasattr(first, "shape")
+        ):
             return len(batch)
         batch = first
     shape = getattr(batch, "shape", None)
@@ -571,7 +575,9 @@ def _note_opens(runtime: Runtime) -> None:
     """Write down which files are opened for reading, by this process and those it forks."""
     log = os.open(f"{runtime.out}/opens", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     inside = os.path.join(runtime.data, "") if runtime.data else None
-    own = tuple({sys.prefix, sys.base_prefix, runtime.out, "/proc/", "/sys/", "/dev/", "/etc/", "/usr/", "/lib", "/run/"})
+    own = tuple(
+        {sys.prefix, sys.base_prefix, runtime.out, "/proc/", "/sys/", "/dev/", "/etc/", "/usr/", "/lib", "/run/"}
+    )
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event != "open":
