@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from coordlfs import __version__
@@ -22,7 +24,24 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"coordlfs: {message} (`{self.prog} --help` says more)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+_TOOLS = {  # command → the module that has its arguments and does it, and what it is good for
+    "analyze": ("coordlfs_tools.analyze.command", "measure where a training job's time goes, and what would help"),
+    "simulate": ("coordlfs_tools.simulate.command", "hit rates of cache policies, over sizes, epochs, jobs and nodes"),
+    "bench": ("coordlfs_tools.storage.command", "measure storage as a training job reads it"),
+}
+_WITH_JOB = ("run", "analyze")  # their command comes after --
+
+
+def _tool(name: str) -> ModuleType:
+    """The module behind a command that needs the extra `tools`. Raises UserError if that is not installed."""
+    try:
+        return importlib.import_module(_TOOLS[name][0])
+    except ModuleNotFoundError as e:
+        raise UserError(f"{name} needs {e.name}, which is not installed: pip install 'coordlfs[tools]'") from None
+
+
+def _parser(asked: str | None = None) -> argparse.ArgumentParser:
+    """All commands; of the tools, only the command that is `asked` for is loaded, with its arguments."""
     parser = _Parser(
         prog="coordlfs",
         description="A file system that is mounted over a dataset and keeps it in memory, never evicting.",
@@ -106,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("source", metavar="SRC")
     add_options(run)
+
+    for name, (_, help_) in _TOOLS.items():
+        tool = commands.add_parser(name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.")
+        if name == asked:
+            _tool(name).add_arguments(tool)
     return parser
 
 
@@ -234,16 +258,20 @@ _COMMANDS = {
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The arguments that `words` mean; exits with status 2 if they mean none."""
-    return _parser().parse_args(words)
+    return _parser(words[0] if words else None).parse_args(words)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command `coordlfs`; the exit status: 2 for usage, 1 for what else went wrong."""
     words = sys.argv[1:] if argv is None else argv
-    ours = words.index("--") if words[:1] == ["run"] and "--" in words else len(words)
-    arguments = parse(words[:ours])
-    arguments.job = words[ours + 1 :]
+    asked = words[0] if words else None
+    ours = words.index("--") if asked in _WITH_JOB and "--" in words else len(words)
     try:
+        arguments = parse(words[:ours])
+        arguments.job = words[ours + 1 :]
+        if asked in _TOOLS:
+            status: int = _tool(asked).command(arguments)
+            return status
         return _COMMANDS[arguments.command](arguments)
     except UserError as e:
         print(f"coordlfs: {e}", file=sys.stderr)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from coordlfs_tools.bench import dataset, epochs, first_epoch, hits, misses, peers, startup, tree
+from coordlfs_tools.bench import analyser, dataset, epochs, first_epoch, hits, misses, peers, startup, tree
 from coordlfs_tools.bench.machine import BenchError
 from coordlfs_tools.bench.report import Context, Figure, table
 
@@ -20,6 +20,7 @@ _BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
     "first-epoch": (first_epoch.run, "filling the cache against reading directly"),
     "peers": (peers.run, "nodes that share their caches, against each alone, and peer hits against a bare loop"),
     "tree": (tree.run, "listing a million files, and the server's memory for them"),
+    "analyser": (analyser.run, "jobs whose truth is known, and predicted epochs against real ones on a mount"),
     "startup": (startup.run, "the command, and from mount to first byte"),
 }
 

@@ -20,6 +20,7 @@ _PER_CLASS = 1000
 _MEAN = 110_000  # bytes of a file
 _SPREAD = 0.45  # standard deviation of the size's logarithm, as with photographs
 _SIZES = (4_000, 700_000)  # bytes; nothing is smaller or larger
+_KINDS = ("images", "names", "equal")
 FIRST = "first-byte"  # the one file of the tree of names that is not empty
 
 
@@ -65,6 +66,21 @@ def _write_images(root: Path, paths: Sequence[str]) -> None:
     os.sync()  # blocks are allocated when they are written
 
 
+def equal(directory: Path, files: int, size: int) -> Path:
+    """`files` files of `size` bytes each in one directory, made if they are not there."""
+    root = directory / f"equal-{files}"
+    _make(root, {"files": files, "size": size}, lambda: _write_equal(root, files, size))
+    return root
+
+
+def _write_equal(root: Path, files: int, size: int) -> None:
+    root.mkdir()
+    random = np.random.default_rng(files)
+    for i in range(files):
+        (root / f"{i:06}.bin").write_bytes(random.bytes(size))
+    os.sync()
+
+
 def names(directory: Path, files: int) -> Path:
     """A tree of `files` empty files in directories of a thousand, and of one that is not, made if it is not there."""
     root = directory / f"names-{files}"
@@ -100,9 +116,9 @@ def _make(root: Path, is_: dict[str, int], write: Callable[[], None]) -> None:
 
 def clean(directory: Path) -> None:
     """Remove what was made below `directory`, and nothing else."""
-    for complete in [*directory.glob("images-*.json"), *directory.glob("names-*.json")]:
+    for complete in [path for kind in _KINDS for path in directory.glob(f"{kind}-*.json")]:
         complete.unlink()
-    for root in [*directory.glob("images-*"), *directory.glob("names-*")]:
+    for root in [path for kind in _KINDS for path in directory.glob(f"{kind}-*")]:
         shutil.rmtree(root)
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()

@@ -1,0 +1,165 @@
+"""What an analysis found, as one plain object: `--json` writes it, the table and the report are made from it."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from coordlfs_tools.analyze import whatif
+from coordlfs_tools.analyze.model import Prediction
+from coordlfs_tools.analyze.phases import Measured
+from coordlfs_tools.storage.measure import device_of
+
+from coordlfs.kernel.memory import memory
+from coordlfs.sizes import text
+
+VERSION = 1
+
+
+def result(measured: Measured) -> dict[str, Any]:
+    """All figures; docs/analyser.md says what they mean."""
+    available = memory()
+    scouted = measured.scouted
+    job = measured.job()
+    advice = whatif.advise(job, available.available)
+    storage = measured.storage
+    spread: dict[str, Sequence[float]] = {
+        "ingestion": measured.values("ingestion"),
+        "prep": measured.values("prep"),
+        "fetch": measured.values("fetch"),
+        "storage": storage.storage if storage else [],
+        "storage_alone": storage.alone if storage else [],
+        "cache": storage.cache if storage else [],
+    }
+    shares = {"prep_share": measured.prep_share, "fetch_share": measured.fetch_share}
+    cold = measured.middle("cold")
+    prep, fetch = (median(values) for values in shares.values())
+    return {
+        "version": VERSION,
+        "command": shlex.join(measured.command),
+        "time": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "rates": {name: _number(median(values)) if values else None for name, values in spread.items()},
+        "stalls": {
+            "prep_share": prep,
+            "fetch_share": fetch,
+            "compute_share": max(1 - prep - fetch, 0.0),
+            "prep_seconds": prep * cold,
+            "fetch_seconds": fetch * cold,
+            "compute_seconds": max(1 - prep - fetch, 0.0) * cold,
+            "iteration_seconds": cold,
+        },
+        "spread": {name: [min(v), max(v)] if v else None for name, v in (spread | shares).items()},
+        "rounds": {name: list(values) for name, values in (spread | shares).items()},
+        "iterations": measured.iterations,
+        "job": {
+            "kind": scouted.kind,
+            "workers": scouted.workers,
+            "batch": scouted.batch,
+            "processes": scouted.processes,
+            "ranks": scouted.ranks,
+            "loaders": scouted.loaders,
+            "samples": measured.samples,
+            "sample_bytes": scouted.sample_bytes,
+            "dataset_bytes": measured.samples * scouted.sample_bytes,
+            "cpu_seconds_per_sample": job.cpu_seconds,
+            "data": str(scouted.directory) if scouted.directory else None,
+        },
+        "what_if": {
+            curve.name: {
+                "label": curve.label,
+                "today": curve.today,
+                "lines": {name: [_point(x, p) for x, p in points] for name, points in curve.lines.items()},
+            }
+            for curve in whatif.curves(job, available.available)
+        },
+        "today": _prediction(advice.today),
+        "advice": {
+            "helps": advice.helps,
+            "why": advice.why,
+            "gain": advice.gain,
+            "cached_share": advice.cached,
+            "cache_bytes": advice.cache_bytes,
+            "workers": advice.workers,
+            "epoch": _prediction(advice.mounted),
+            "mount": mount_line(scouted.directory, advice.cache_bytes) if advice.helps else None,
+        },
+        "verdict": verdict(prep, fetch, advice, job.workers),
+        "machine": {
+            "cpu": _cpu(),
+            "cores": job.cores,
+            "memory": available.total,
+            "available": available.available,
+            "kernel": platform.release(),
+            "storage": device_of(scouted.directory) if scouted.directory else None,
+            "python": platform.python_version(),
+            **scouted.versions,
+        },
+        "notes": list(dict.fromkeys([*scouted.notes, *measured.notes, *(storage.notes if storage else [])])),
+    }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _prediction(prediction: Prediction) -> dict[str, float]:
+    return {
+        "seconds": prediction.seconds,
+        "throughput": prediction.throughput,
+        "prep_share": prediction.prep_share,
+        "fetch_share": prediction.fetch_share,
+    }
+
+
+def _point(x: float, prediction: Prediction) -> dict[str, float]:
+    return {"x": x, **_prediction(prediction)}
+
+
+def mount_line(directory: Path | None, cache_bytes: int) -> str:
+    """The command that mounts the data in place with such a cache."""
+    place = shlex.quote(str(directory))
+    return f"coordlfs mount {place} {place} --cache-size {max(math.ceil(cache_bytes / 2**20), 1)}M"
+
+
+def verdict(prep: float, fetch: float, advice: whatif.Advice, workers: int) -> list[str]:
+    """What to make of it, in a few sentences; the first is the most important."""
+    if prep + fetch < 0.05:
+        first = f"This job hardly waits for data: {prep + fetch:.0%} of a cold epoch. It computes."
+    elif fetch >= prep:
+        first = f"This job waits for storage: {fetch:.0%} of a cold epoch is fetching, {prep:.0%} preparing data."
+    else:
+        first = f"This job waits for its data to be prepared: {prep:.0%} of a cold epoch, {fetch:.0%} for storage."
+    sentences = [first]
+    if advice.helps:
+        sentences.append(
+            f"With {text(advice.cache_bytes)} of cache coordlfs would make a steady epoch {advice.gain:.2f} times as "
+            f"fast: {_time(advice.today.seconds)} today, {_time(advice.mounted.seconds)} then; {advice.why}."
+        )
+    else:
+        sentences.append(f"coordlfs would not help: {advice.why}.")
+    if prep >= 0.05:
+        if advice.workers != max(workers, 1) or workers == 0:
+            sentences.append(f"Preparing goes best with {advice.workers} workers (now {workers}).")
+        else:
+            sentences.append("More workers would not prepare faster on this machine: it takes more or faster cores.")
+    return sentences
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return os.uname().machine

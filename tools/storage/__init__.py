@@ -1,0 +1,1 @@
+"""Storage as a training job reads it: whole files or parts of them in random order, many at once, cold and warm."""

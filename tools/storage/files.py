@@ -1,0 +1,102 @@
+"""The files of a dataset directory, and whether the page cache holds them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordlfs.errors import UserError
+from coordlfs.kernel import pages
+
+_ASKED = 200  # files that are looked at to see whether any of the others is still cached
+_COLD = 0.02  # a smaller share in the page cache is none
+_DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A regular file that is not empty."""
+
+    path: str
+    size: int
+
+
+def listed(directory: Path) -> list[File]:
+    """Every file below `directory`, by name. Raises UserError if there is none, or no directory."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory: give the dataset's", 2)
+    found = []
+    for root, names, files in os.walk(directory):
+        names.sort()
+        for path in (f"{root}/{name}" for name in sorted(files)):
+            with suppress(OSError):  # a link to nowhere, or gone meanwhile
+                status = os.stat(path)
+                if stat.S_ISREG(status.st_mode) and status.st_size:
+                    found.append(File(path, status.st_size))
+    if not found:
+        raise UserError(f"{directory} has no files with anything in them: give the dataset's directory", 2)
+    return found
+
+
+def resident_share(files: Sequence[File]) -> float | None:
+    """How much of the files the page cache holds, 0 to 1, from a sample of them; None if it cannot be asked."""
+    asked = files[:: max(len(files) // _ASKED, 1)]
+    held = total = 0
+    for file in asked:
+        with suppress(OSError):
+            fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                resident = pages.resident(fd)
+            finally:
+                os.close(fd)
+            if resident is None:
+                return None
+            held += resident
+            total += pages.count(file.size)
+    return held / total if total else None
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """How the files were taken out of the page cache, in words, and whether they are out (None: nobody can say)."""
+
+    how: str
+    cold: bool | None
+
+
+def drop(files: Sequence[File]) -> Dropped:
+    """Take the files out of the page cache: each with posix_fadvise, then, if that did not do it and root asks, all."""
+    for file in files:
+        with suppress(OSError):
+            fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                pages.drop(fd, 0, 0)
+            finally:
+                os.close(fd)
+    share = resident_share(files)
+    if share is None or share <= _COLD:
+        return Dropped("posix_fadvise(DONTNEED) on each file", None if share is None else True)
+    with suppress(OSError):
+        os.sync()
+        _DROP_CACHES.write_text("1")
+        share = resident_share(files)
+        if share is not None and share <= _COLD:
+            return Dropped("/proc/sys/vm/drop_caches", True)
+    return Dropped(f"nothing helped: {share or 0:.0%} of the files stays in the page cache", False)
+
+
+def resident_bytes(files: Sequence[File]) -> int:
+    """How much of the files the page cache holds, as far as it can be asked."""
+    held = 0
+    for file in files:
+        with suppress(OSError):
+            fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                held += min((pages.resident(fd) or 0) * pages.PAGE, file.size)
+            finally:
+                os.close(fd)
+    return held
