@@ -199,7 +199,8 @@ def restart(mountpoint: str) -> dict[str, int]:
     for pid in (server, *keepers):
         client = Client(mountpoint)
         try:
-            client.ask("replace", pid=pid)
+            with suppress(UserError):  # a server that is replaced may be gone before it can answer
+                client.ask("replace", pid=pid)
         finally:
             client.close()
         _wait_replaced(mountpoint, pid, before["pinned_items"])

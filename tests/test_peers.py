@@ -106,6 +106,12 @@ def nodes(source: Path, mount: MakeMount) -> Callable[..., list[Mount]]:
     return make
 
 
+def _unanswered(node: Mount) -> int:
+    """READs that the other nodes did not answer with bytes."""
+    peers = node.stats()["peers"]
+    return int(peers["failures"] + peers["skipped"] + peers["refusals"])
+
+
 # -- the caches add up ----------------------------------------------------------------------------------------------
 
 
@@ -124,12 +130,15 @@ def test_what_is_cached_somewhere_is_read_from_no_source(source: Path, nodes: Ca
             node.settle()
         drop_caches()
     before = [node.source_bytes() for node in made]
+    unanswered = [_unanswered(node) for node in made]
     assert sum(before) < 1.5 * sum((source / name).stat().st_size for name in names)  # about once in all
     for seed in range(2, 4):
         for node in made:
             _check(node, names, seed)
         drop_caches()
-    assert [node.source_bytes() for node in made] == before
+    for node, bytes_before, unanswered_before in zip(made, before, unanswered, strict=True):
+        # On a machine that is so busy that a node does not answer in time, its neighbour reads for itself, once a READ.
+        assert node.source_bytes() - bytes_before <= (_unanswered(node) - unanswered_before) * MIB
     figures = [node.stats() for node in made]
     assert sum(f["pinned_items"] for f in figures) == 121 + 3
     assert all(f["pinned_items"] > 30 and f["peers"]["bytes"] > 0 for f in figures)

@@ -34,7 +34,6 @@ missing_packages() {
     has ip || echo iproute2
     has etcd || echo etcd-server
     has openssl || echo openssl
-    has chromium || echo chromium
     if python=$(find_python); then
         # The name of the package has the version only where there is more than one Python.
         "$python" -c '
