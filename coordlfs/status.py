@@ -39,6 +39,15 @@ def _peer_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "local / peer / source", f"{split} in epoch {epoch['number']}"
 
 
+def _residence_lines(s: dict[str, Any]) -> Iterator[str]:
+    limits = s["locked_memory"]
+    if limits["remedy"]:
+        yield f"since only {text(limits['limit_bytes'])} may be locked (RLIMIT_MEMLOCK); each hit costs a message"
+        yield f"{text(limits['wanted_bytes'])} would do for the page cache: {limits['remedy']}; then mount anew"
+    if s["umount_needs_coordlfs"]:
+        yield "held in use, as user namespaces are forbidden: `coordlfs umount`, or `fusermount3 -u -z`"
+
+
 def summary(s: dict[str, Any]) -> str:
     """One line."""
     return (
@@ -72,6 +81,8 @@ def table(s: dict[str, Any]) -> Table:
         grid.add_row("memory is tight", f"no more than {text(memory['limit_bytes'])} may be cached for now")
     grid.add_row("items", f"{s['pinned_items']} pinned, {s['pending_items']} on their way")
     grid.add_row("residence", s["residence"])
+    for line in _residence_lines(s):
+        grid.add_row("", line)
     grid.add_row("read from source", f"{text(source['bytes'])} in {source['reads']} reads of {source['files']} files")
     for heading, line in _peer_lines(s):
         grid.add_row(heading, line)
