@@ -133,9 +133,8 @@ def _check_log(log_file: str | None) -> None:
 
 def _check_may_mount() -> None:
     """That FUSE is there, and that this process, or fusermount3 in its name, may mount at all."""
-    if attachment.is_privileged():
-        _check_fuse()
-    elif problem := fusermount.problem():
+    _check_fuse()  # fusermount3 opens the device as the user as well
+    if not attachment.is_privileged() and (problem := fusermount.problem()):
         what, remedy = problem
         raise UserError(f"mounting is not permitted without root: {what}: {remedy}")
 
