@@ -64,6 +64,8 @@ def stats(mountpoint: str) -> dict[str, Any]:
     find(mountpoint)
     try:
         result: dict[str, Any] = json.loads(os.getxattr(mountpoint, "user.coordl.stats"))
+    except PermissionError:
+        raise UserError(f"{mountpoint} is another user's, who alone may read it") from None
     except OSError as e:
         raise UserError(f"{mountpoint} does not answer: {e.strerror}") from e
     return result

@@ -84,7 +84,7 @@ class Reader:
         if record is None:
             raise OSError(errno.ESTALE, "unknown node")
         answer = Answer(record, request)
-        if self.sharing is not None and request.marked:
+        if self.sharing is not None and (request.marked or not self.sharing.marks):
             answer.for_peer = self.sharing.is_peer_server(request.pid)
         at, end = offset, self.catalog.size(record)
         for item, start, length in items.cut(record, offset, request.size):

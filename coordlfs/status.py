@@ -103,7 +103,7 @@ def show(mountpoints: list[str], *, as_json: bool, watch: bool) -> None:
     """Print the figures of the mounts given, or of all. Raises UserError."""
     chosen = mountpoints or mounting.all_mounts()
     if as_json:
-        figures = [mounting.stats(m) for m in chosen]
+        figures = list(_answers(chosen, named=bool(mountpoints)))
         print(json.dumps(figures[0] if mountpoints else figures, indent=2))
         return
     if not chosen:
@@ -124,5 +124,15 @@ def show(mountpoints: list[str], *, as_json: bool, watch: bool) -> None:
 
     with Live(refresh_per_second=4) as live:
         while True:
-            live.update(Group(*(table(mounting.stats(m)) for m in chosen)))
+            live.update(Group(*map(table, _answers(chosen, named=bool(mountpoints)))))
             time.sleep(_INTERVAL)
+
+
+def _answers(mountpoints: list[str], *, named: bool) -> Iterator[dict[str, Any]]:
+    """The figures of mounts; without those that do not answer, or may not be asked, unless they were named."""
+    for mountpoint in mountpoints:
+        try:
+            yield mounting.stats(mountpoint)
+        except UserError:
+            if named:
+                raise
