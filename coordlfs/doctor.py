@@ -284,7 +284,8 @@ def _cachestat() -> Check:
             "bytes that the source's page cache holds are read from the disk again; pages charged to jobs may stay so",
             "Linux 6.5 or newer; containers: allow cachestat in seccomp",
         )
-    return _good("cachestat", "works" if process.has_capability(process.CAP_FOWNER) else "works, for files of one's own")
+    limited = not process.has_capability(process.CAP_FOWNER)
+    return _good("cachestat", "works, for files that this user may write to" if limited else "works")
 
 
 def _pressure() -> Check:

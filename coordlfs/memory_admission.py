@@ -47,8 +47,8 @@ class MemoryAdmission(Admission):
         self._watched = 0
 
     def stashed(self, item: int, offset: int, size: int, end: int, pid: int) -> list[memoryview | int]:
-        """`MemoryCache.parts` of an item of a file that ends at `end`. Takes no lock."""
-        return self.memory.parts(item, offset, min(size, end - offset))
+        """What of an item need not be read, see `MemoryCache.parts`. Takes no lock."""
+        return self.memory.parts(item, offset, size)
 
     def _missed_though_pinned(self, item: int) -> None:
         if not self.memory.is_current(item):

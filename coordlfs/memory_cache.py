@@ -123,11 +123,17 @@ class MemoryCache:
         return held.size if held else 0
 
     def parts(self, item: int, offset: int, size: int) -> list[memoryview | int]:
-        """What makes up `size` bytes at `offset`: copies of what is kept, and between them the lengths of gaps."""
+        """What makes up `size` bytes at `offset`: copies of what is kept, and between them the lengths of gaps.
+
+        They end where the item ends. Nothing but a gap of `size` bytes if nothing of it is here.
+        """
         held = self._items.get(item)
         if held is None or held.stamp != self._stamp_of(item):
             return [size]
-        at, end = offset - held.start, offset - held.start + size
+        at = offset - held.start
+        end = min(at + size, held.length)
+        if at >= end:
+            return [size]
         found: list[memoryview | int] = []
         for begin, stop in held.ranges:
             if begin >= end:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -433,8 +434,10 @@ def _call(command: list[str]) -> int:
     try:
         child = subprocess.Popen(command)
     except OSError as e:
-        status = 127 if e.errno == errno.ENOENT else 126
-        raise UserError(f"{command[0]} cannot be run: {e.strerror}", status) from None
+        # EACCES may be of a directory of PATH only.
+        absent = e.errno == errno.ENOENT or ("/" not in command[0] and shutil.which(command[0]) is None)
+        why = os.strerror(errno.ENOENT) if absent else e.strerror
+        raise UserError(f"{command[0]} cannot be run: {why}", 127 if absent else 126) from None
     signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to the child as well
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda n, _: child.send_signal(n))
