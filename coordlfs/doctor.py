@@ -74,14 +74,10 @@ def _mounting() -> Check:
         return _good(name, "CAP_SYS_ADMIN")
     if problem := fusermount.problem():
         what, remedy = problem
-        return Check(
-            name,
-            State.MISSING,
-            f"no CAP_SYS_ADMIN, and {what}",
-            "nothing can be mounted, but by `coordlfs run` where user namespaces are allowed",
-            f"{remedy}; a container needs --cap-add SYS_ADMIN",
-            True,
-        )
+        found, remedy = f"no CAP_SYS_ADMIN, and {what}", f"{remedy}; a container needs --cap-add SYS_ADMIN"
+        if _namespaces().state is State.OK:
+            return Check(name, State.MISSING, found, "nothing can be mounted, but by `coordlfs run`", remedy)
+        return Check(name, State.MISSING, found, "nothing can be mounted", remedy, True)
     return Check(
         name,
         State.WARNING,

@@ -390,7 +390,7 @@ def main() -> None:
             supervisor.start()
             supervisor.wait_ready(30)
         except OSError as e:
-            _tell(report, {"errno": e.errno, "error": str(e)})
+            _tell(report, {"errno": e.errno, "error": e.strerror or str(e)})
             sys.exit(1)
         _tell(report, {"ready": True, "pid": os.getpid()})
         supervisor.run(bound_to)

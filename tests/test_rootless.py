@@ -358,7 +358,7 @@ def test_a_mount_in_use(somebody: User, source: Path, mount_as: MakeUserMount, n
         reader.communicate(b"\n")
     assert mounted.read(*names) == [noise(100_000, i) for i in range(5)]
     if not namespaces:
-        assert "busy" in user.run("fusermount3", "-u", mounted.path, status=1).stderr
+        assert "busy" in somebody.run("fusermount3", "-u", mounted.path, status=1).stderr
     user.call("umount", mounted.path)
     assert not any(map(is_alive, pids))
     assert not is_mounted(mounted.path)

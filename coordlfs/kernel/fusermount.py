@@ -70,10 +70,10 @@ def escape(value: str) -> str:
 
 
 def _run(*arguments: str | bytes, **more: object) -> None:
-    command = [shutil.which(PROGRAM) or PROGRAM, *arguments]
+    program = shutil.which(PROGRAM) or PROGRAM
     try:
         done = subprocess.run(
-            command,
+            [program, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -83,9 +83,9 @@ def _run(*arguments: str | bytes, **more: object) -> None:
     except subprocess.TimeoutExpired:
         raise OSError(errno.ETIMEDOUT, f"{PROGRAM} does not end") from None
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().removeprefix(f"{PROGRAM}: ") or f"{PROGRAM} failed"
+        said = done.stderr.decode(errors="replace").strip().replace(f"{program}: ", "").replace("\n", "; ")
         code = next((code for text, code in _CODES.items() if text in said), errno.EIO)
-        raise OSError(code, said.replace("\n", "; "))
+        raise OSError(code, f"{PROGRAM}: {said or 'failed'}")
 
 
 def mount(mountpoint: bytes, options: Iterable[str]) -> int:
