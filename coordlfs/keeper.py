@@ -32,9 +32,6 @@ _FETCHERS = 8  # threads that read items for a cache that is memory of its own
 _FETCH = 4 << 20  # bytes that one of them asks for at a time
 
 
-_nowhere = pages.buffer(_FETCH)  # what is read for the server alone, by all fetchers at once
-
-
 class _Request:
     """One item to pin or drop, and the descriptor of its file meanwhile."""
 
@@ -72,6 +69,7 @@ class Keeper:
         self.lockable = lockable
         self.fetchers: ThreadPoolExecutor | None = None  # where the cache is memory of its own
         self.threads: set[int] = set()  # of the fetchers
+        self.nowhere = memoryview(pages.buffer(_FETCH))  # where they all put what only the server is to have
         self.pins: dict[int, tuple[int, int]] = {}
         self.locked = 0  # bytes
         self.watch = OpenWatch()
@@ -189,7 +187,7 @@ class Keeper:
             fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY | os.O_DIRECT)
             try:
                 at, end = request.offset, request.offset + request.length
-                while at < end and (n := os.preadv(fd, [_nowhere], at)):
+                while at < end and (n := os.preadv(fd, [self.nowhere[: end - at]], at)):
                     at += n
             finally:
                 os.close(fd)
