@@ -28,8 +28,8 @@ from coordlfs.wire import MAX_PACKET, PINS, REPLY, How, Outcome, Verb, parse_req
 _BATCH = 32  # items whose reading is started before the first is waited for
 _SENTINELS = 15  # files that are watched for being opened
 _SPARE_MAPPINGS = 1000  # of vm.max_map_count, for the interpreter
-_FETCHERS = 8  # threads that read items for a cache that is memory of its own
-_FETCH = 4 << 20  # bytes that one of them asks for at a time
+_FILLERS = 8  # threads that read items for a cache that is memory of its own
+_FILL = 4 << 20  # bytes that one of them asks for at a time
 
 
 class _Request:
@@ -67,9 +67,9 @@ class Keeper:
         self.limit = limit
         self.readahead = readahead
         self.lockable = lockable
-        self.fetchers: ThreadPoolExecutor | None = None  # where the cache is memory of its own
-        self.threads: set[int] = set()  # of the fetchers
-        self.nowhere = memoryview(pages.buffer(_FETCH))  # where they all put what only the server is to have
+        self.fillers: ThreadPoolExecutor | None = None  # where the cache is memory of its own
+        self.threads: set[int] = set()  # of the fillers
+        self.nowhere = memoryview(pages.buffer(_FILL))  # where they all put what only the server is to have
         self.pins: dict[int, tuple[int, int]] = {}
         self.locked = 0  # bytes
         self.watch = OpenWatch()
@@ -107,8 +107,8 @@ class Keeper:
                     pinning.append(request)
             elif request.verb == Verb.DROP:
                 self._drop(request)
-            elif request.verb == Verb.FETCH and self.fetchers is not None:
-                self.fetchers.submit(self._fetch, request)
+            elif request.verb == Verb.FILL and self.fillers is not None:
+                self.fillers.submit(self._fill, request)
             elif request.verb == Verb.WATCH:
                 self._look(request)
             elif request.verb == Verb.PURGE:
@@ -181,8 +181,8 @@ class Keeper:
         finally:
             os.close(request.fd)
 
-    def _fetch(self, request: _Request) -> None:
-        """Read an item around the page cache, and so have the server read it; by a fetcher."""
+    def _fill(self, request: _Request) -> None:
+        """Read an item around the page cache, and so have the server read it; by a filler."""
         try:
             fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY | os.O_DIRECT)
             try:
@@ -194,7 +194,7 @@ class Keeper:
         except OSError as e:
             self.sock.send(request.reply(Outcome.FAILED, e.errno or 0))
         else:
-            self.sock.send(request.reply(Outcome.FETCHED))
+            self.sock.send(request.reply(Outcome.FILLED))
 
     def introduce(self) -> None:
         """Tell that the calling thread reads as well."""
@@ -275,7 +275,7 @@ def main() -> None:
     if not config["in_memory"]:
         keeper.run()
         return
-    with ThreadPoolExecutor(_FETCHERS, "fetcher", keeper.introduce) as keeper.fetchers:
+    with ThreadPoolExecutor(_FILLERS, "filler", keeper.introduce) as keeper.fillers:
         keeper.run()
 
 

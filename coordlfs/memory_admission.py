@@ -3,7 +3,7 @@
     absent ── a READ misses, MinIO has room ──> on its way (its bytes go to the memory where they are to stay)
            ── all of it read; or idle a while, and a keeper reads the rest ──> in the cache
 
-A keeper fetches through the mount and around its page cache (O_DIRECT), so that its READs come here like a job's. The
+A keeper reads through the mount and around its page cache (O_DIRECT), so that its READs come here like a job's. The
 pages that jobs' READs leave in the page cache are ordinary ones: the kernel may keep or drop them.
 """
 
@@ -31,7 +31,7 @@ class MemoryAdmission(Admission):
     """The cache's books, and the cache."""
 
     served_from = "memory_bytes"
-    _verb = Verb.FETCH
+    _verb = Verb.FILL
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class MemoryAdmission(Admission):
 
     def _answered(self, link: Link, outcome: Outcome, code: int, item: int) -> None:
         pending = self._pending.get(item)
-        if outcome is Outcome.FETCHED and pending is not None and not pending.cancelled and not pending.attempts:
+        if outcome is Outcome.FILLED and pending is not None and not pending.cancelled and not pending.attempts:
             # What it read last may be about to be added: a thread answers the kernel first.
             pending.keeper = None
             pending.attempts = 1
@@ -120,6 +120,8 @@ class MemoryAdmission(Admission):
                     self.memory.remove(item)
             for link in self.links.values():
                 self._send(link, Verb.LIST, 0, 0)  # its threads
+            if not self.links:  # it died with the last server, and is being replaced
+                self._asked_for_keeper = True
 
     def _length(self, item: int) -> int:
         record = items.record_of(item)
