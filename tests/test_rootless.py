@@ -210,8 +210,11 @@ def test_what_is_said_of_memory(user: User, source: Path, mount_as: MakeUserMoun
 # -- faults -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victim", ["server", "keepers", "both"])
-def test_kills(user: User, source: Path, mount_as: MakeUserMount, victim: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "victim"), [(PINNED, "server"), (IN_MEMORY, "server"), (IN_MEMORY, "keepers"), (IN_MEMORY, "both")]
+)
+def test_kills(somebody: User, source: Path, mount_as: MakeUserMount, kind: str, victim: str) -> None:
+    user = replace(somebody, memlock=4 * MIB if kind == PINNED else 0)
     names = write_files(source, 30, 100_000)
     (source / "large").write_bytes(noise(800_000))
     names.append("large")
@@ -226,8 +229,7 @@ def test_kills(user: User, source: Path, mount_as: MakeUserMount, victim: str) -
         killed += [] if victim == "server" else processes["keepers"]
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
-        # What a keeper held is pinned again as it lies there: a reader that drops it would have it read again.
-        assert mounted.read(*names, fresh=not user.memlock) == data
+        assert mounted.read(*names) == data
         eventually(lambda: not any(map(is_alive, killed)))  # noqa: B023
         eventually(lambda: mounted.stats()["pinned_items"] == 31)
         assert mounted.read(*names) == data

@@ -183,15 +183,14 @@ class UserMount:
         """Bytes read from the source so far."""
         return int(self.stats()["source"]["bytes"])
 
-    def read(self, *names: str, fresh: bool = True) -> list[bytes]:
-        """Files; `fresh`: the page cache is to have no more of them than what is locked."""
+    def read(self, *names: str) -> list[bytes]:
+        """Files, of which the page cache has no more at the beginning than what is locked."""
 
         def action() -> list[bytes]:
             found = []
             for name in names:
                 fd = os.open(self.path / name, os.O_RDONLY)
-                if fresh:
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 found.append(b"".join(iter(lambda: os.read(fd, 1 << 20), b"")))  # noqa: B023
                 os.close(fd)
             return found
