@@ -139,7 +139,14 @@ def test_each_epoch_reads_what_is_not_cached(user: User, source: Path, mount_as:
 def test_epochs_are_told_where_nothing_misses(user: User, source: Path, mount_as: MakeUserMount) -> None:
     names = write_files(source, 20, 100_000)
     mounted = mount_as(user)
-    for _ in range(3):
+    mounted.read(*names)
+    keeper = mounted.settle()["processes"]["keepers"][0]
+
+    def watches() -> int:
+        return sum(fd.read_text().count("inotify wd:") for fd in Path(f"/proc/{keeper}/fdinfo").iterdir())
+
+    eventually(lambda: watches() == 15)
+    for _ in range(2):
         mounted.read(*names)
         mounted.settle()
     assert mounted.stats()["epochs"] == 3
@@ -385,8 +392,9 @@ assert "CapEff:\\t0000000000000000" in open("/proc/self/status").read()
 for _ in range(2):
     print(sum(len(open(f"{{root}}/item-{{i:05}}", "rb").read()) for i in range(10)))
 print(len(open(f"{{root}}/of a group", "rb").read()))
+fd = os.open(f"{{root}}/closed", os.O_RDONLY)  # who may read it is the source's to say, when it is read
 try:
-    open(f"{{root}}/closed", "rb").read()
+    os.read(fd, 10)
 except PermissionError:
     print("refused")
 """
