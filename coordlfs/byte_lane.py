@@ -188,7 +188,7 @@ class ByteLane:
             nonlocal waited
             if not waited:
                 waited = True
-                self._waits[unique] = _Wait(time.monotonic(), pid in self._reader.admission.keeper_pids)
+                self._waits[unique] = _Wait(time.monotonic(), pid in self._reader.admission.keeper_threads)
                 self._before_wait()
 
         try:
