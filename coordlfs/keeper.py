@@ -3,6 +3,7 @@
 It pins an item by dropping the pages that are there (a job's READ filled them, so they are charged to the job's memory
 cgroup), mapping the file and locking the mapping, which faults the pages in again, charged to this process. It must
 not be the process that answers the READs. It works from a detached copy of the mount, so that `umount` is not busy.
+What a loader is about to read it reads ahead, and lets go when it is told to.
 """
 
 from __future__ import annotations
@@ -87,6 +88,13 @@ class Keeper:
             elif request.verb == Verb.PURGE:
                 self._drop_pages(request.path, 0, 0)
                 self.sock.send(request.reply(Outcome.PURGED))
+            elif request.verb == Verb.FETCH:
+                if self._begin_fetch(request):
+                    pinning.append(request)
+            elif request.verb == Verb.LET_GO:
+                if request.item not in self.pins:
+                    self._drop_pages(request.path, request.offset, request.length)
+                self.sock.send(request.reply(Outcome.GONE))
             else:
                 for earlier in pinning:
                     self._finish(earlier)
@@ -125,7 +133,26 @@ class Keeper:
             left = pages.resident(request.fd, request.offset, request.length)
         return not left
 
+    def _begin_fetch(self, request: _Request) -> bool:
+        try:
+            request.fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY)
+            pages.prefetch(request.fd, request.offset, request.length, self.readahead)
+        except OSError:
+            self._end_fetch(request)
+            return False
+        return True
+
+    def _end_fetch(self, request: _Request) -> None:
+        if request.fd >= 0:
+            with suppress(OSError):  # whoever reads it gets the error
+                pages.wait_fetched(request.fd, request.offset, request.length, fuse.MAX_READ)
+            os.close(request.fd)
+        self.sock.send(request.reply(Outcome.FETCHED))
+
     def _finish(self, request: _Request) -> None:
+        if request.verb == Verb.FETCH:
+            self._end_fetch(request)
+            return
         try:
             address = pages.map_file(request.fd, request.offset, request.length)
         except OSError as e:

@@ -30,6 +30,8 @@ class Verb(IntEnum):
     DROP = 2
     LIST = 3
     PURGE = 4  # drop what is resident of the whole file
+    FETCH = 5  # read it into the page cache, and answer when it is there
+    LET_GO = 6  # drop what is resident of an item that is not pinned
 
 
 class How(IntEnum):
@@ -51,6 +53,8 @@ class Outcome(IntEnum):
     WATCHED = 7  # an item is a sentinel from now on
     OPENED = 8  # a sentinel was opened
     PURGED = 9
+    FETCHED = 10  # or it cannot be
+    GONE = 11  # let go
 
 
 def parse_request(packet: bytes) -> tuple[Verb, int, int, int, int, int, bytes]:
