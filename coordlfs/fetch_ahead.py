@@ -93,8 +93,8 @@ class FetchAhead:
             with self._lock:
                 if not self.orders.readers and not self.orders.free:
                     continue
-                if self.orders.leave(time.monotonic(), self._has_ended):
-                    self._forget_processes()
+                self.orders.leave(time.monotonic(), self._has_ended)
+                self._forget_processes()
                 if self._told is not None and self._told not in self.orders.jobs.values():
                     self._told, self._epochs.told = None, False
                 self._step()
@@ -170,7 +170,7 @@ class FetchAhead:
 
     def _known(self, pid: int) -> int:
         """`pid` if it will be known when it ends, else 0."""
-        if pid and pid not in self._processes:
+        if pid and pid not in self._processes and len(self._processes) < hints.READERS:
             with suppress(OSError):
                 self._processes[pid] = process.open_of_thread(pid)
         return pid if pid in self._processes else 0

@@ -133,7 +133,8 @@ class Orders:
         self.readers: dict[tuple[int, int], Reader] = {}  # by user and the reader's own name for itself
         self.jobs: dict[tuple[int, int], Job] = {}
         self.wanted: Counter[int] = Counter()  # how many readers wait for, or hold, a record
-        self.free: deque[int] = deque()  # records that nobody wants any more
+        self.kept: set[int] = set()  # records that were fetched, or read, and not let go since
+        self.free: deque[int] = deque()  # of those, records that nobody wants any more
         self.ignored = 0  # numbers of no file that is known
 
     # -- what readers say ---------------------------------------------------------------------------------------
@@ -188,7 +189,10 @@ class Orders:
             reader.epoch = hint.epoch
             if reader.job.epoch != hint.epoch:
                 reader.job.begin(hint.epoch)
-            reader.by_record.clear()  # what is still read of files that were passed is not of this epoch
+            for entry in reader.behind:  # whoever begins an epoch has read the one before
+                self._let_go(reader, entry)
+            reader.behind.clear()
+            reader.behind_bytes = 0
         reader.position = hint.position
         reader.unknown = hint.start - hint.position
 
@@ -219,6 +223,8 @@ class Orders:
             if entry.record < 0:
                 continue
             self._count(reader.job, entry)
+            if entry.held:
+                self.kept.add(entry.record)
             reader.behind.append(entry)
             reader.behind_bytes += entry.held
 
@@ -260,21 +266,33 @@ class Orders:
                     continue
                 entry.held = cost
                 reader.ahead_bytes += cost
+                self.kept.add(entry.record)
                 self.readers[key] = self.readers.pop(key)  # the others' turn
                 return entry
         return None
 
     def trim(self, bound: int) -> Iterator[int]:
-        """Records to let go: passed longest ago, where more than half of a reader's share lies behind it."""
+        """Records to let go: where more than half of a reader's share lies behind it, those that it passed longest ago;
+        where more than half lies ahead, since the bound or the share has become less, those that it needs last.
+        """
         share = bound // max(1, len(self.readers))
         for reader in self.readers.values():
             while reader.behind and (reader.behind_bytes > share // 2 or len(reader.behind) > AHEAD):
                 entry = reader.behind.popleft()
                 reader.behind_bytes -= entry.held
                 self._let_go(reader, entry)
+            while reader.ahead and reader.ahead_bytes > share // 2:
+                entry = reader.ahead.pop()
+                reader.waiting.appendleft(entry)
+                reader.ahead_bytes -= entry.held
+                if entry.held and self.wanted[entry.record] == 1:
+                    self.kept.discard(entry.record)
+                    yield entry.record
+                entry.held = 0
         while self.free:
             record = self.free.popleft()
-            if record not in self.wanted:
+            if record not in self.wanted and record in self.kept:
+                self.kept.discard(record)
                 yield record
 
     def _let_go(self, reader: Reader, entry: Entry) -> None:
@@ -285,11 +303,11 @@ class Orders:
         self.wanted[entry.record] -= 1
         if self.wanted[entry.record] <= 0:
             del self.wanted[entry.record]
-        if entry.held:
-            self.free.append(entry.record)
+            if entry.record in self.kept:
+                self.free.append(entry.record)
 
-    def leave(self, now: float, ended: Callable[[int], bool]) -> bool:
-        """Forget readers whose process `ended`, or that were not heard of for long; whether there were any."""
+    def leave(self, now: float, ended: Callable[[int], bool]) -> None:
+        """Forget readers whose process `ended`, or, where that is not known, that were not heard of for long."""
         gone = [
             key
             for key, reader in self.readers.items()
@@ -302,7 +320,6 @@ class Orders:
         live = {id(reader.job) for reader in self.readers.values()}
         for name in [name for name, job in self.jobs.items() if id(job) not in live]:
             del self.jobs[name]
-        return bool(gone)
 
     @property
     def leader(self) -> Job | None:

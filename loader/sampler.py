@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
-from torch.utils.data import Sampler
-
 from coordlfs_loader.hints import Hints
+from torch.utils.data import Sampler
 
 log = logging.getLogger(__name__)
 
