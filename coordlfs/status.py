@@ -39,6 +39,16 @@ def _peer_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "local / peer / source", f"{split} in epoch {epoch['number']}"
 
 
+def _job_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    hints = s["hints"]
+    for job in hints["jobs"]:
+        done = f"{job['position']} of {job['files']} files ({_share(job['position'] / max(1, job['files']))})"
+        counted = f"{job['hits']} hits, {job['misses']} misses, {text(job['bytes_read'])} read"
+        yield f"job {job['job'] & 0xFFFF:04x}", f"epoch {job['epoch']}, {done}: {counted}"
+    if hints["jobs"]:
+        yield "read ahead", f"{text(hints['held_bytes'])} of at most {text(hints['bound_bytes'])} held"
+
+
 def summary(s: dict[str, Any]) -> str:
     """One line."""
     return (
@@ -77,6 +87,8 @@ def table(s: dict[str, Any]) -> Table:
         grid.add_row(heading, line)
     grid.add_row("throughput", f"{text(source['bytes_per_second'])}/s from the source")
     grid.add_row("errors of source", f"{source['errors']}; {source['changed_files']} files changed")
+    for heading, line in _job_lines(s):
+        grid.add_row(heading, line)
     grid.add_row("epochs seen", str(s["epochs"]))
     grid.add_row("hit rate", _share(s["hit_rate"]))
     for line in epochs_table(s)[-5:]:
