@@ -15,6 +15,7 @@ import select
 import signal
 import socket
 import sys
+from collections import deque
 from contextlib import suppress
 
 from coordlfs.kernel import fuse, pages, paths, process
@@ -50,6 +51,7 @@ class Keeper:
         self.limit = limit
         self.readahead = readahead
         self.pins: dict[int, tuple[int, int]] = {}
+        self.fetching: deque[_Request] = deque()
         self.watch = OpenWatch()
         self.sentinels: dict[int, int] = {}  # watch → item
 
@@ -59,10 +61,12 @@ class Keeper:
         poll.register(self.sock, select.POLLIN)
         poll.register(self.watch.fd, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll()}
+            ready = {fd for fd, _ in poll.poll(0 if self.fetching else None)}
             if self.watch.fd in ready:
                 self._report_opened()
             if self.sock.fileno() not in ready:
+                if self.fetching:
+                    self._end_fetch(self.fetching.popleft())
                 continue
             packet = self.sock.recv(MAX_PACKET)
             if not packet:
@@ -89,8 +93,7 @@ class Keeper:
                 self._drop_pages(request.path, 0, 0)
                 self.sock.send(request.reply(Outcome.PURGED))
             elif request.verb == Verb.FETCH:
-                if self._begin_fetch(request):
-                    pinning.append(request)
+                self._begin_fetch(request)
             elif request.verb == Verb.LET_GO:
                 if request.item not in self.pins:
                     self._drop_pages(request.path, request.offset, request.length)
@@ -133,26 +136,21 @@ class Keeper:
             left = pages.resident(request.fd, request.offset, request.length)
         return not left
 
-    def _begin_fetch(self, request: _Request) -> bool:
-        try:
+    def _begin_fetch(self, request: _Request) -> None:
+        """Start reading. It is waited for when nothing else is asked, so that the source always has something to do."""
+        with suppress(OSError):  # whoever reads it gets the error
             request.fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY)
             pages.prefetch(request.fd, request.offset, request.length, self.readahead)
-        except OSError:
-            self._end_fetch(request)
-            return False
-        return True
+        self.fetching.append(request)
 
     def _end_fetch(self, request: _Request) -> None:
         if request.fd >= 0:
-            with suppress(OSError):  # whoever reads it gets the error
+            with suppress(OSError):
                 pages.wait_fetched(request.fd, request.offset, request.length, fuse.MAX_READ)
             os.close(request.fd)
         self.sock.send(request.reply(Outcome.FETCHED))
 
     def _finish(self, request: _Request) -> None:
-        if request.verb == Verb.FETCH:
-            self._end_fetch(request)
-            return
         try:
             address = pages.map_file(request.fd, request.offset, request.length)
         except OSError as e:

@@ -109,15 +109,18 @@ class Hints:
 
     # -- an epoch -----------------------------------------------------------------------------------------------
 
-    def begin(self, epoch: int, order: Sequence[Any], number: Callable[[Any], int] | None = None) -> None:
-        """This reader begins an epoch, and will read `order`: paths, or what `number` gives a file's number for.
+    def begin(
+        self, epoch: int, order: Sequence[Any], number: Callable[[Any], int] | None = None, position: int = 0
+    ) -> None:
+        """This reader begins an epoch, and will read `order` from `position` on.
 
-        It is asked window by window, since the kernel may have to ask for a file that it does not know.
+        `order` are paths, or what `number` gives a file's number for, which is asked window by window, since the kernel
+        may have to ask for a file that it does not know.
         """
         self._epoch = epoch & (1 << 63) - 1
         self._order, self._number = order, number or self.number
-        self._position = self._announced = self._told = 0
-        self._send(min(len(self._order), _FIRST))
+        self._position = self._announced = self._told = position
+        self._send(_FIRST)
 
     def advance(self, count: int = 1) -> None:
         """The reader is about to read the next `count` files."""
