@@ -149,10 +149,10 @@ class FetchAhead:
     def _step(self) -> None:
         """Give the keepers what they have time for."""
         bound = self.bound
-        for record in self.orders.trim(bound):
-            self._let_go(record)
-        while not self._admission.is_busy():
-            entry = self.orders.next(bound)
+        while True:
+            for record in self.orders.trim(bound):
+                self._let_go(record)
+            entry = None if self._admission.is_busy() else self.orders.next(bound)
             if entry is None:
                 return
             size = self._catalog.size(entry.record)

@@ -15,6 +15,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 COMMAND = 1 << 30 | 0xC1 << 8 | 1  # _IOC(_IOC_WRITE, 0xC1, 1, size of the message), less the size
 MAGIC = b"CLH1"
@@ -102,7 +103,11 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class Reader:
-    """One order. Files go from `waiting` to `ahead` when they are fetched, and to `behind` when they are passed."""
+    """One order. Files go from `waiting` to `ahead` when they are fetched, and to `behind` when they are passed.
+
+    The first `late` of those that wait were passed already. They are fetched all the same: the indices were handed out,
+    and whoever got them is likely not to have read them yet.
+    """
 
     job: Job
     pid: int
@@ -112,6 +117,7 @@ class Reader:
     end: int  # place after the last file that was announced
     heard: float
     unknown: int = 0  # places between the position and the first file that is known
+    late: int = 0
     waiting: deque[Entry] = field(default_factory=deque)
     ahead: deque[Entry] = field(default_factory=deque)
     behind: deque[Entry] = field(default_factory=deque)
@@ -151,7 +157,7 @@ class Orders:
         follows = hint.epoch == reader.epoch and hint.start == reader.end and hint.position >= reader.position
         if follows:
             passed = hint.position - reader.position
-            left = len(reader.ahead) + len(reader.waiting) - max(0, passed - reader.unknown)
+            left = len(reader.ahead) + len(reader.waiting) - reader.late - max(0, passed - reader.unknown)
             if left + len(hint.numbers) > AHEAD:
                 raise HintError(errno.ENOBUFS, f"more than {AHEAD} files announced before they are asked for")
             self._pass(reader, passed)
@@ -184,7 +190,7 @@ class Orders:
             self._let_go(reader, entry)
         reader.ahead.clear()
         reader.waiting.clear()
-        reader.ahead_bytes = 0
+        reader.ahead_bytes = reader.late = 0
         if hint.epoch != reader.epoch:
             reader.epoch = hint.epoch
             if reader.job.epoch != hint.epoch:
@@ -217,16 +223,26 @@ class Orders:
             if reader.ahead:
                 entry = reader.ahead.popleft()
                 reader.ahead_bytes -= entry.held
+                reader.behind.append(entry)
+                reader.behind_bytes += entry.held
             else:
-                entry = reader.waiting.popleft()
-                entry.held = self._cost(entry.record) if entry.record >= 0 else 0
-            if entry.record < 0:
-                continue
-            self._count(reader.job, entry)
-            if entry.held:
-                self.kept.add(entry.record)
-            reader.behind.append(entry)
-            reader.behind_bytes += entry.held
+                entry = reader.waiting[reader.late]
+                reader.late += 1
+            if entry.record >= 0:
+                self._count(reader.job, entry)
+        while reader.late > AHEAD:
+            self._pass_late(reader)
+
+    def _pass_late(self, reader: Reader) -> Entry:
+        """The first of those that wait was passed, and now lies behind, fetched or not."""
+        entry = reader.waiting.popleft()
+        reader.late -= 1
+        entry.held = self._cost(entry.record) if entry.record >= 0 else 0
+        if entry.held:
+            self.kept.add(entry.record)
+        reader.behind.append(entry)
+        reader.behind_bytes += entry.held
+        return entry
 
     def _count(self, job: Job, entry: Entry) -> None:
         if not entry.counted:
@@ -254,22 +270,32 @@ class Orders:
         share = bound // max(1, len(self.readers))
         for key in list(self.readers):
             reader = self.readers[key]
-            while reader.waiting:
-                entry = reader.waiting[0]
-                cost = self._cost(entry.record) if entry.record >= 0 else 0
-                fits = cost <= share // 2
-                if fits and reader.ahead_bytes + cost > share // 2:
-                    break
-                reader.waiting.popleft()
-                reader.ahead.append(entry)
-                if not cost or not fits:
-                    continue
-                entry.held = cost
-                reader.ahead_bytes += cost
-                self.kept.add(entry.record)
-                self.readers[key] = self.readers.pop(key)  # the others' turn
-                return entry
+            while (entry := self._next_of(reader, share)) is not None:
+                if entry.held:
+                    self.readers[key] = self.readers.pop(key)  # the others' turn
+                    return entry
         return None
+
+    def _next_of(self, reader: Reader, share: int) -> Entry | None:
+        """The next file of a reader, which holds nothing where there is nothing to fetch."""
+        if not reader.waiting:
+            return None
+        if reader.late:
+            entry = self._pass_late(reader)
+            return entry if entry.held <= share // 2 else self._next_of(reader, share)
+        entry = reader.waiting[0]
+        cost = self._cost(entry.record) if entry.record >= 0 else 0
+        if cost > share // 2:
+            cost = 0  # too large to be held at all
+        if reader.ahead_bytes + cost > share // 2:
+            return None
+        reader.waiting.popleft()
+        reader.ahead.append(entry)
+        if cost:
+            entry.held = cost
+            reader.ahead_bytes += cost
+            self.kept.add(entry.record)
+        return entry
 
     def trim(self, bound: int) -> Iterator[int]:
         """Records to let go: where more than half of a reader's share lies behind it, those that it passed longest ago;
@@ -331,7 +357,7 @@ class Orders:
         """Bytes kept for readers, but for what is pinned."""
         return sum(reader.ahead_bytes + reader.behind_bytes for reader in self.readers.values())
 
-    def figures(self) -> list[dict[str, int]]:
+    def figures(self) -> list[dict[str, Any]]:
         """Of every job, for `status`."""
         found = []
         for job in self.jobs.values():
@@ -339,7 +365,7 @@ class Orders:
             here = [r for r in readers if r.epoch == job.epoch]
             found.append(
                 {
-                    "job": job.name,
+                    "job": f"{job.name:016x}",
                     "user": job.uid,
                     "readers": len(readers),
                     "epoch": job.epoch,

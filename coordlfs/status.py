@@ -44,7 +44,7 @@ def _job_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for job in hints["jobs"]:
         done = f"{job['position']} of {job['files']} files ({_share(job['position'] / max(1, job['files']))})"
         counted = f"{job['hits']} hits, {job['misses']} misses, {text(job['bytes_read'])} read"
-        yield f"job {job['job'] & 0xFFFF:04x}", f"epoch {job['epoch']}, {done}: {counted}"
+        yield f"job {job['job'][-4:]}", f"epoch {job['epoch']}, {done}: {counted}"
     if hints["jobs"]:
         yield "read ahead", f"{text(hints['held_bytes'])} of at most {text(hints['bound_bytes'])} held"
 
