@@ -149,10 +149,13 @@ class FetchAhead:
     def _step(self) -> None:
         """Give the keepers what they have time for."""
         bound = self.bound
-        while True:
-            for record in self.orders.trim(bound):
+        while not self._admission.is_busy():
+            # Not before a keeper has time for it: what is wanted again by then stays.
+            record = next(self.orders.trim(bound), None)
+            if record is not None:
                 self._let_go(record)
-            entry = None if self._admission.is_busy() else self.orders.next(bound)
+                continue
+            entry = self.orders.next(bound)
             if entry is None:
                 return
             size = self._catalog.size(entry.record)

@@ -298,8 +298,10 @@ class Orders:
         return entry
 
     def trim(self, bound: int) -> Iterator[int]:
-        """Records to let go: where more than half of a reader's share lies behind it, those that it passed longest ago;
-        where more than half lies ahead, since the bound or the share has become less, those that it needs last.
+        """Records to let go; whoever stops asking in between may ask anew.
+
+        Where more than half of a reader's share lies behind it, those that it passed longest ago; where more than half
+        lies ahead, since the bound or the share has become less, those that it needs last; and what nobody wants.
         """
         share = bound // max(1, len(self.readers))
         for reader in self.readers.values():
@@ -311,10 +313,10 @@ class Orders:
                 entry = reader.ahead.pop()
                 reader.waiting.appendleft(entry)
                 reader.ahead_bytes -= entry.held
-                if entry.held and self.wanted[entry.record] == 1:
+                held, entry.held = entry.held, 0
+                if held and self.wanted[entry.record] == 1:
                     self.kept.discard(entry.record)
                     yield entry.record
-                entry.held = 0
         while self.free:
             record = self.free.popleft()
             if record not in self.wanted and record in self.kept:

@@ -6,7 +6,6 @@ without hints. Needs neither torch nor the coordlfs package.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import logging
@@ -66,7 +65,6 @@ class Hints:
         self.job = secrets.randbits(63) if job is None else job & (1 << 63) - 1
         self.reader = secrets.randbits(63)
         self._device = os.stat(root).st_dev
-        self._fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._owner = os.getpid()
         self._epoch = 0
         self._order: Sequence[Any] = ()
@@ -90,14 +88,8 @@ class Hints:
         return None
 
     def close(self) -> None:
-        """Close the mount's root; what was announced is forgotten by the mount when the process ends."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __del__(self) -> None:
-        with suppress(Exception):
-            self.close()
+        """Announce nothing more; what was announced is forgotten by the mount when the process ends."""
+        self._quiet_until = float("inf")
 
     def number(self, path: str | bytes | os.PathLike[str]) -> int:
         """The number of a file; 0 for one that is not a file of the mount."""
@@ -119,6 +111,8 @@ class Hints:
         """
         self._epoch = epoch & (1 << 63) - 1
         self._order, self._number = order, number or self.number
+        with suppress(OSError):
+            self._device = os.stat(self.root).st_dev  # it may have been mounted anew
         self._position = self._announced = self._told = position
         self._send(_FIRST)
 
@@ -138,7 +132,7 @@ class Hints:
         self._announced = max(self._announced, self._position)
         count = max(0, min(most, self._position + _WINDOW - self._announced, len(self._order) - self._announced))
         now = time.monotonic()
-        if now < self._quiet_until or self._fd < 0 or os.getpid() != self._owner:
+        if now < self._quiet_until or os.getpid() != self._owner:
             return
         numbers = array("Q", map(self._number, self._order[self._announced : self._announced + count]))
         if sys.byteorder == "big":
@@ -148,9 +142,14 @@ class Hints:
         message = bytearray(_HEADER.pack(_MAGIC, count, *fields) + numbers.tobytes())
         self._told, self._told_at = self._position, now
         try:
-            fcntl.ioctl(self._fd, _COMMAND | len(message) << 16, message)
+            # Opened each time, which costs no message: a descriptor that is kept would keep the mount busy.
+            root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(root, _COMMAND | len(message) << 16, message)
+            finally:
+                os.close(root)
             self._announced += count
         except OSError as e:
             # Nobody who trains wants to hear of it, unless he asks.
             log.debug("no hints to %s: %s", self.root, e)
-            self._quiet_until = float("inf") if e.errno in (errno.ENOTTY, errno.EINVAL, errno.EBADF) else now + _PAUSE
+            self._quiet_until = now + _PAUSE

@@ -7,11 +7,12 @@ import fcntl
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mounts import (
     MakeMount,
     Mount,
     eventually,
+    forget,
     page_count,
     raises,
     read,
@@ -307,3 +309,34 @@ def test_large_files_are_read_ahead_by_their_chunks(source: Path, mount: MakeMou
         print(mounted.log.read_text())
         assert mounted.source_bytes() == 60 * MIB
         assert mounted.stats()["epoch"]["items"] == 6
+
+
+def test_what_another_node_caches_is_read_ahead_from_there(source: Path, mount: MakeMount, files: list[str]) -> None:
+    with ExitStack() as stack:
+        socks = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for sock in socks:
+            sock.bind(("127.0.0.1", 0))
+        ports = [sock.getsockname()[1] for sock in socks]
+    peers = ",".join(f"127.0.0.1:{port}" for port in ports)
+    nodes = [mount(source, "16M", "--listen", f"127.0.0.1:{port}", "--peers", peers) for port in ports]
+    eventually(lambda: all(node.stats()["peers"]["alive"] == 1 for node in nodes))
+    for node in nodes:
+        for name in files:
+            read(node.path / name)
+        node.settle()
+    here = nodes[0]
+    owned = [name for name in files if here.cached(name) == "pinned"]
+    assert 0 < len(owned) < COUNT
+    for name in set(files) - set(owned):
+        forget(here.path / name)
+    before = here.stats()
+    with hinting(here) as hints:
+        hints.begin(0, [here.path / name for name in files[:250]])
+        eventually(lambda: all(resident(here.path / name) for name in files[:250]))
+        for name in files[:250]:
+            hints.advance()
+            assert read(here.path / name) == read(source / name)
+    after = here.stats()
+    elsewhere = len(set(files[:250]) - set(owned))
+    assert after["source"]["bytes"] == before["source"]["bytes"]
+    assert after["peers"]["bytes"] - before["peers"]["bytes"] == elsewhere * SIZE
