@@ -162,8 +162,8 @@ class ByteLane:
             self._counters.add("direct_opens")
             self._reply(fuse.error_reply(unique, errno.ENOSYS))
         elif opcode == fuse.IOCTL:
-            _, _, command, _, size, _ = fuse.IOCTL_IN.unpack_from(request, fuse.IN_HEADER.size)
-            if node == fuse.ROOT_NODE and command & ~_SIZE_BITS == hints.COMMAND:
+            _, flags, command, _, size, _ = fuse.IOCTL_IN.unpack_from(request, fuse.IN_HEADER.size)
+            if flags & fuse.IOCTL_DIR and command & ~_SIZE_BITS == hints.COMMAND:
                 body = message[fuse.IN_HEADER.size + fuse.IOCTL_IN.size :]
                 self._answer(unique, pid, self._hint, unique, body[:size], uid, pid)
                 return

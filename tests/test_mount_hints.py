@@ -195,10 +195,9 @@ def test_hints_that_are_not_true_are_refused_or_cost_the_fetch(
         for bad in (good[:-1], good + b"\0", b"x" * len(good), b"", message([1], length=0)):
             raises(errno.EINVAL, lambda bad=bad: send(root, bad))  # type: ignore[misc]
         assert "is refused" in mounted.log.read_text()
-        for where in (files[0], "d"):
-            fd = os.open(mounted.path / where, os.O_RDONLY)
-            raises(errno.ENOTTY, lambda fd=fd: send(fd, good))  # type: ignore[misc]
-            os.close(fd)
+        fd = os.open(mounted.path / files[0], os.O_RDONLY)
+        raises(errno.ENOTTY, lambda: send(fd, good))
+        os.close(fd)
         raises(errno.ENOTTY, lambda: send(root, good, COMMAND + 1))
         raises(errno.EROFS, lambda: os.setxattr(mounted.path, "user.coordl.hint", good))
         # Numbers of nothing, of a directory, of the root; one file again and again.
@@ -227,6 +226,23 @@ except PermissionError:
     assert script(text, mounted.path, os.stat(mounted.path / "secret").st_ino) == "refused\n"
     for name in files:
         assert read(mounted.path / name) == read(source / name)
+
+
+def test_who_sees_a_part_of_the_mount_may_send_hints(source: Path, place: Path, mount: MakeMount) -> None:
+    (source / "train").mkdir()
+    names = write_files(source / "train", 20, SIZE)
+    mounted = mount(source, "0")
+    part = place / "part"
+    part.mkdir()
+    subprocess.run(["mount", "--bind", mounted.path / "train", part], check=True)
+    try:
+        hints = Hints.for_files(part / name for name in names)
+        assert hints is not None
+        assert hints.root == str(part)
+        hints.begin(0, [part / name for name in names])
+        eventually(lambda: all(resident(part / name) for name in names))
+    finally:
+        subprocess.run(["umount", part], check=True)
 
 
 def test_many_hostile_orders_hold_up_nobody(source: Path, mount: MakeMount, files: list[str]) -> None:

@@ -18,6 +18,7 @@ ATTR = struct.Struct(
     "=QQQqqqIIIIIIIIII"
 )  # ino size blocks, times, their nanoseconds, mode nlink uid gid rdev blksize flags
 IOCTL_IN = struct.Struct("=QIIQII")  # fh flags cmd arg in_size out_size; what it takes in follows
+IOCTL_DIR = 1 << 4  # in flags: of a directory
 IOCTL_OUT = struct.Struct("=iIII")  # result, and three of no use here
 INVAL_INODE = struct.Struct("=QqQ")  # nodeid offset length
 INVAL_ENTRY = struct.Struct("=QII")  # parent namelen flags
