@@ -17,9 +17,9 @@ from coordlfs_tools.bench.dataset import Images
 from coordlfs_tools.bench.machine import BenchError, cgroup, drop_pages
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate
 
-_THROTTLE = 50_000_000  # bytes per second
-_FILES, _QUICK_FILES = 8_000, 1_000
-_BATCH = 256  # so that a batch takes longer than the tenth of a second in which the kernel lets a slow disk catch up
+_THROTTLE = 25_000_000  # bytes per second
+_FILES, _QUICK_FILES = 4_000, 600
+_BATCH = 128  # so that a batch takes longer than the tenth of a second in which the kernel lets a slow disk catch up
 _READERS = 8
 _ROUNDS = 3
 _WORKERS = (0, 2)  # of the DataLoader; 0: the training process reads, and computes in turn
