@@ -72,6 +72,7 @@ class Broker:
         self._group: Group | None = None
         self._profile: Message = {}
         self._stage = -1
+        self._length = 0  # bytes of the stage's file
         self._epochs: dict[int, Epoch] = {}
         self._dead: dict[str, tuple[int, int]] = {}  # worker → what it died of, until its job says how
         self._causes: dict[str, str] = {}  # the other way round
@@ -223,7 +224,7 @@ class Broker:
         if self._group is None:
             self._group = Group(stage_bytes, patience)
             self._group.now = time.monotonic()
-            self._profile, self._stage = profile, stage.create("coordlfs-stage")
+            self._profile, self._stage, self._length = profile, stage.create("coordlfs-stage"), 0
         different = [
             f"{key.replace('_', ' ')} is {profile.get(key)!r} here and {self._profile.get(key)!r} there"
             for key in {**self._profile, **profile}
@@ -337,8 +338,11 @@ class Broker:
                     self._deliver(action)
                 case Task(worker, epoch, number):
                     self._give_task(self._clients[worker], epoch, number)
-                case Write(worker, slot):
-                    self._send(self._clients[worker], {"verb": "write", "slot": slot})
+                case Write(worker, slot, room):
+                    if slot + room > self._length:
+                        self._length = slot + room
+                        os.ftruncate(self._stage, self._length)
+                    self._send(self._clients[worker], {"verb": "write", "slot": slot, "room": room})
                 case Drop(worker) if worker in self._clients:
                     self._send(self._clients[worker], {"verb": "drop"})
                 case Discard(slot, size):
@@ -347,11 +351,12 @@ class Broker:
                     self._send(self._clients[job], {"verb": "notice", "text": said})
 
     def _deliver(self, d: Deliver) -> None:
-        message: Message = {"verb": "batch", "run": d.run, "number": d.number, "slot": d.slot, "size": d.size}
+        message: Message = {"verb": "batch", "run": d.run, "number": d.number, "size": d.size}
+        if not d.copied:
+            message |= {"slot": d.slot, "room": d.room}
         if d.error is not None:
             message["error"] = d.error
         copied = stage.copy(self._stage, d.slot, d.size) if d.copied else None
-        message["copied"] = d.copied
         self._send(self._clients[d.job], message, copied)
         if copied is not None:
             os.close(copied)

@@ -37,7 +37,8 @@ class Deliver(NamedTuple):
     epoch: int
     number: int
     slot: int
-    size: int
+    room: int  # the slot's size
+    size: int  # the batch's
     copied: bool
     error: str | None
 
@@ -55,6 +56,7 @@ class Write(NamedTuple):
 
     worker: int
     slot: int
+    room: int
 
 
 class Drop(NamedTuple):
@@ -382,8 +384,9 @@ class Group:
         self.copied += copied
         batch.fresh = False
         self._fresh.pop(batch.key, None)
-        slot = -1 if batch.slot is None else batch.slot
-        self._actions.append(Deliver(job.id, job.run, batch.epoch, batch.number, slot, batch.size, copied, batch.error))
+        slot, room = (-1, 0) if batch.slot is None else (batch.slot, self.slots.size(batch.slot))
+        what = (slot, room, batch.size, copied, batch.error)
+        self._actions.append(Deliver(job.id, job.run, batch.epoch, batch.number, *what))
         self._classify(batch)
 
     def _hold(self, job: Job, batch: Batch) -> None:
@@ -435,7 +438,7 @@ class Group:
                 continue
             worker.slot, discarded = allocated
             self._actions += [Discard(*slot) for slot in discarded]
-            self._actions.append(Write(worker.id, worker.slot))
+            self._actions.append(Write(worker.id, worker.slot, self.slots.size(worker.slot)))
             del self._wanting[worker.id]
             done = True
         return done

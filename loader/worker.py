@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from coordlfs_loader import order, payload, stage, wire
-from coordlfs_loader.client import keep_order
+from coordlfs_loader.client import keep_order, slot_of
 from coordlfs_loader.randomness import Seeded
 from torch._utils import ExceptionWrapper
 from torch.utils.data._utils import worker as torch_worker
@@ -135,6 +135,7 @@ class _Worker:
         if answer["verb"] != "joined" or area is None:
             return
         orders: dict[int, int] = {}
+        writer = stage.Writer(area)
         try:
             wire.send(sock, {"verb": "idle"})
             buffers: list[Any] = []
@@ -149,7 +150,7 @@ class _Worker:
                         size, buffers = self._preparer.prepare(orders[serial], epoch, batch, self._where)
                         wire.send(sock, {"verb": "wants", "size": size})
                     case "write":
-                        stage.write(area, buffers, wire.integer(message, "slot"))
+                        writer.write(slot_of(message), buffers)
                         wire.send(sock, {"verb": "wrote", "idle": True})
                         buffers = []
                     case "drop":
@@ -157,5 +158,6 @@ class _Worker:
                     case _:
                         return
         finally:
+            writer.close()
             for fd in (area, *orders.values()):
                 os.close(fd)

@@ -72,7 +72,7 @@ class GroupMachine(RuleBasedStateMachine):
                     assert worker not in self.retired
                     self.idle.discard(worker)
                     self.tasks[worker] = (epoch, number)
-                case Write(worker, slot):
+                case Write(worker, slot, _):
                     self.wants.discard(worker)
                     self.memory.pop(slot, None)
                     for job in self.jobs.values():  # nobody else may be reading there, or writing
@@ -337,7 +337,7 @@ class GroupMachine(RuleBasedStateMachine):
                 if worker in self.writes:
                     self.write_one(worker)
                     moved = True
-                elif worker not in self.wants:
+                elif worker in self.tasks and worker not in self.wants:  # others' news may have sent it away
                     self.finish_one(worker, LARGEST)
                     moved = True
             if not moved:
