@@ -111,6 +111,7 @@ class Client:
         self._place: Place | None = None
         self._runs = 0
         self._payload: list[Any] | None = None  # prepared, and waits for room
+        self._size = 0  # bytes of it
         self._asked = False  # for a task
         self._died = 0  # brokers, since the last batch
         self._join()
@@ -304,10 +305,7 @@ class Client:
             case "task":
                 self._prepare(message, fd)
             case "write":
-                assert self._payload is not None
-                self._writer.write(slot_of(message), self._payload)
-                self._payload, self._asked = None, False
-                self._send({"verb": "wrote"})
+                self._write(message)
             case "drop":
                 self._payload, self._asked = None, False
             case "notice":
@@ -323,7 +321,17 @@ class Client:
             keep_order(self._orders, wire.integer(message, "order"), fd)
         order = self._orders[wire.integer(message, "order")]
         size, self._payload = self._on_task(order, wire.integer(message, "epoch"), wire.integer(message, "number"))
-        self._send({"verb": "wants", "size": size})
+        self._size = size
+        if size <= message.get("room", 0):
+            self._write(message)
+        else:
+            self._send({"verb": "wants", "size": size})
+
+    def _write(self, message: Message) -> None:
+        assert self._payload is not None
+        self._writer.write(slot_of(message), self._payload)
+        self._payload, self._asked = None, False
+        self._send({"verb": "wrote", "size": self._size})
 
     def take(self) -> tuple[int, memoryview | None, str | None]:
         """The next batch that was handed over: its number, its payload, or why it cannot be had."""

@@ -136,9 +136,17 @@ class _Worker:
             return
         orders: dict[int, int] = {}
         writer = stage.Writer(area)
+        size = 0
+        buffers: list[Any] = []
+
+        def write(message: wire.Message) -> None:
+            nonlocal buffers
+            writer.write(slot_of(message), buffers)
+            buffers = []
+            wire.send(sock, {"verb": "wrote", "size": size, "idle": True})
+
         try:
             wire.send(sock, {"verb": "idle"})
-            buffers: list[Any] = []
             while True:
                 message, fd = receive()
                 match message["verb"]:
@@ -148,11 +156,12 @@ class _Worker:
                             keep_order(orders, serial, fd)
                         epoch, batch = wire.integer(message, "epoch"), wire.integer(message, "number")
                         size, buffers = self._preparer.prepare(orders[serial], epoch, batch, self._where)
-                        wire.send(sock, {"verb": "wants", "size": size})
+                        if size <= message.get("room", 0):
+                            write(message)
+                        else:
+                            wire.send(sock, {"verb": "wants", "size": size})
                     case "write":
-                        writer.write(slot_of(message), buffers)
-                        wire.send(sock, {"verb": "wrote", "idle": True})
-                        buffers = []
+                        write(message)
                     case "drop":
                         buffers = []
                     case _:
