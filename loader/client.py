@@ -106,10 +106,12 @@ class Client:
         self._on_task = on_task
         self._connection: Connection | None = None
         self._stage = -1
+        self._reader, self._writer = stage.Reader(-1), stage.Writer(-1)
         self._orders: dict[int, int] = {}
         self._place: Place | None = None
         self._runs = 0
         self._payload: list[Any] | None = None  # prepared, and waits for room
+        self._size = 0  # bytes of it
         self._asked = False  # for a task
         self._died = 0  # brokers, since the last batch
         self._join()
@@ -131,7 +133,7 @@ class Client:
             connection.sock.settimeout(None)
             assert fd is not None
             self._close_files()
-            self._stage = fd
+            self._stage, self._reader, self._writer = fd, stage.Reader(fd), stage.Writer(fd)
             self._connection = connection
             return
 
@@ -184,6 +186,8 @@ class Client:
         for fd in (self._stage, *self._orders.values()):
             if fd >= 0:
                 os.close(fd)
+        self._writer.close()
+        self._reader = stage.Reader(-1)
         self._stage = -1
         self._orders.clear()
 
@@ -301,10 +305,7 @@ class Client:
             case "task":
                 self._prepare(message, fd)
             case "write":
-                assert self._payload is not None
-                stage.write(self._stage, self._payload, wire.integer(message, "slot"))
-                self._payload, self._asked = None, False
-                self._send({"verb": "wrote"})
+                self._write(message)
             case "drop":
                 self._payload, self._asked = None, False
             case "notice":
@@ -320,7 +321,17 @@ class Client:
             keep_order(self._orders, wire.integer(message, "order"), fd)
         order = self._orders[wire.integer(message, "order")]
         size, self._payload = self._on_task(order, wire.integer(message, "epoch"), wire.integer(message, "number"))
-        self._send({"verb": "wants", "size": size})
+        self._size = size
+        if size <= message.get("room", 0):
+            self._write(message)
+        else:
+            self._send({"verb": "wants", "size": size})
+
+    def _write(self, message: Message) -> None:
+        assert self._payload is not None
+        self._writer.write(slot_of(message), self._payload)
+        self._payload, self._asked = None, False
+        self._send({"verb": "wrote", "size": self._size})
 
     def take(self) -> tuple[int, memoryview | None, str | None]:
         """The next batch that was handed over: its number, its payload, or why it cannot be had."""
@@ -338,13 +349,19 @@ class Client:
                 payload = memoryview(bytearray(size))
                 stage.read(fd, payload)
             else:
-                slot = wire.integer(message, "slot")
-                payload = stage.view(self._stage, slot, size, partial(connection.free, slot))
+                slot = slot_of(message)
+                payload = self._reader.view(slot, partial(connection.free, slot[0]))[:size]
+                self._reader.trim()
         finally:
             if fd is not None:
                 os.close(fd)
         self._send({"verb": "take"})
         return wire.integer(message, "number"), payload, None
+
+
+def slot_of(message: Message) -> stage.Slot:
+    """The slot that a message tells of."""
+    return wire.integer(message, "slot"), wire.integer(message, "room", 1)
 
 
 def keep_order(orders: dict[int, int], serial: int, fd: int) -> None:
