@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import socket
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,17 @@ def _paths(found: Any, length: int) -> Callable[[int], Path] | None:
     if isinstance(found[0], tuple) and found[0] and isinstance(found[0][0], str | bytes | os.PathLike):
         return lambda index: found[index][0]
     return found.__getitem__ if isinstance(found[0], str | bytes | os.PathLike) else None
+
+
+_locks: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for lock in list(_locks):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)  # workers must not hold what their dead job held
 
 
 class Announcer:
@@ -102,6 +114,7 @@ class Announcer:
             except OSError:
                 lock.close()
                 return False
+            _locks.add(lock)
             self._lock = lock
         if not self._looked:
             self._looked = True

@@ -122,10 +122,12 @@ class CoordinatedLoader:
         epoch = self._session.client.enter(self._epoch if resume is None else int(resume["epoch"]))
         at = None if resume is None else (int(resume["start"]), int(resume["taken"]))
         batches = self._draw(epoch)
+        if self._announcer is not None:  # first, since with `begin` workers begin to read
+            self._announcer.begin(epoch, batches, *(at or (0, 0)))
         place = self._session.client.begin(Order(epoch, batches), len(self.dataset), at)
         self._epoch = epoch + 1
-        if self._announcer is not None:
-            self._announcer.begin(epoch, batches, place.start or 0, place.taken)
+        if self._announcer is not None and at is None and place.start:
+            self._announcer.begin(epoch, batches, place.start, 0)  # it is late, and begins where the others are
         self._walk = _Walk(self._session, place, self.timeout, len(self), self._announcer)
         return self._walk
 
