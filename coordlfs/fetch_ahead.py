@@ -45,7 +45,7 @@ class FetchAhead:
         self._epochs = epochs
         self._counters = counters
         self._memory = memory
-        self.orders = Orders(self._find, self._cost)
+        self.orders = Orders(self._find, self._cost, self._was_missed)
         self._told: Job | None = None  # the job whose epoch is the mount's
         self._processes: dict[int, int] = {}  # of readers: thread that spoke → pidfd
         self._lock = admission.lock
@@ -123,6 +123,10 @@ class FetchAhead:
     def _cost(self, record: int) -> int:
         size = self._catalog.size(record)
         return max(0, pages.count(size) - self._catalog.pinned_pages(record)) * pages.PAGE
+
+    def _was_missed(self, job: Job, record: int) -> bool:
+        current = self._epochs.current.number
+        return job is self._told and job.begun and self._catalog.last_miss(record)[0] == current
 
     def _tell(self, job: Job) -> None:
         """Have the mount's epochs follow the job that leads."""

@@ -130,12 +130,19 @@ class Orders:
     """The orders of all readers. Not thread-safe.
 
     `find` gives record, bytes and number of items of a file by its inode number, or None; `cost` the bytes that it
-    takes to keep what of a file is not pinned.
+    takes to keep what of a file is not pinned; `was_missed` whether it was read from the source in a job's epoch,
+    before that job announced it.
     """
 
-    def __init__(self, find: Callable[[int], tuple[int, int, int] | None], cost: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        find: Callable[[int], tuple[int, int, int] | None],
+        cost: Callable[[int], int],
+        was_missed: Callable[[Job, int], bool],
+    ) -> None:
         self._find = find
         self._cost = cost
+        self._was_missed = was_missed
         self.readers: dict[tuple[int, int], Reader] = {}  # by user and the reader's own name for itself
         self.jobs: dict[tuple[int, int], Job] = {}
         self.wanted: Counter[int] = Counter()  # how many readers wait for, or hold, a record
@@ -186,7 +193,10 @@ class Orders:
 
     def _restart(self, reader: Reader, hint: Hint) -> None:
         """Another epoch, or another place: what was announced is void."""
-        for entry in [*reader.ahead, *reader.waiting]:
+        waiting = list(reader.waiting)
+        for entry in [*reader.ahead, *waiting[reader.late :]]:
+            self._discount(reader.job, entry)
+        for entry in [*reader.ahead, *waiting]:
             self._let_go(reader, entry)
         reader.ahead.clear()
         reader.waiting.clear()
@@ -214,6 +224,8 @@ class Orders:
         reader.waiting.append(entry)
         reader.by_record[entry.record] = entry
         self.wanted[entry.record] += 1
+        if self._was_missed(reader.job, entry.record):
+            self._miss(reader.job, entry, entry.size)
 
     def _pass(self, reader: Reader, count: int) -> None:
         reader.position += count
@@ -251,17 +263,28 @@ class Orders:
             job.items += entry.items
             job.bytes += entry.size
 
+    def _discount(self, job: Job, entry: Entry) -> None:
+        """A file that was missed ahead of its reader is not asked for after all, or is announced once more."""
+        if entry.counted:
+            job.files -= 1
+            job.items -= entry.items
+            job.bytes -= entry.size
+            job.misses -= entry.missed
+            job.bytes_read -= entry.size
+
     def missed(self, record: int, nbytes: int) -> None:
         """`nbytes` of a file were read from the source, for a reader or ahead of it."""
         for reader in self.readers.values() if record in self.wanted else ():
             entry = reader.by_record.get(record)
             if entry is not None:
-                self._count(reader.job, entry)
-                if not entry.missed:
-                    entry.missed = True
-                    reader.job.misses += 1
-                reader.job.bytes_read += nbytes
+                self._miss(reader.job, entry, nbytes)
                 return
+
+    def _miss(self, job: Job, entry: Entry, nbytes: int) -> None:
+        self._count(job, entry)
+        job.misses += not entry.missed
+        job.bytes_read += nbytes
+        entry.missed = True
 
     # -- what follows from it -----------------------------------------------------------------------------------
 

@@ -98,7 +98,7 @@ class Server:
         self.held: set[int] = set()
         self.resident: set[int] = set()
         self.ended: set[int] = set()
-        self.orders = Orders(self.find, self.cost)
+        self.orders = Orders(self.find, self.cost, lambda job, record: False)
 
     def find(self, number: int) -> tuple[int, int, int] | None:
         return (number, SIZE, 1) if 0 < number <= self.files else None
