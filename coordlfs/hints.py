@@ -74,6 +74,7 @@ class Entry:
     held: int = 0
     counted: bool = False  # as a hit or a miss
     missed: bool = False
+    read: int = 0  # bytes, from the source
 
 
 @dataclass(slots=True, eq=False)
@@ -194,8 +195,9 @@ class Orders:
     def _restart(self, reader: Reader, hint: Hint) -> None:
         """Another epoch, or another place: what was announced is void."""
         waiting = list(reader.waiting)
-        for entry in [*reader.ahead, *waiting[reader.late :]]:
-            self._discount(reader.job, entry)
+        if reader.epoch == reader.job.epoch:
+            for entry in [*reader.ahead, *waiting[reader.late :]]:
+                self._discount(reader.job, entry)
         for entry in [*reader.ahead, *waiting]:
             self._let_go(reader, entry)
         reader.ahead.clear()
@@ -270,7 +272,7 @@ class Orders:
             job.items -= entry.items
             job.bytes -= entry.size
             job.misses -= entry.missed
-            job.bytes_read -= entry.size
+            job.bytes_read -= entry.read
 
     def missed(self, record: int, nbytes: int) -> None:
         """`nbytes` of a file were read from the source, for a reader or ahead of it."""
@@ -285,6 +287,7 @@ class Orders:
         job.misses += not entry.missed
         job.bytes_read += nbytes
         entry.missed = True
+        entry.read += nbytes
 
     # -- what follows from it -----------------------------------------------------------------------------------
 

@@ -151,7 +151,7 @@ class Server:
         assert self.held <= set(orders.wanted) & orders.kept
         assert orders.held_bytes <= self.bound
         for figures in orders.figures():
-            assert figures["hits"] >= 0
+            assert min(figures["hits"], figures["misses"], figures["bytes_read"], figures["bytes"]) >= 0
             assert figures["misses"] <= figures["bytes"] // SIZE
 
 
