@@ -355,23 +355,21 @@ class Client:
         handed = place.queue.popleft()
         place.taken += 1
         message, fd = handed.message, handed.copy
-        size = wire.integer(message, "size")
-        try:
-            if message.get("error") is not None:
-                return wire.integer(message, "number"), None, wire.text(message, "error")
-            if fd is not None:
-                payload = memoryview(bytearray(size))
-                stage.read(fd, payload)
-            else:
-                slot = slot_of(message)
-                payload = handed.reader.view(slot, partial(handed.connection.free, slot[0]))[:size]
-                handed.reader.trim()
-        finally:
-            if fd is not None:
-                os.close(fd)
+        number, size = wire.integer(message, "number"), wire.integer(message, "size")
         if handed.connection is self._connection:  # another broker did not hand it over
             self._send({"verb": "take"})
-        return wire.integer(message, "number"), payload, None
+        if message.get("error") is not None:
+            return number, None, wire.text(message, "error")
+        if fd is None:
+            slot = slot_of(message)
+            handed.reader.trim()
+            return number, handed.reader.view(slot, partial(handed.connection.free, slot[0]))[:size], None
+        try:
+            payload = memoryview(bytearray(size))
+            stage.read(fd, payload)
+        finally:
+            os.close(fd)
+        return number, payload, None
 
 
 def slot_of(message: Message) -> stage.Slot:
