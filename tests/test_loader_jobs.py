@@ -23,7 +23,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("COORDLFS_RUNTIME_DIR", str(path))
     yield path
     eventually(lambda: not path.exists() or not [p for p in path.iterdir() if not p.name.endswith(".lock")])
-    assert set(os.listdir("/dev/shm")) - shared == set()
+    eventually(lambda: set(os.listdir("/dev/shm")) <= shared)  # other processes of this machine use it as well
 
 
 @pytest.fixture
