@@ -66,6 +66,16 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 @dataclass(slots=True)
+class Handed:
+    """A batch that was handed over, of the stage that it lies in: not another broker's."""
+
+    message: Message
+    copy: int | None  # descriptor of a copy
+    connection: Connection
+    reader: stage.Reader
+
+
+@dataclass(slots=True)
 class Place:
     """Where a job is in an epoch: what a new broker is told."""
 
@@ -75,14 +85,14 @@ class Place:
     start: int | None = None
     received: int = 0  # handed over
     taken: int = 0
-    queue: deque[tuple[Message, int | None]] = field(default_factory=deque)
+    queue: deque[Handed] = field(default_factory=deque)
 
     def clear(self) -> None:
         """Nothing of what was handed over is wanted."""
         while self.queue:
-            _, fd = self.queue.popleft()
-            if fd is not None:
-                os.close(fd)
+            handed = self.queue.popleft()
+            if handed.copy is not None:
+                os.close(handed.copy)
 
 
 class Client:
@@ -106,7 +116,8 @@ class Client:
         self._on_task = on_task
         self._connection: Connection | None = None
         self._stage = -1
-        self._reader, self._writer = stage.Reader(-1), stage.Writer(-1)
+        self._reader: stage.Reader | None = None
+        self._writer = stage.Writer(-1)
         self._orders: dict[int, int] = {}
         self._place: Place | None = None
         self._runs = 0
@@ -181,13 +192,15 @@ class Client:
             while (received := wire.receive(self._connection.sock)) is not None:
                 if received[0]["verb"] == "batch":
                     self._receive(*received)
+                elif received[1] is not None:
+                    os.close(received[1])
 
     def _close_files(self) -> None:
         for fd in (self._stage, *self._orders.values()):
             if fd >= 0:
                 os.close(fd)
         self._writer.close()
-        self._reader = stage.Reader(-1)
+        self._reader = None
         self._stage = -1
         self._orders.clear()
 
@@ -300,7 +313,9 @@ class Client:
                 if self._payload is None:
                     self._asked = False  # the broker counts on nobody who has something better to do
                 place.received += 1
-                place.queue.append((message, fd))
+                assert self._connection is not None
+                assert self._reader is not None
+                place.queue.append(Handed(message, fd, self._connection, self._reader))
                 self._died = 0
             case "task":
                 self._prepare(message, fd)
@@ -337,26 +352,24 @@ class Client:
         """The next batch that was handed over: its number, its payload, or why it cannot be had."""
         place = self._place
         assert place is not None
-        assert self._connection is not None
-        message, fd = place.queue.popleft()
+        handed = place.queue.popleft()
         place.taken += 1
-        connection = self._connection
-        size = wire.integer(message, "size")
+        message, fd = handed.message, handed.copy
+        number, size = wire.integer(message, "number"), wire.integer(message, "size")
+        if handed.connection is self._connection:  # another broker did not hand it over
+            self._send({"verb": "take"})
+        if message.get("error") is not None:
+            return number, None, wire.text(message, "error")
+        if fd is None:
+            slot = slot_of(message)
+            handed.reader.trim()
+            return number, handed.reader.view(slot, partial(handed.connection.free, slot[0]))[:size], None
         try:
-            if message.get("error") is not None:
-                return wire.integer(message, "number"), None, wire.text(message, "error")
-            if fd is not None:
-                payload = memoryview(bytearray(size))
-                stage.read(fd, payload)
-            else:
-                slot = slot_of(message)
-                payload = self._reader.view(slot, partial(connection.free, slot[0]))[:size]
-                self._reader.trim()
+            payload = memoryview(bytearray(size))
+            stage.read(fd, payload)
         finally:
-            if fd is not None:
-                os.close(fd)
-        self._send({"verb": "take"})
-        return wire.integer(message, "number"), payload, None
+            os.close(fd)
+        return number, payload, None
 
 
 def slot_of(message: Message) -> stage.Slot:
