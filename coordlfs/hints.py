@@ -297,18 +297,17 @@ class Orders:
         for key in list(self.readers):
             reader = self.readers[key]
             while (entry := self._next_of(reader, share)) is not None:
-                if entry.held:
+                if 0 < entry.held <= share // 2:
                     self.readers[key] = self.readers.pop(key)  # the others' turn
                     return entry
         return None
 
     def _next_of(self, reader: Reader, share: int) -> Entry | None:
-        """The next file of a reader, which holds nothing where there is nothing to fetch."""
+        """The next file of a reader; it holds nothing where there is nothing to fetch."""
         if not reader.waiting:
             return None
         if reader.late:
-            entry = self._pass_late(reader)
-            return entry if entry.held <= share // 2 else self._next_of(reader, share)
+            return self._pass_late(reader)
         entry = reader.waiting[0]
         cost = self._cost(entry.record) if entry.record >= 0 else 0
         if cost > share // 2:

@@ -259,6 +259,28 @@ def test_readers_and_windows_are_bounded() -> None:
     server.hear(message([1] * 1000, length=1 << 20, start=start, position=1000, reader=5), uid=8)
 
 
+def test_files_that_are_too_large_or_unknown_are_passed_over() -> None:
+    server = Server(AHEAD, SIZE)  # half of which is less than any file
+    for start in range(0, AHEAD, 1024):
+        numbers = [*range(start + 1, start + 1024), AHEAD + 1]
+        server.hear(message(numbers, length=AHEAD, start=start, position=start))
+    server.hear(message([], length=AHEAD, start=AHEAD, position=AHEAD))
+    assert not server.held
+    [figures] = server.orders.figures()
+    assert (figures["position"], figures["hits"], figures["misses"]) == (AHEAD, AHEAD - 8, 0)
+    assert server.orders.ignored == 8
+
+
+def test_what_is_announced_anew_counts_once() -> None:
+    server = Server(10, 100 * SIZE)
+    server.hear(message([1, 3, 5], length=6))
+    server.hear(message([3, 5, 7], length=6, start=1, position=1))  # in another place: what was announced is void
+    server.hear(message([9, 1], length=6, start=4, position=4))
+    server.hear(message([], length=6, start=6, position=6))
+    [figures] = server.orders.figures()
+    assert (figures["hits"] + figures["misses"], figures["position"]) == (5, 6)
+
+
 def test_two_readers_of_a_job_share_its_epochs_and_a_file_both_want_is_kept() -> None:
     server = Server(10, 100 * SIZE)
     server.hear(message([1, 3, 5], length=3, reader=1, job=9))
