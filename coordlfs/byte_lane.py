@@ -23,6 +23,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from coordlfs import hints
+from coordlfs.fetch_ahead import FetchAhead
 from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.libc import quick_read, quick_write
 from coordlfs.metrics import Counters
@@ -45,6 +47,7 @@ _NAMES = frozenset(
 )  # what the name lane answers; a mount that is read-only is asked nothing else that can be answered
 _SILENT = frozenset({fuse.FORGET, fuse.BATCH_FORGET})
 _LAST_OFFSET = (1 << 63) - 1 - fuse.MAX_READ
+_SIZE_BITS = 0x3FFF << 16  # of an ioctl's number
 _HANDLE = struct.Struct("=Q")
 
 
@@ -61,7 +64,13 @@ class ByteLane:
     """The threads that serve one FUSE device until it is unmounted."""
 
     def __init__(
-        self, device: int, names: socket.socket, reader: Reader, namespace: Namespace, counters: Counters
+        self,
+        device: int,
+        names: socket.socket,
+        reader: Reader,
+        namespace: Namespace,
+        ahead: FetchAhead,
+        counters: Counters,
     ) -> None:
         self.on_end: Callable[[], None] = lambda: None
         self._device = device
@@ -69,6 +78,7 @@ class ByteLane:
         self._names = names
         self._reader = reader
         self._namespace = namespace
+        self._ahead = ahead
         self._counters = counters
         self._lock = threading.Lock()
         self._total = 0
@@ -147,7 +157,7 @@ class ByteLane:
     def _dispatch(self, request: bytearray, message: memoryview, into: pages.Buffer) -> None:
         if len(message) < fuse.IN_HEADER.size:
             return  # nobody to answer
-        length, opcode, unique, node, _, _, pid, _, _ = fuse.IN_HEADER.unpack_from(request)
+        length, opcode, unique, node, uid, _, pid, _, _ = fuse.IN_HEADER.unpack_from(request)
         if not fuse.is_whole(message, length, opcode):
             log.warning("a message of kind %d is not whole", opcode)
             self._reply(fuse.error_reply(unique, errno.EINVAL))
@@ -164,6 +174,11 @@ class ByteLane:
             self._counters.add("direct_opens")
             self._reply(fuse.error_reply(unique, errno.ENOSYS))
         elif opcode == fuse.IOCTL:
+            _, flags, command, _, size, _ = fuse.IOCTL_IN.unpack_from(request, fuse.IN_HEADER.size)
+            if flags & fuse.IOCTL_DIR and command & ~_SIZE_BITS == hints.COMMAND:
+                body = message[fuse.IN_HEADER.size + fuse.IOCTL_IN.size :]
+                self._answer(unique, pid, self._hint, unique, body[:size], uid, pid)
+                return
             # Python before 3.14 asks of every file that it opens whether it is a terminal, and the kernel passes it on.
             self._counters.add("ioctls")
             self._reply(fuse.error_reply(unique, errno.ENOTTY))
@@ -226,6 +241,10 @@ class ByteLane:
     def _getattr(self, unique: int, node: int, before_wait: Callable[[], None]) -> None:
         st = self._namespace.attributes(self._namespace.record_of(node), before_wait)
         self._reply(fuse.attributes_reply(unique, node, st, believed(st)))
+
+    def _hint(self, unique: int, body: memoryview, uid: int, pid: int, before_wait: Callable[[], None]) -> None:
+        self._ahead.take(body, uid, pid, time.monotonic())
+        self._reply(fuse.ioctl_reply(unique))
 
     def _read(
         self,
