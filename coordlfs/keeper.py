@@ -3,6 +3,7 @@
 It pins an item by dropping the pages that are there (a job's READ filled them, so they are charged to the job's memory
 cgroup), mapping the file and locking the mapping, which faults the pages in again, charged to this process. It must
 not be the process that answers the READs. It works from a detached copy of the mount, so that `umount` is not busy.
+What a loader is about to read it reads ahead, and lets go when it is told to.
 
 Where the cache is memory of its own the keeper pins nothing: it reads what jobs read in part only, and holds the memory
 for a server that takes over.
@@ -18,6 +19,7 @@ import signal
 import socket
 import sys
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -72,6 +74,7 @@ class Keeper:
         self.nowhere = memoryview(pages.buffer(_FILL))  # where they all put what only the server is to have
         self.pins: dict[int, tuple[int, int]] = {}
         self.locked = 0  # bytes
+        self.fetching: deque[_Request] = deque()
         self.watch = OpenWatch()
         self.sentinels: dict[int, int] = {}  # watch → item
 
@@ -81,10 +84,12 @@ class Keeper:
         poll.register(self.sock, select.POLLIN)
         poll.register(self.watch.fd, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll()}
+            ready = {fd for fd, _ in poll.poll(0 if self.fetching else None)}
             if self.watch.fd in ready:
                 self._report_opened()
             if self.sock.fileno() not in ready:
+                if self.fetching:
+                    self._end_fetch(self.fetching.popleft())
                 continue
             packet = self.sock.recv(MAX_PACKET)
             if not packet:
@@ -114,6 +119,12 @@ class Keeper:
             elif request.verb == Verb.PURGE:
                 self._drop_pages(request.path, 0, 0)
                 self.sock.send(request.reply(Outcome.PURGED))
+            elif request.verb == Verb.FETCH:
+                self._begin_fetch(request)
+            elif request.verb == Verb.LET_GO:
+                if request.item not in self.pins:
+                    self._drop_pages(request.path, request.offset, request.length)
+                self.sock.send(request.reply(Outcome.GONE))
             elif request.verb == Verb.LIST:
                 for earlier in pinning:
                     self._finish(earlier)
@@ -155,6 +166,20 @@ class Keeper:
             os.fstat(request.fd)  # the attributes went as well: ask for them now, and not when a job needs them
             left = pages.resident(request.fd, request.offset, request.length)
         return not left
+
+    def _begin_fetch(self, request: _Request) -> None:
+        """Start reading. It is waited for when nothing else is asked, so that the source always has something to do."""
+        with suppress(OSError):  # whoever reads it gets the error
+            request.fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY)
+            pages.prefetch(request.fd, request.offset, request.length, self.readahead)
+        self.fetching.append(request)
+
+    def _end_fetch(self, request: _Request) -> None:
+        if request.fd >= 0:
+            with suppress(OSError):
+                pages.wait_fetched(request.fd, request.offset, request.length, fuse.MAX_READ)
+            os.close(request.fd)
+        self.sock.send(request.reply(Outcome.FETCHED))
 
     def _finish(self, request: _Request) -> None:
         if not self._has_room(request.length):  # others of the batch took it

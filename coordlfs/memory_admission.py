@@ -66,12 +66,6 @@ class MemoryAdmission(Admission):
             self._pending[item] = Pending()
         self._add(item, offset, data)
 
-    def keep(self, item: int, offset: int, data: memoryview, st: os.stat_result) -> None:
-        """The keeper's READ brought `data` from the source: the item wants it."""
-        with self._lock:
-            if item in self._pending and self.catalog.shows(items.record_of(item), st):
-                self._add(item, offset, data)
-
     def _add(self, item: int, offset: int, data: memoryview) -> None:
         pending = self._pending[item]
         self.memory.put(item, offset, data)
@@ -85,7 +79,7 @@ class MemoryAdmission(Admission):
     def add_keeper(self, index: int, pid: int, sock: socket.socket) -> None:
         """A keeper joins, which may have nothing to watch yet."""
         super().add_keeper(index, pid, sock)
-        with self._lock:
+        with self.lock:
             self._watched = 0
             for item in self.policy.items()[:_SENTINELS]:
                 if self.memory.is_whole(item):
@@ -111,7 +105,7 @@ class MemoryAdmission(Admission):
 
     def recover(self) -> None:
         """Take over what the last server cached."""
-        with self._lock:
+        with self.lock:
             self.catalog.clear_pinned_pages()
             for item in self.memory.recover(self._length):
                 if self.policy.admit(item, pages.count(self._length(item))):

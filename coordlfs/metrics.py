@@ -35,6 +35,9 @@ NAMES = (
     "peer_wrong_versions",
     "peer_failures",  # no answer, or an error
     "peer_bad_payloads",  # whose checksum was wrong
+    "hints",  # messages about what will be read
+    "fetched_items",  # ahead of a reader, and not to stay
+    "told_epoch",  # which epoch of which job the last hint was about, as a hash
     "peer_skipped",  # not asked, because of failures before or because too many waited
 )
 

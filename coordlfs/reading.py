@@ -107,7 +107,8 @@ class Reader:
     ) -> int:
         """Read from the peer that owns the item, else from the source, into `into`; how many bytes."""
         record = answer.record
-        if self.sharing is not None and not answer.for_peer and answer.request.pid not in self.admission.keeper_threads:
+        pinning = answer.request.pid in self.admission.keeper_threads and self.admission.is_pending(item)
+        if self.sharing is not None and not answer.for_peer and not pinning:
             n = self.sharing.fetch(item, offset, into[:size], before_wait)
             if n:
                 self.catalog.set_served(record)

@@ -27,6 +27,7 @@ from coordlfs.byte_lane import ByteLane
 from coordlfs.catalog import Catalog
 from coordlfs.control import Control
 from coordlfs.epochs import Epoch, Epochs
+from coordlfs.fetch_ahead import PROTOCOL, FetchAhead
 from coordlfs.governor import Governor
 from coordlfs.kernel import fuse, pages, process
 from coordlfs.memory_watch import MemoryWatch
@@ -90,13 +91,14 @@ def serve(config: dict[str, Any]) -> None:
     notifier = Notifier(device)
     reader = Reader(catalog, source, admission, counters, notifier)
     memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
-    stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source)
+    ahead = admission.ahead = FetchAhead(catalog, admission, epochs, counters, memory_watch)
+    stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source, ahead)
     namespace = Namespace(catalog, source, reader, counters)
     names = NameLane(catalog, source, namespace, counters)
     revalidation = Revalidation(catalog, source, namespace, reader, notifier, counters)
     control = Control(catalog, source, namespace, admission, revalidation, link.replace)
     sharing = _share(config, catalog, admission, reader, counters) if config["peers"] else None
-    names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode}
+    names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode, b"hint": lambda: PROTOCOL}
 
     with ExitStack() as stack:
         for keeper in config["keepers"]:
@@ -106,7 +108,7 @@ def serve(config: dict[str, Any]) -> None:
             admission.recover()
             os.write(device, fuse.resend())
         counters.add("server_starts")
-        lane = ByteLane(device, ours, reader, namespace, counters)
+        lane = ByteLane(device, ours, reader, namespace, ahead, counters)
         threads = [
             threading.Thread(target=_relay, args=(ours, device), name="relay"),
             threading.Thread(target=admission.run, name="admission"),
@@ -124,6 +126,7 @@ def serve(config: dict[str, Any]) -> None:
         background: list[Callable[[], Awaitable[None]]] = [
             control.run,
             memory_watch.run,
+            ahead.run,
             partial(_tick, stats, lane, epochs, counters),
             partial(pyfuse3.main, max_tasks=TASKS),
         ]

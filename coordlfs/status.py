@@ -48,6 +48,16 @@ def _residence_lines(s: dict[str, Any]) -> Iterator[str]:
         yield "held in use, as user namespaces are forbidden: `coordlfs umount`, or `fusermount3 -u -z`"
 
 
+def _job_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    hints = s["hints"]
+    for job in hints["jobs"]:
+        done = f"{job['position']} of {job['files']} files ({_share(job['position'] / max(1, job['files']))})"
+        counted = f"{job['hits']} hits, {job['misses']} misses, {text(job['bytes_read'])} read"
+        yield f"job {job['job'][-4:]}", f"epoch {job['epoch']}, {done}: {counted}"
+    if hints["jobs"]:
+        yield "read ahead", f"{text(hints['held_bytes'])} of at most {text(hints['bound_bytes'])} held"
+
+
 def summary(s: dict[str, Any]) -> str:
     """One line."""
     return (
@@ -88,6 +98,8 @@ def table(s: dict[str, Any]) -> Table:
         grid.add_row(heading, line)
     grid.add_row("throughput", f"{text(source['bytes_per_second'])}/s from the source")
     grid.add_row("errors of source", f"{source['errors']}; {source['changed_files']} files changed")
+    for heading, line in _job_lines(s):
+        grid.add_row(heading, line)
     grid.add_row("epochs seen", str(s["epochs"]))
     grid.add_row("hit rate", _share(s["hit_rate"]))
     for line in epochs_table(s)[-5:]:

@@ -122,6 +122,7 @@ class Supervisor:
             [sys.executable, "-P", "-m", module, json.dumps(config)],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # numpy's threads spin, and have nothing to do here
             start_new_session=True,  # Ctrl-C is the supervisor's to handle
         )
 

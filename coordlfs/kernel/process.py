@@ -140,6 +140,17 @@ def wait_gone(pids: list[int], timeout: float) -> bool:
     return True
 
 
+def open_of_thread(tid: int) -> int:
+    """A pidfd of the process that thread `tid` belongs to. Raises OSError if it is gone."""
+    with open(f"/proc/{tid}/status") as f:
+        return os.pidfd_open(next(int(line.split()[1]) for line in f if line.startswith("Tgid:")))
+
+
+def has_ended(pidfd: int) -> bool:
+    """Whether the process of a pidfd has ended."""
+    return bool(select.select([pidfd], [], [], 0)[0])
+
+
 def be_killed_first() -> None:
     """Where memory runs out, have the kernel end this process rather than another: it holds what can be had again."""
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
