@@ -105,6 +105,7 @@ def serve(config: dict[str, Any]) -> None:
         ours, _theirs = _attach_pyfuse3(names, bytes.fromhex(config["init"]))
         if counters["server_starts"]:
             admission.recover()
+            reader.recover()
             os.write(device, fuse.resend())
         counters.add("server_starts")
         lane = ByteLane(device, ours, reader, namespace, counters)

@@ -22,6 +22,7 @@ import pyfuse3
 import trio
 
 _LIMIT = 20.0  # seconds to come up, and to end
+_CONNECTIONS = Path("/sys/fs/fuse/connections")
 _PENDING = 1000  # requests that may wait for an answer; by default the kernel stops after 12
 
 
@@ -144,15 +145,18 @@ class Faulty:
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(self._command)
-        deadline = time.monotonic() + _LIMIT
-        while not self._is_mounted():
-            if time.monotonic() > deadline or process.poll() is not None:
-                process.kill()
-                process.wait()
-                raise TimeoutError(f"{self.path} was not mounted")
-            time.sleep(0.01)
-        connection = os.minor(os.stat(self.path).st_dev)
-        Path(f"/sys/fs/fuse/connections/{connection}/max_background").write_text(str(_PENDING))
+        try:
+            deadline = time.monotonic() + _LIMIT
+            while not self._is_mounted():
+                if time.monotonic() > deadline or process.poll() is not None:
+                    raise TimeoutError(f"{self.path} was not mounted")
+                time.sleep(0.01)
+            _let_many_wait(self.path)
+        except BaseException:
+            self._detach()
+            process.kill()
+            process.wait()
+            raise
         return process
 
     def _is_mounted(self) -> bool:
@@ -197,6 +201,13 @@ class Faulty:
         finally:
             self._process.kill()
             self._process.wait()
+
+
+def _let_many_wait(mounted: Path) -> None:
+    connection = _CONNECTIONS / str(os.minor(os.stat(mounted).st_dev))
+    if not connection.exists():  # as where no service manager has mounted it
+        subprocess.run(["mount", "-t", "fusectl", "none", str(_CONNECTIONS)], check=True, timeout=_LIMIT)
+    (connection / "max_background").write_text(str(_PENDING))
 
 
 @contextmanager

@@ -105,10 +105,13 @@ class Faults:
                 continue
             for victim in ("keeper", "server"):
                 if what in (victim, "both"):
-                    for pid in target.processes(victim):
-                        with suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
-                            self.counts[f"kills of {victim}s"] += 1
+                    self._kill(target, victim)
+
+    def _kill(self, target: Target, victim: str) -> None:
+        for pid in target.processes(victim):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                self.counts[f"kills of {victim}s"] += 1
 
     # -- the source ---------------------------------------------------------------------------------------------
 
@@ -129,11 +132,14 @@ class Faults:
             paths = [] if everything else [target.point / name(file) for file in files]
             done = command("refresh", target.point, *paths, check=False)
             if not done.returncode:
+                if "kills" in self._kinds and random.random() < 0.4:
+                    time.sleep(random.uniform(0, 0.05))  # what was promised is about to be done
+                    self._kill(target, "server")
                 return
             if time.monotonic() > deadline:
                 raise TimeoutError(f"refresh of {target.point}: {done.stderr}")
             everything = True  # a file that was deleted has no path any more
-            self.counts["refreshes that were cut off"] += 1
+            self.counts["refreshes again"] += 1
             time.sleep(0.1)
 
     def _errors(self, random: Random) -> None:

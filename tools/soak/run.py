@@ -26,7 +26,8 @@ from coordlfs_tools.soak.target import Target, command, end, mounted
 _BESIDE_CACHE = 400 << 20  # bytes of the memory cgroup for processes, and for pages that readers brought
 _WORKERS = 2  # of the DataLoader
 _TELL = 15.0  # seconds
-_WORRYING = re.compile(r"level=CRITICAL|Traceback|exception=|ended with status [1-9]")
+# Of a log: all that no kill explains. That keepers keep dying is said of those that were killed.
+_WORRYING = re.compile(r"level=CRITICAL(?!.*keepers keep dying)|Traceback|exception=|ended with status [1-9]")
 
 
 @dataclass(frozen=True, slots=True)
