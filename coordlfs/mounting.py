@@ -97,6 +97,7 @@ def _check_places(source: str, mountpoint: str) -> None:
 
 def _check_mountpoint(source: str, mountpoint: str) -> bool:
     """Make the mountpoint if it is missing; whether it was."""
+    clear_dead(mountpoint)
     for m in mounts.table():
         if m.fstype == FSTYPE and m.point == os.fsencode(mountpoint):
             raise UserError(f"{mountpoint} is a coordlfs mount already: `coordlfs umount {mountpoint}` first")
@@ -119,6 +120,17 @@ def _check_mountpoint(source: str, mountpoint: str) -> bool:
     if source != mountpoint and os.listdir(mountpoint):
         print(f"coordlfs: {mountpoint} is not empty; what it holds is hidden while mounted", file=sys.stderr)
     return False
+
+
+def clear_dead(mountpoint: str) -> None:
+    """Detach a coordlfs mount that all of its processes have left, as when they were killed at once."""
+    with suppress(UserError, OSError):
+        point = find(mountpoint).point
+        try:
+            os.getxattr(point, "user.coordl.control")
+        except OSError as e:
+            if e.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+                mounts.unmount(point, lazy=True)
 
 
 def _check_log(log_file: str | None) -> None:
@@ -284,6 +296,7 @@ def _start(
         supervisor.terminate()
         with suppress(subprocess.TimeoutExpired):
             supervisor.wait(5)
+        clear_dead(mountpoint)  # the supervisor does it, unless it was killed
         raise
     finally:
         os.close(report_in)

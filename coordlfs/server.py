@@ -6,6 +6,7 @@ belongs to the supervisor, which starts another.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -106,7 +107,8 @@ def serve(config: dict[str, Any]) -> None:
         if counters["server_starts"]:
             admission.recover()
             reader.recover()
-            os.write(device, fuse.resend())
+            if config["resend"]:
+                os.write(device, fuse.resend())
         counters.add("server_starts")
         lane = ByteLane(device, ours, reader, namespace, counters)
         threads = [
@@ -215,7 +217,9 @@ def main() -> None:
     threading.excepthook = _exit_with_thread
     try:
         serve(config)
-    except Exception:
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno == errno.ENODEV:
+            os._exit(0)  # it was unmounted while this server came up
         log.exception("the server ends")
         os._exit(1)
     os._exit(0)  # byte-lane threads may wait for a source that never answers

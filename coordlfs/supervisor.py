@@ -2,6 +2,8 @@
 
 It does nothing else, so that it has nothing to die of. When the mountpoint is gone, by whichever way it was unmounted,
 it lets the keepers go; then the kernel ends the connection as soon as no file is open any more, and with it the server.
+A kernel that cannot repeat what was unanswered (before Linux 6.9) gets a new connection with every new server: it is
+mounted again, and what was open fails.
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ _READAHEAD_KIB = (512, 4096)
 _RESTARTS = 5  # in a minute; what dies faster than that will not do better the next time
 
 _PAUSE = 5.0  # seconds
+_LOOK_EVERY = 1.0  # seconds
+_LEAVING = 1.0  # seconds after which a process whose main thread has ended is held up by another thread
+_END_WITHIN = 5.0  # seconds that what was killed is waited for
+NO_RESEND = "COORDLFS_NO_RESEND"  # set in the environment: do as on a kernel before 6.9 (for tests)
 
 
 @dataclass(slots=True)
@@ -52,11 +58,14 @@ class Supervisor:
     records: int = -1
     names: int = -1
     init: bytes = b""
+    resend: bool = True  # the kernel repeats what was unanswered
     keepers: dict[int, _Keeper] = field(default_factory=dict)
     next_index: int = 1
     server: subprocess.Popen[bytes] | None = None
     link: socket.socket | None = None
     peer_server: _Keeper | None = None
+    leaving_since: float | None = None  # when the server's main thread was first seen to have ended
+    held_up: list[subprocess.Popen[bytes]] = field(default_factory=list)  # servers that a thread keeps from ending
     ending: bool = False
     keeper_deaths: list[float] = field(default_factory=list)  # of the last minute
     replaced: set[int] = field(default_factory=set)  # processes that were ended to be replaced
@@ -89,7 +98,8 @@ class Supervisor:
                 if m.point == mountpoint and m.fstype == FSTYPE.encode()
             )
             mounts.set_readahead(self.mount_device, self.readahead)
-            self.records, self.names = memfds.allocate()
+            if self.records < 0:
+                self.records, self.names = memfds.allocate()
         except BaseException:
             self._unmount(lazy=True)
             raise
@@ -97,6 +107,7 @@ class Supervisor:
     def _answer_init(self) -> None:
         self.init = os.read(self.device, fuse.REQUEST_BUFFER)
         reply, features = fuse.init_reply(self.init, acl=self.config["acl"])
+        self.resend = features.resend and NO_RESEND not in os.environ
         if not (features.zero_message_open and features.zero_message_opendir):
             raise OSError(38, "this kernel's FUSE is too old: Linux 5.1 or newer is needed")
         os.write(self.device, reply)
@@ -163,6 +174,7 @@ class Supervisor:
                 "root": self.root,
                 "link": theirs.fileno(),
                 "init": self.init.hex(),
+                "resend": self.resend,
                 "keepers": [
                     {"index": k.index, "pid": k.process.pid, "socket": k.ours.fileno()} for k in self.keepers.values()
                 ],
@@ -205,7 +217,7 @@ class Supervisor:
                 poll.register(table, select.POLLPRI | select.POLLERR)
                 poll.register(wake_in, select.POLLIN)
                 poll.register(self.link, select.POLLIN)
-                events = dict(poll.poll(1000 if self.keepers_missing or self.peer_server_pause else None))
+                events = dict(poll.poll(int(_LOOK_EVERY * 1000)))
                 if wake_in in events:
                     signals = os.read(wake_in, 512)
                     if {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} & set(signals):
@@ -216,7 +228,8 @@ class Supervisor:
                     self._hear()
                 self._replace_keepers()
                 self._replace_peer_server()
-                status = self.server.poll()
+                self.held_up = [server for server in self.held_up if server.poll() is None]
+                status = self._server_status()
                 if status == 0:
                     return
                 if status is not None:
@@ -231,7 +244,41 @@ class Supervisor:
                         self._unmount(lazy=True)
                         return
                     self.link.close()
+                    if not self.resend and not self.ending:
+                        self._mount_again()
                     self._start_server()
+
+    def _server_status(self) -> int | None:
+        """How the server ended; None while it runs.
+
+        One whose main thread has ended answers nobody, but is there as long as a thread of it waits for a source that
+        does not answer, and no signal ends that: its successor does not wait for it.
+        """
+        assert self.server is not None
+        left = process.exit_status(self.server.pid)  # before it is waited for, which takes it out of /proc
+        status = self.server.poll()
+        if status is not None or left is None:
+            self.leaving_since = None
+            return status
+        now = time.monotonic()
+        self.leaving_since = self.leaving_since or now
+        if now - self.leaving_since < _LEAVING:
+            return None
+        log.warning("server %d has ended, but a thread of it waits for the source", self.server.pid)
+        self.held_up.append(self.server)
+        self.leaving_since = None
+        return left
+
+    def _mount_again(self) -> None:
+        """Give the next server a connection of its own; what is open on the old one fails. Raises OSError."""
+        log.warning("this kernel cannot repeat what was unanswered: mounting again; files that are open fail")
+        self._unmount(lazy=True, abort=True)
+        clients = [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
+        self.replaced |= {client.process.pid for client in clients}
+        self._end_clients()
+        os.close(self.tree)
+        os.close(self.device)
+        self.mount()
 
     def _hear(self) -> None:
         assert self.link is not None
@@ -248,7 +295,8 @@ class Supervisor:
 
     def _replace(self, pid: int) -> None:
         """End a process as anything else may end it; its successor is of the version that is installed by now."""
-        for child in [self.server, *(keeper.process for keeper in self.keepers.values())]:
+        clients = [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
+        for child in [self.server, *(client.process for client in clients)]:
             if child is not None and child.pid == pid:
                 self.replaced.add(pid)
                 child.kill()
@@ -287,7 +335,9 @@ class Supervisor:
         if old is None or self.ending or old.process.poll() is None:
             return
         now = time.monotonic()
-        if not self.peer_server_pause:
+        if old.process.pid in self.replaced:
+            log.info("peer server %d is replaced", old.process.pid)
+        elif not self.peer_server_pause:
             log.error("the peer server %d ended with status %s", old.process.pid, old.process.returncode)
             self.peer_server_pause = now + 1.0
         if now < self.peer_server_pause:
@@ -304,31 +354,36 @@ class Supervisor:
     def _is_mounted(self) -> bool:
         return any(m.device == self.mount_device for m in mounts.table())
 
-    def _unmount(self, *, lazy: bool) -> None:
+    def _unmount(self, *, lazy: bool, abort: bool = False) -> None:
         with suppress(OSError):
-            mounts.unmount(os.fsencode(self.config["mountpoint"]), lazy=lazy)
+            mounts.unmount(os.fsencode(self.config["mountpoint"]), lazy=lazy, abort=abort)
 
     def _let_go(self) -> None:
         """The mountpoint is gone: end the keepers, whose files are all that still holds the file system."""
         self.ending = True
         os.close(self.tree)
+        # Not waited for: one that waits for the server ends when that answers.
+        for client in [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]:
+            client.process.kill()
+
+    def _end_clients(self) -> None:
+        """Kill keepers and peer server; what the kernel does not let go ends later, by itself."""
         clients = [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
         for client in clients:
             client.process.kill()
         for client in clients:
-            client.process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                client.process.wait(_END_WITHIN)
 
     def close(self) -> None:
         """Leave nothing behind, whatever happened."""
-        for client in [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]:
-            client.process.kill()
-            client.process.wait()
-        if self.server is not None:
-            if self.server.poll() is None:
-                self.server.kill()
-            self.server.wait()
+        self._end_clients()
+        if self.server is not None and self.server not in self.held_up:
+            self.server.kill()
+            with suppress(subprocess.TimeoutExpired):
+                self.server.wait(_END_WITHIN)
         if self.mount_device and self._is_mounted():
-            self._unmount(lazy=True)
+            self._unmount(lazy=True, abort=True)
 
 
 def main() -> None:

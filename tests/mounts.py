@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import mmap
 import os
 import random
 import signal
@@ -257,6 +258,19 @@ def read(path: Path | str | bytes) -> bytes:
         while part := os.read(fd, MIB):
             parts.append(part)
         return b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+def read_by_mmap(path: Path) -> bytes:
+    """A whole file through a mapping."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(fd).st_size
+        if not size:
+            return b""
+        with mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapped:
+            return mapped[:]
     finally:
         os.close(fd)
 
