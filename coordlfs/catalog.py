@@ -193,6 +193,12 @@ class Catalog:
             return True
         return bool(flags & SUPERSEDED)
 
+    @_locked
+    def supersede(self, record: int) -> None:
+        """The name of a file is gone: another one of that name, be it with the same inode number, is another node."""
+        if self.flags(record) & SERVED:
+            self._w[_HEADER_WORDS + record * _WORDS + 1] |= SUPERSEDED
+
     def size(self, record: int) -> int:
         """Bytes of the file, as the kernel was last told."""
         return self._w[_HEADER_WORDS + record * _WORDS + 3]
@@ -230,6 +236,8 @@ class Catalog:
             if same and linked and self.entry(record) != (parent, name):
                 self._other_names.setdefault(record, set()).add((parent, name))
             if same and self.shows(record, st):
+                if flags & SUPERSEDED:  # it is back
+                    self._w[_HEADER_WORDS + record * _WORDS + 1] &= ~SUPERSEDED
                 return record, False, superseded
             if same and not self.supersedes(record, st):
                 if flags & REGULAR and stat.S_ISREG(st.st_mode):

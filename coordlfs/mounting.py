@@ -21,6 +21,7 @@ from coordlfs import exporter, sizes
 from coordlfs.errors import UserError
 from coordlfs.kernel import mounts, process, systemd
 from coordlfs.kernel.memory import memory
+from coordlfs.source import lies_elsewhere
 
 if TYPE_CHECKING:
     from coordlfs.peers.settings import Cluster
@@ -265,6 +266,7 @@ def _start(
         "capacity": capacity,
         "log": log_target,
         "acl": _supports_acl(root),
+        "is_remote": lies_elsewhere(root),
         "revalidate": options.revalidate,
         "report": report_out,
         "root": root,

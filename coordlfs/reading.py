@@ -157,6 +157,7 @@ class Reader:
 
     def vanished(self, record: int) -> None:
         """The name of a file is gone from the source."""
+        self.catalog.supersede(record)
         self.admission.drop_file(record, self.catalog.size(record))
         parent, name = self.catalog.entry(record)
         self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))

@@ -83,7 +83,8 @@ def serve(config: dict[str, Any]) -> None:
     catalog = Catalog(config["records"], config["names"])
     counters = Counters(catalog.counters)
     in_place = config["source"] == config["mountpoint"]
-    source = Source(config["root"], None if in_place else os.fsencode(config["source"]))
+    path = None if in_place else os.fsencode(config["source"])
+    source = Source(config["root"], path, is_remote=config["is_remote"])
     epochs = Epochs(Epoch(counters["epochs_before"]))
     policy = MinIO(config["capacity"] // pages.PAGE)
     link = SupervisorLink(config["link"])

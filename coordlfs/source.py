@@ -33,6 +33,11 @@ _ROOT_IS_GONE = frozenset({errno.ENOTCONN, errno.ESTALE})
 _KEPT_FOR = 1.0  # seconds after which a name is looked at again
 
 
+def lies_elsewhere(root: int) -> bool:
+    """Whether a file system has no block device of its own, as NFS and Lustre: to open a file may take its time."""
+    return os.major(os.fstat(root).st_dev) == 0
+
+
 class Listing:
     """Names of a directory, sorted, so that positions in it mean the same when it is read again."""
 
@@ -58,18 +63,18 @@ class Source:
     """The directory that is mounted. Paths are bytes, relative to it; every error is an OSError. Thread-safe.
 
     `root` is a descriptor of it; `path`, if given, leads to what is mounted in its place once its file system is gone.
+    `is_remote`: see `lies_elsewhere`, which is asked if it is not given, and may not be where the source may be gone.
     Errors that may pass are returned only after a few attempts, in about half a second.
     """
 
-    def __init__(self, root: int, path: bytes | None = None) -> None:
+    def __init__(self, root: int, path: bytes | None = None, *, is_remote: bool | None = None) -> None:
         self.root = root
         self.retries = 0
         self._path = path
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, list[tuple[int, float]]] = OrderedDict()
         self._direct_refused = False
-        # Of file systems without a block device of their own, as NFS and Lustre, opening a file may take its time.
-        self.is_remote = os.major(os.fstat(root).st_dev) == 0
+        self.is_remote = lies_elsewhere(root) if is_remote is None else is_remote
 
     # -- names --------------------------------------------------------------------------------------------------
 

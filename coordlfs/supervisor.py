@@ -30,7 +30,7 @@ FSTYPE = "fuse.coordlfs"
 # What the source's device has, but enough to read large files fast through FUSE (measured: 128 KiB reads a file of
 # 400 MB at 0.4 of the disk's speed, 512 at 0.6, 4096 at all of it), and not so much that random faults read megabytes.
 _READAHEAD_KIB = (512, 4096)
-_RESTARTS = 5  # in a minute; what dies faster than that will not do better the next time
+_RESTARTS = 5  # in a minute, by itself; what dies faster than that will not do better the next time
 
 _PAUSE = 5.0  # seconds
 _LOOK_EVERY = 1.0  # seconds
@@ -59,6 +59,7 @@ class Supervisor:
     names: int = -1
     init: bytes = b""
     resend: bool = True  # the kernel repeats what was unanswered
+    readahead: int = 0  # KiB that the kernel reads ahead on the mount
     keepers: dict[int, _Keeper] = field(default_factory=dict)
     next_index: int = 1
     server: subprocess.Popen[bytes] | None = None
@@ -75,15 +76,12 @@ class Supervisor:
 
     # -- beginning ----------------------------------------------------------------------------------------------
 
-    @property
-    def readahead(self) -> int:
-        """KiB that the kernel reads ahead on the mount."""
-        least, most = _READAHEAD_KIB
-        return min(most, max(least, mounts.readahead(os.fstat(self.root).st_dev) or 0))
-
     def mount(self) -> None:
         """Mount, and settle with the kernel what both can do. Raises OSError, with nothing left mounted."""
         mountpoint = os.fsencode(self.config["mountpoint"])
+        if not self.readahead:  # once: a source that went away later must not be asked by this process
+            least, most = _READAHEAD_KIB
+            self.readahead = min(most, max(least, mounts.readahead(os.fstat(self.root).st_dev) or 0))
         self.device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         options = f"fd={self.device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},"
         options += f"allow_other,default_permissions,max_read={fuse.MAX_READ}"
@@ -237,16 +235,16 @@ class Supervisor:
                     if self.server.pid in self.replaced:
                         log.info("server %d is replaced", self.server.pid)
                     else:
-                        restarts = [t for t in restarts if now - t < 60] + [now]
                         log.error("the server ended with status %d", status)
-                    if len(restarts) > _RESTARTS and status > 0:
+                    if status > 0:  # by a mistake of its own, which the next one may repeat
+                        restarts = [t for t in restarts if now - t < 60] + [now]
+                    if len(restarts) > _RESTARTS:
                         log.critical("the server cannot be kept running: unmounting")
                         self._unmount(lazy=True)
                         return
-                    self.link.close()
                     if not self.resend and not self.ending:
                         self._mount_again()
-                    self._start_server()
+                    self._restart_server()
 
     def _server_status(self) -> int | None:
         """How the server ended; None while it runs.
@@ -269,6 +267,19 @@ class Supervisor:
         self.leaving_since = None
         return left
 
+    def _restart_server(self) -> None:
+        """Start another server; where that cannot be done, as for want of memory, it is tried until it can."""
+        old = self.link
+        assert old is not None
+        while True:
+            try:
+                self._start_server()
+                old.close()
+                return
+            except OSError as e:
+                log.error("no server can be started: %s; trying again", e)
+                time.sleep(_LOOK_EVERY)
+
     def _mount_again(self) -> None:
         """Give the next server a connection of its own; what is open on the old one fails. Raises OSError."""
         log.warning("this kernel cannot repeat what was unanswered: mounting again; files that are open fail")
@@ -289,7 +300,7 @@ class Supervisor:
         if not received or self.ending:
             return
         if "want_keeper" in received[0]:
-            self._tell_keeper(self._start_keeper())
+            self.keepers_missing += 1  # started by `_replace_keepers`
         if isinstance(pid := received[0].get("replace"), int):
             self._replace(pid)
 
@@ -327,8 +338,12 @@ class Supervisor:
                 self.keeper_pause = now + _PAUSE
                 log.critical("keepers keep dying: is there too little memory? The next in %d s", _PAUSE)
         while self.keepers_missing and not self.ending and time.monotonic() >= self.keeper_pause:
-            self.keepers_missing -= 1
-            self._tell_keeper(self._start_keeper())
+            try:
+                self._tell_keeper(self._start_keeper())
+                self.keepers_missing -= 1
+            except OSError as e:
+                self.keeper_pause = time.monotonic() + _LOOK_EVERY
+                log.error("no keeper can be started: %s; trying again", e)
 
     def _replace_peer_server(self) -> None:
         old = self.peer_server
@@ -342,9 +357,14 @@ class Supervisor:
             self.peer_server_pause = now + 1.0
         if now < self.peer_server_pause:
             return
+        try:
+            new = self._start_peer_server()
+        except OSError as e:
+            self.peer_server_pause = now + _LOOK_EVERY
+            log.error("no peer server can be started: %s; trying again", e)
+            return
         self.peer_server_pause = 0.0
         old.ours.close()
-        new = self._start_peer_server()
         assert self.link is not None
         with suppress(OSError):
             wire.send(self.link, {"peer_server": new.process.pid}, (new.ours.fileno(),))

@@ -337,6 +337,11 @@ class Cgroup:
         pairs = (line.split() for line in (self.path / "memory.stat").read_text().splitlines())
         return {key: int(value) for key, value in pairs}
 
+    def oom_kills(self) -> int:
+        """How many processes of the group the kernel has killed for want of memory."""
+        events = (self.path / ("memory.oom_control" if self._old else "memory.events")).read_text()
+        return next(int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill "))
+
     def reclaim(self) -> None:
         """Have the kernel take back whatever it can."""
         with suppress(OSError):  # version 2 says EAGAIN if there is less than was asked for

@@ -149,6 +149,8 @@ class FakeKernel(Harness):
             "capacity": 64 * MIB,
             "log": str(log),
             "acl": False,
+            "is_remote": False,
+            "resend": True,
             "metrics": None,
             "revalidate": None,
             "peers": None,

@@ -398,3 +398,27 @@ def test_a_source_that_is_unmounted_and_mounted_again(
     faulty.restart()
     assert read(mounted.path / "third") == noise(50_000)
     assert read(mounted.path / "other") == noise(50_000)
+
+
+def test_a_server_comes_up_while_the_source_is_gone(
+    source: Path, faults: Callable[[], Faulty], mount: MakeMount
+) -> None:
+    """And as often as it is killed, and keepers as well: the mount stays."""
+    for name in ("pinned", "other"):
+        (source / name).write_bytes(noise(50_000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    mounted.expect_errors = True
+    assert read(mounted.path / "pinned") == noise(50_000)
+    mounted.settle()
+    faulty.kill()
+    for _ in range(7):
+        for pid in mounted.stats()["processes"]["keepers"][:1]:
+            os.kill(pid, signal.SIGKILL)
+        os.kill(server := mounted.stats()["processes"]["server"], signal.SIGKILL)
+        eventually(lambda server=server: mounted.stats()["processes"]["server"] != server)  # type: ignore[misc]
+    eventually(lambda: mounted.stats()["pinned_items"] == 1)
+    assert read(mounted.path / "pinned") == noise(50_000)
+    raises(errno.ENOTCONN, lambda: read(mounted.path / "other"))
+    faulty.restart()
+    assert read(mounted.path / "other") == noise(50_000)

@@ -26,6 +26,7 @@ from coordlfs_tools.soak.target import Target, command, end, mounted
 _BESIDE_CACHE = 400 << 20  # bytes of the memory cgroup for processes, and for pages that readers brought
 _WORKERS = 2  # of the DataLoader
 _TELL = 15.0  # seconds
+_ENOUGH = 50  # reads that went wrong, after which there is no use in going on
 # Of a log: all that no kill explains. That keepers keep dying is said of those that were killed.
 _WORRYING = re.compile(r"level=CRITICAL(?!.*keepers keep dying)|Traceback|exception=|ended with status [1-9]")
 
@@ -182,6 +183,8 @@ class Soak:
                 self.outcome.errors += 1
                 self.outcome.problems.append(f"a reader ended with {process.returncode}")
                 bad = True
+        if ledger.total("wrong") + ledger.total("errors") > _ENOUGH:
+            bad = True
         if self.outcome.hangs:
             self.outcome.problems += [
                 _doing(pid) for t in targets for pid in (*t.processes("server"), *t.processes("keeper"))
