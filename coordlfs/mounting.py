@@ -267,6 +267,7 @@ def _start(
         "log": log_target,
         "acl": _supports_acl(root),
         "is_remote": lies_elsewhere(root),
+        "fstype": None if (fstype := mounts.fstype(root)) is None else os.fsdecode(fstype),
         "revalidate": options.revalidate,
         "report": report_out,
         "root": root,

@@ -84,7 +84,8 @@ def serve(config: dict[str, Any]) -> None:
     counters = Counters(catalog.counters)
     in_place = config["source"] == config["mountpoint"]
     path = None if in_place else os.fsencode(config["source"])
-    source = Source(config["root"], path, is_remote=config["is_remote"])
+    fstype = None if config["fstype"] is None else os.fsencode(config["fstype"])
+    source = Source(config["root"], path, is_remote=config["is_remote"], fstype=fstype)
     epochs = Epochs(Epoch(counters["epochs_before"]))
     policy = MinIO(config["capacity"] // pages.PAGE)
     link = SupervisorLink(config["link"])

@@ -150,6 +150,7 @@ class FakeKernel(Harness):
             "log": str(log),
             "acl": False,
             "is_remote": False,
+            "fstype": None,
             "resend": True,
             "metrics": None,
             "revalidate": None,

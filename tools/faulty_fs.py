@@ -153,7 +153,7 @@ class Faulty:
                 time.sleep(0.01)
             _let_many_wait(self.path)
         except BaseException:
-            self._detach()
+            self.detach()
             process.kill()
             process.wait()
             raise
@@ -186,16 +186,17 @@ class Faulty:
 
     def restart(self) -> None:
         """Unmount what is dead, and mount it again."""
-        self._detach()
+        self.detach()
         self._process = self._start()
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
+        """Unmount: in its place is an empty directory."""
         while self._is_mounted() and not subprocess.run(["umount", "-l", str(self.path)], timeout=_LIMIT).returncode:
             pass
 
     def end(self) -> None:
         """Unmount, and see that the process has ended. Raises TimeoutExpired if it has not by itself."""
-        self._detach()
+        self.detach()
         try:
             self._process.wait(_LIMIT)
         finally:

@@ -82,6 +82,12 @@ def table() -> Iterator[Mount]:
             )
 
 
+def fstype(fd: int) -> bytes | None:
+    """The type of the file system that a file lies on; None if the table does not say, as of Btrfs."""
+    device = os.fstat(fd).st_dev
+    return next((m.fstype for m in table() if m.device == device), None)
+
+
 def readahead(device: int) -> int | None:
     """How far ahead, in KiB, the kernel reads on the device with this number; None if nobody says."""
     number = f"{os.major(device)}:{os.minor(device)}"

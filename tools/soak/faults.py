@@ -176,6 +176,8 @@ class Faults:
             self._ledger.fail(file, ANY)
         self._faulty.kill()
         self._stop.wait(0.5)
+        self._faulty.detach()
+        self._stop.wait(0.5)
         self._faulty.restart()
         for file in range(self._dataset.count):
             self._ledger.mend(file, NOTICED)
