@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--files", type=int, default=240, help="of the dataset (default: %(default)s)")
     parser.add_argument("--readers", type=int, default=3, help="of each mount (default: %(default)s)")
     parser.add_argument("--torch", action="store_true", help="and a DataLoader with two workers for each mount")
-    parser.add_argument("--hang", type=float, default=30.0, help="seconds after which a read hangs (default: 30)")
+    parser.add_argument("--hang", type=float, default=60.0, help="seconds after which a read hangs (default: 60)")
     parser.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where, on a disk (default: %(default)s)")
     return parser
 
