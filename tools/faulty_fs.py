@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ import pyfuse3
 import trio
 
 _LIMIT = 20.0  # seconds to come up, and to end
-_CONNECTIONS = Path("/sys/fs/fuse/connections")
 _PENDING = 1000  # requests that may wait for an answer; by default the kernel stops after 12
 
 
@@ -205,10 +205,13 @@ class Faulty:
 
 
 def _let_many_wait(mounted: Path) -> None:
-    connection = _CONNECTIONS / str(os.minor(os.stat(mounted).st_dev))
-    if not connection.exists():  # as where no service manager has mounted it
-        subprocess.run(["mount", "-t", "fusectl", "none", str(_CONNECTIONS)], check=True, timeout=_LIMIT)
-    (connection / "max_background").write_text(str(_PENDING))
+    with tempfile.TemporaryDirectory(prefix="coordlfs-controls-") as controls:  # not every machine has them mounted
+        subprocess.run(["mount", "-t", "fusectl", "fusectl", controls], check=True, timeout=_LIMIT)
+        try:
+            connection = os.minor(os.stat(mounted).st_dev)
+            Path(controls, str(connection), "max_background").write_text(str(_PENDING))
+        finally:
+            subprocess.run(["umount", "-l", controls], check=True, timeout=_LIMIT)
 
 
 @contextmanager
