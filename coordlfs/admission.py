@@ -34,22 +34,23 @@ from coordlfs.wire import MAX_PACKET, REQUEST, How, Outcome, Verb, parse_reply
 
 if TYPE_CHECKING:
     from coordlfs.fetch_ahead import FetchAhead
+    from coordlfs.memory_cache import MemoryCache
     from coordlfs.peers.sharing import Sharing
 
 log = logging.getLogger(__name__)
 
 _WINDOW = 64  # requests that a keeper has not answered
+IDLE = 0.05  # seconds without a READ after which an item that was read in part is pinned whole
+RETRY = (0.002, 0.02, 0.2, 1.0, 4.0)  # seconds between attempts while somebody uses the pages
 _ENOUGH = 48  # of them, and items on their way, above which nothing is fetched ahead
 _PENDING = 256
-_IDLE = 0.05  # seconds without a READ after which an item that was read in part is pinned whole
-_RETRY = (0.002, 0.02, 0.2, 1.0, 4.0)  # seconds between attempts while somebody uses the pages
 _UNKNOWN, _NEVER_MISSED = (0, 0), (0, 0xFFFFFFFF)  # instead of the epoch and page of a last miss
 _CGROUP_KNOWN = 1.0  # seconds that a process is believed to stay in its cgroup
 _FORCE_FROM = 2  # the attempt from which pages are dropped even where a job maps them
 
 
 @dataclass(slots=True)
-class _Pending:
+class Pending:
     """An item on its way to be pinned."""
 
     due: float = 0.0  # when it is asked for, while it is not with a keeper
@@ -70,17 +71,21 @@ class Link:
     sock: socket.socket
     asked: int = 0
     full: bool = False
+    threads: set[int] = field(default_factory=set)  # of the process, that read as well as its first
     backlog: deque[bytes] = field(default_factory=deque)
 
 
 class Admission:
     """The cache's books. Every method may be called from any thread; `run` is the thread of its own."""
 
+    served_from = "stash_bytes"  # the counter of bytes that `stashed` finds
+    _verb = Verb.PIN  # what keepers are asked to do with an item
+
     def __init__(
         self,
         catalog: Catalog,
         policy: MinIO,
-        stash: Stash,
+        stash: Stash | MemoryCache,
         epochs: Epochs,
         counters: Counters,
         more_keepers: Callable[[], None],
@@ -92,9 +97,10 @@ class Admission:
         self.counters = counters
         self.links: dict[int, Link] = {}
         self.keeper_pids: frozenset[int] = frozenset()
+        self.keeper_threads: frozenset[int] = frozenset()  # by which the kernel names who reads
         self._more_keepers = more_keepers
         self.lock = threading.RLock()
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Pending] = {}
         self._clock: list[tuple[float, int]] = []  # when items are due; stale where `due` says otherwise
         self._chunk_misses: dict[int, tuple[int, int]] = {}  # of files of several items
         self._dropping: set[int] = set()
@@ -117,7 +123,7 @@ class Admission:
             return [size]
         with self.lock:
             pending = self._pending.get(item)
-            if pending is not None and pid not in self.keeper_pids:
+            if pending is not None and pid not in self.keeper_threads:
                 pending.at_home = self._at_home(items.record_of(item), pid)
                 pending.contended = not pending.at_home
             return self.stash.parts(item, offset, min(size, end - offset))
@@ -151,36 +157,42 @@ class Admission:
                 return
             state = self.policy.state(item)
             if state is State.PINNED:
-                self.drop([item])  # the kernel dropped pages of it, as it does when a file changes: pin it anew
-            if state is State.PINNED or item in self._dropping:
+                self._missed_though_pinned(item)
+            elif item not in self._dropping:
+                self._take(item, offset, data, st, pid)
+
+    def _missed_though_pinned(self, item: int) -> None:
+        self.drop([item])  # the kernel dropped pages of it, as it does when a file changes: pin it anew
+
+    def _take(self, item: int, offset: int, data: memoryview, st: os.stat_result, pid: int) -> None:
+        """Take on an item that is absent and has room, or add to one that is on its way."""
+        record, length = items.record_of(item), items.length(item, st.st_size)
+        pending = self._pending.get(item)
+        if pending is None:
+            if not length or not self._admits(item, pages.count(length)):
                 return
-            length = items.length(item, file_size)
-            if state is State.ABSENT:
-                if not length or not self._admits(item, pages.count(length)):
-                    return
-                at_home = self._at_home(record, pid)
-                if at_home and len(data) == length:
-                    self._ask(item, self._pending.setdefault(item, _Pending(at_home=True)))
-                    return
-                if not self.stash.reserve(item, length):
-                    self.policy.release(item)
-                    self.counters.add("not_admitted")
-                    return
-                pending = self._pending[item] = _Pending(at_home=at_home)
-                self.stash.put(item, offset, data)
-            else:
-                pending = self._pending[item]
-                pending.at_home = self._at_home(record, pid)
-                self.stash.put(item, offset, data)
-                if pending.keeper is not None:
-                    pending.contended = not pending.at_home
-                    return
-                if pending.attempts:
-                    return
-            if self.stash.held(item) < length:
-                self._later(item, _IDLE)
+            at_home = self._at_home(record, pid)
+            if at_home and len(data) == length:
+                self._ask(item, self._pending.setdefault(item, Pending(at_home=True)))
                 return
-            self._ask(item, pending)
+            if not self.stash.reserve(item, length):
+                self.policy.release(item)
+                self.counters.add("not_admitted")
+                return
+            pending = self._pending[item] = Pending(at_home=at_home)
+            self.stash.put(item, offset, data)
+        else:
+            pending.at_home = self._at_home(record, pid)
+            self.stash.put(item, offset, data)
+            if pending.keeper is not None:
+                pending.contended = not pending.at_home
+                return
+            if pending.attempts:
+                return
+        if self.stash.held(item) < length:
+            self._later(item, IDLE)
+            return
+        self._ask(item, pending)
 
     def shared(self, item: int, offset: int, nbytes: int, direct: bool) -> None:
         """A READ brought bytes from another node: count them as read in this epoch, though not from the source."""
@@ -226,7 +238,10 @@ class Admission:
             if self.ahead is not None and self.ahead.wants(record):
                 self._count_miss(record, item, offset, len(data), st.st_size)
             if item in self._pending:
-                self.stash.put(item, offset, data)
+                self._add(item, offset, data)
+
+    def _add(self, item: int, offset: int, data: memoryview) -> None:
+        self.stash.put(item, offset, data)
 
     def _at_home(self, record: int, pid: int) -> bool:
         """Whether every process that has read of the file so far, `pid` too, is charged where the keepers are."""
@@ -282,7 +297,7 @@ class Admission:
                 if item not in self._dropping and self._admits(item, room):
                     self._know(items.record_of(item), size)
                     self.stash.reserve(item, items.length(item, size))  # for `keep`; without room it goes without
-                    self._ask(item, self._pending.setdefault(item, _Pending()))
+                    self._ask(item, self._pending.setdefault(item, Pending()))
                     taken += 1
         return taken
 
@@ -361,8 +376,8 @@ class Admission:
                 self._asked_for_keeper = True
                 self._more_keepers()
             asked = sum(link.asked + len(link.backlog) for link in self.links.values())
-            no_room = len(self._pending) >= _PENDING or self.stash.reserved > self.stash.limit - items.CHUNK
-            return not self.links or bool(self._recovering) or asked >= _ENOUGH or no_room
+            enough = asked >= _ENOUGH or len(self._pending) >= _PENDING
+            return not self.links or bool(self._recovering) or enough or not self.stash.has_room(items.CHUNK)
 
     def fetch(self, item: int) -> None:
         """Have a keeper read an item that is not to be pinned into the page cache."""
@@ -383,6 +398,7 @@ class Admission:
         with self.lock:
             self.links[index] = Link(index, pid, sock)
             self.keeper_pids |= {pid}
+            self.keeper_threads |= {pid}
             self.look_at_cgroups()
             self._asked_for_keeper = False
             self._ask_waiting()
@@ -400,10 +416,11 @@ class Admission:
             if link is None:
                 return
             self.keeper_pids -= {link.pid}
+            self.keeper_threads -= {link.pid, *link.threads}
             link.sock.close()
             for item in self.policy.held_by(index):
                 self.catalog.add_pinned_pages(items.record_of(item), -self.policy.unpin(item))
-                self._pending[item] = _Pending(flags=How.KEEP)
+                self._pending[item] = Pending(flags=How.KEEP)
                 self._waiting.append(item)
             for item, pending in self._pending.items():
                 if pending.keeper == index:
@@ -476,7 +493,7 @@ class Admission:
                 self._ask(item, pending)
         return max(1, int((self._clock[0][0] - now) * 1000)) if self._clock else None
 
-    def _ask(self, item: int, pending: _Pending) -> None:
+    def _ask(self, item: int, pending: Pending) -> None:
         pending.due = 0.0
         link = next((link for link in self.links.values() if not link.full), None)
         if link is None:
@@ -491,7 +508,7 @@ class Admission:
         if pending.at_home:
             # Every page was allocated by a READ that was charged where the keeper is: they are pinned as they are.
             flags |= How.KEEP
-        self._send(link, Verb.PIN, item, flags)
+        self._send(link, self._verb, item, flags)
 
     def _ask_waiting(self) -> None:
         waiting, self._waiting = self._waiting, deque()
@@ -540,6 +557,10 @@ class Admission:
                 if outcome == Outcome.WATCHED:
                     self.epochs.watch(item)
                     continue
+                if outcome == Outcome.THREAD:
+                    link.threads.add(item)
+                    self.keeper_threads |= {item}
+                    continue
                 if outcome == Outcome.OPENED:
                     self.epochs.opened(item, time.monotonic(), self.unpinned())
                     continue
@@ -567,17 +588,17 @@ class Admission:
             for item in wanted:
                 room = pages.count(items.length(item, self.catalog.size(record)))
                 if item not in self._dropping and self.policy.admit(item, room):
-                    self._pending[item] = _Pending(flags=How.KEEP)
+                    self._pending[item] = Pending(flags=How.KEEP)
                     self._waiting.append(item)
         self._ask_waiting()
 
     def _learn(self, link: Link, pins: list[tuple[int, int]]) -> None:
         for item, length in pins:
             if items.record_of(item) < len(self.catalog) and self.policy.admit(item, pages.count(length)):
-                self._pinned(link, item)
+                self._pinned(link.index, item)
 
-    def _pinned(self, link: Link, item: int) -> None:
-        self.policy.pin(item, link.index)
+    def _pinned(self, holder: int, item: int) -> None:
+        self.policy.pin(item, holder)
         self.catalog.add_pinned_pages(items.record_of(item), self.policy.pages(item))
 
     def _answered(self, link: Link, outcome: Outcome, code: int, item: int) -> None:
@@ -599,21 +620,21 @@ class Admission:
         elif outcome is Outcome.PINNED and not pending.contended:
             del self._pending[item]
             self.stash.remove(item)
-            self._pinned(link, item)
+            self._pinned(link.index, item)
         elif outcome is Outcome.FAILED:
             self.counters.add("pin_errors")
             errors = self.counters["pin_errors"]
             if errors & errors - 1 == 0:  # the first, the second, the fourth …
                 log.warning("%d not cached, last %s: %s", errors, self._name(item), os.strerror(code))
             self._forget(item)
-        elif pending.attempts >= len(_RETRY):
+        elif pending.attempts >= len(RETRY):
             self.counters.add("not_admitted")
             self._abandon(link, item)
         else:
             # Pages of it are, or may be, charged to a job: not now.
             self.counters.add("pin_retries")
             pending.flags &= ~How.KEEP
-            self._later(item, _RETRY[pending.attempts])
+            self._later(item, RETRY[pending.attempts])
             pending.attempts += 1
 
     def _abandon(self, link: Link, item: int) -> None:

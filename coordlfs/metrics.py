@@ -28,6 +28,7 @@ NAMES = (
     "checked_files",  # by the sweeps that look for changes
     "sweeps",
     "interrupted",  # requests whose callers gave up on a source that does not answer
+    "memory_bytes",  # served from the cache, where that is memory of its own
     "peer_bytes",  # got from other nodes
     "peer_reads",  # READs that they answered
     "peer_refusals",  # answers that they cache it not

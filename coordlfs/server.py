@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pyfuse3
 import trio
 
-from coordlfs import exporter, items, logs
+from coordlfs import attachment, exporter, items, logs
 from coordlfs.admission import Admission
 from coordlfs.byte_lane import ByteLane
 from coordlfs.catalog import Catalog
@@ -29,7 +29,7 @@ from coordlfs.control import Control
 from coordlfs.epochs import Epoch, Epochs
 from coordlfs.fetch_ahead import PROTOCOL, FetchAhead
 from coordlfs.governor import Governor
-from coordlfs.kernel import fuse, mounts, pages, process
+from coordlfs.kernel import fuse, pages, process
 from coordlfs.memory_watch import MemoryWatch
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO
@@ -87,8 +87,7 @@ def serve(config: dict[str, Any]) -> None:
     epochs = Epochs(Epoch(counters["epochs_before"]))
     policy = MinIO(config["capacity"] // pages.PAGE)
     link = SupervisorLink(config["link"])
-    stash = Stash(min(_STASH_MOST, max(_STASH_LEAST, config["capacity"] // 8)))
-    admission = Admission(catalog, policy, stash, epochs, counters, link.want_keeper)
+    admission = _admission(config, catalog, policy, epochs, counters, link)
     notifier = Notifier(device)
     reader = Reader(catalog, source, admission, counters, notifier)
     memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
@@ -140,6 +139,17 @@ def serve(config: dict[str, Any]) -> None:
             ours.shutdown(socket.SHUT_RDWR)
 
 
+def _admission(
+    config: dict[str, Any], catalog: Catalog, policy: MinIO, epochs: Epochs, counters: Counters, link: SupervisorLink
+) -> Admission:
+    if config["memory"] is not None:
+        from coordlfs.memory_admission import MemoryAdmission  # here, since few mounts need it
+
+        return MemoryAdmission(catalog, policy, config["memory"], epochs, counters, link.want_keeper)
+    stash = Stash(min(_STASH_MOST, max(_STASH_LEAST, config["capacity"] // 8)))
+    return Admission(catalog, policy, stash, epochs, counters, link.want_keeper)
+
+
 def _share(
     config: dict[str, Any], catalog: Catalog, admission: Admission, reader: Reader, counters: Counters
 ) -> Sharing:
@@ -183,7 +193,7 @@ async def _tasks(
         def orphaned() -> None:
             log.error("the supervisor died: unmounting %s", mountpoint)
             with suppress(OSError):
-                mounts.unmount(os.fsencode(mountpoint), lazy=True)
+                attachment.detach(os.fsencode(mountpoint), lazy=True)
             nursery.cancel_scope.cancel()
 
         lane.on_end = unmounted
@@ -211,6 +221,8 @@ def main() -> None:
     process.set_name("coordlfs-server")
     process.raise_limits()
     process.keep_freed_memory(_STASH_MOST)
+    if config["memory"] is not None:
+        process.be_killed_first()  # as the keeper: between them they hold the cache
     logs.configure(config["log"], "server", config["mountpoint"], config["source"])
     os.chdir("/")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's to handle

@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from coordlfs import __version__
+from coordlfs import __version__, residence
 from coordlfs.admission import Admission
 from coordlfs.catalog import Catalog
 from coordlfs.epochs import Epoch, Epochs
@@ -91,7 +91,13 @@ class Stats:
                 "peer_server": self._admission.sharing.pid if self._admission.sharing else None,
             },
             "server_starts": c["server_starts"],
-            "residence": "page cache (mlock)",
+            "residence": self._config["residence"],
+            "locked_memory": {
+                "limit_bytes": self._config["lockable"],
+                "wanted_bytes": residence.wanted(capacity),
+                "remedy": residence.REMEDY if self._config["residence"] == residence.Residence.MEMORY else None,
+            },
+            "umount_needs_coordlfs": self._config["is_busy"],
             "capacity_bytes": capacity,
             "pinned_bytes": policy.pinned_pages * pages.PAGE,
             "pinned_items": states["pinned"],
@@ -121,6 +127,7 @@ class Stats:
                 "ioctl": c["ioctls"],
                 "interrupted": c["interrupted"],
                 "stash_bytes": c["stash_bytes"],
+                "memory_bytes": c["memory_bytes"],
             },
             "revalidation": {
                 "interval_seconds": self._config["revalidate"],

@@ -39,6 +39,15 @@ def _peer_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "local / peer / source", f"{split} in epoch {epoch['number']}"
 
 
+def _residence_lines(s: dict[str, Any]) -> Iterator[str]:
+    limits = s["locked_memory"]
+    if limits["remedy"]:
+        yield f"since only {text(limits['limit_bytes'])} may be locked (RLIMIT_MEMLOCK); each hit costs a message"
+        yield f"{text(limits['wanted_bytes'])} would do for the page cache: {limits['remedy']}; then mount anew"
+    if s["umount_needs_coordlfs"]:
+        yield "held in use, as user namespaces are forbidden: `coordlfs umount`, or `fusermount3 -u -z`"
+
+
 def _job_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
     hints = s["hints"]
     for job in hints["jobs"]:
@@ -82,6 +91,8 @@ def table(s: dict[str, Any]) -> Table:
         grid.add_row("memory is tight", f"no more than {text(memory['limit_bytes'])} may be cached for now")
     grid.add_row("items", f"{s['pinned_items']} pinned, {s['pending_items']} on their way")
     grid.add_row("residence", s["residence"])
+    for line in _residence_lines(s):
+        grid.add_row("", line)
     grid.add_row("read from source", f"{text(source['bytes'])} in {source['reads']} reads of {source['files']} files")
     for heading, line in _peer_lines(s):
         grid.add_row(heading, line)
@@ -104,7 +115,7 @@ def show(mountpoints: list[str], *, as_json: bool, watch: bool) -> None:
     """Print the figures of the mounts given, or of all. Raises UserError."""
     chosen = mountpoints or mounting.all_mounts()
     if as_json:
-        figures = [mounting.stats(m) for m in chosen]
+        figures = list(_answers(chosen, named=bool(mountpoints)))
         print(json.dumps(figures[0] if mountpoints else figures, indent=2))
         return
     if not chosen:
@@ -125,5 +136,15 @@ def show(mountpoints: list[str], *, as_json: bool, watch: bool) -> None:
 
     with Live(refresh_per_second=4) as live:
         while True:
-            live.update(Group(*(table(mounting.stats(m)) for m in chosen)))
+            live.update(Group(*map(table, _answers(chosen, named=bool(mountpoints)))))
             time.sleep(_INTERVAL)
+
+
+def _answers(mountpoints: list[str], *, named: bool) -> Iterator[dict[str, Any]]:
+    """The figures of mounts; without those that do not answer, or may not be asked, unless they were named."""
+    for mountpoint in mountpoints:
+        try:
+            yield mounting.stats(mountpoint)
+        except UserError:
+            if named:
+                raise
