@@ -25,7 +25,7 @@ T = TypeVar("T")
 def _hook() -> ModuleType | None:
     import sys
 
-    return sys.modules.get("coordlfs_stall_hook")
+    return sys.modules.get("coordlfs_stall_hook.loops")
 
 
 def iteration(samples: int = 1, name: str = "loop") -> AbstractContextManager[None]:

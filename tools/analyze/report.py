@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from coordlfs_tools.analyze.words import STALLS, rate_rows, stall_rows
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -29,8 +30,6 @@ _STYLE: Any = {
 
 def html(found: dict[str, Any]) -> str:
     """The page for what `result` found."""
-    from coordlfs_tools.analyze.command import rate_rows, stall_rows
-
     environment = Environment(
         loader=PackageLoader("coordlfs_tools.analyze", "."),
         autoescape=True,
@@ -72,9 +71,10 @@ def _bars(found: dict[str, Any]) -> Figure:
             parts = {"prep": shares["prep_share"], "fetch": shares["fetch_share"]}
             parts = {"compute": max(1 - sum(parts.values()), 0.0), **parts}
             for part, share in parts.items():
-                name = {"compute": "computing", "prep": "waiting for prep", "fetch": "waiting for storage"}[part]
                 width = share * seconds
-                axes.barh(at, width, left=left, color=_COLOURS[part], label=name if at == 0 else None, height=0.6)
+                axes.barh(
+                    at, width, left=left, color=_COLOURS[part], label=STALLS[part] if at == 0 else None, height=0.6
+                )
                 if share >= 0.08:
                     axes.text(left + width / 2, at, f"{share:.0%}", ha="center", va="center", color="white")
                 left += width

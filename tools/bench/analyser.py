@@ -103,30 +103,9 @@ def _words(values: list[float]) -> str:
     return ", ".join(f"{value:.1f}" for value in values)
 
 
-def job_of(found: dict[str, Any]) -> Job:
-    """The model's job from what `coordlfs analyze --json` wrote, of one process."""
-    rates, job, stalls = found["rates"], found["job"], found["stalls"]
-    warm = stalls["compute_seconds"] + stalls["prep_seconds"]
-    return Job(
-        ingestion=rates["ingestion"],
-        prep=rates["prep"],
-        fetch=min(rates["fetch"], rates["prep"]),
-        storage=rates["storage"],
-        cache=rates["cache"],
-        storage_alone=min(rates["storage_alone"], rates["storage"]),
-        seconds_cold=stalls["iteration_seconds"] / job["batch"],
-        seconds_warm=warm / job["batch"],
-        sample_bytes=job["sample_bytes"],
-        samples=job["samples"],
-        workers=job["workers"],
-        cpu_seconds=job["cpu_seconds_per_sample"],
-        cores=found["machine"]["cores"],
-    )
-
-
 def _against_mounts(context: Context, case: _Case, data: Path) -> Iterator[Figure]:
     with cgroup(context.disk, bytes_per_second=case.disk) as group:
-        job = job_of(_analyse(context, case, data, group))
+        job = Job(**_analyse(context, case, data, group)["model"])
         for share in _SHARES:
             predicted = predict(job, share).seconds
             yield _compared(f"epoch with {share:.0%} cached", predicted, _real(context, case, data, share, group), 5)

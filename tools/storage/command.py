@@ -32,14 +32,17 @@ def command(arguments: argparse.Namespace) -> int:
     rates = measure(
         files, max(arguments.readers, 1), seconds=max(arguments.seconds, 0.05), rounds=max(arguments.rounds, 1)
     )
-    storage, alone, cache = rates.medians
+    measured = {
+        "storage": rates.storage,
+        "storage_most": rates.most,
+        "storage_latency": rates.latency,
+        "cache": rates.cache,
+    }
     if arguments.json:
         figures = {
             "version": 1,
-            "storage": storage,
-            "storage_alone": alone,
-            "cache": cache,
-            "rounds": {"storage": rates.storage, "storage_alone": rates.alone, "cache": rates.cache},
+            **{name: median(values) for name, values in measured.items()},
+            "rounds": measured,
             "readers": arguments.readers,
             "files": len(files),
             "bytes": sum(file.size for file in files),
@@ -57,10 +60,13 @@ def command(arguments: argparse.Namespace) -> int:
         table.add_column(column, justify="left" if column == "read from" else "right")
     for name, readers, values in (
         ("storage (S)", arguments.readers, rates.storage),
-        ("storage, one reader", 1, rates.alone),
+        ("storage, many readers", 4 * arguments.readers, rates.most),
         ("memory (C)", arguments.readers, rates.cache),
     ):
         table.add_row(name, str(readers), text(median(values)), f"{text(min(values))} – {text(max(values))}")
+    low, middle, high = (1000 * pick(rates.latency) for pick in (min, median, max))
+    read = f"storage, one read of {text(rates.read_bytes)}"
+    table.add_row(read, "1", f"{middle:.2f} ms", f"{low:.2f} – {high:.2f} ms")
     console = Console()
     console.print(table)
     for note in rates.notes:
