@@ -269,7 +269,7 @@ for epoch in range(9):
 
 def test_all_ranks_of_torchrun_are_measured_and_one_reports(data: Path, script: Callable[[str], list[str]]) -> None:
     """Rank 1 is slower, and rank 0 waits for it."""
-    job = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    job = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     job += [*script(RANKS)[1:], str(data)]
     found = _analyse(job, f"--data={data}", "--rounds=1", "--iterations=5")
     assert (found["job"]["ranks"], found["job"]["processes"]) == (2, 2)
@@ -298,7 +298,7 @@ class DALIGenericIterator:
     def __iter__(self):
         return self
     def __len__(self):
-        return 500
+        return 200
     def __next__(self):
         if self._at >= len(self):
             raise StopIteration
@@ -312,8 +312,7 @@ class DALIClassificationIterator(DALIGenericIterator):
 """
 
 
-@pytest.mark.parametrize("start", ["for batch in loader:", "while next(loader):"])
-def test_an_iterator_of_its_own_as_those_of_dali(start: str, tmp_path: Path) -> None:
+def test_an_iterator_of_its_own_as_those_of_dali(tmp_path: Path) -> None:
     """DALI is not here: a module with its name stands in, and this says only what happens to such a class."""
     place = tmp_path / "nvidia" / "dali" / "plugin"
     place.mkdir(parents=True)
@@ -323,20 +322,16 @@ import sys, time
 sys.path.insert(0, {str(tmp_path)!r})
 from nvidia.dali.plugin.pytorch import DALIClassificationIterator
 loader = DALIClassificationIterator()
-{start}
+for batch in loader:
     time.sleep(0.01)
 loader.reset()
-print("ended")
 """
-    if start.startswith("for"):
-        found = _analyse([sys.executable, "-c", program], "--rounds=1", "--iterations=10")
-        assert found["job"]["kind"] == "DALIGenericIterator"
-        assert found["rates"]["prep"] == pytest.approx(200, rel=0.25)
-        assert found["rates"]["ingestion"] == pytest.approx(400, rel=0.25)
-    else:  # without a loop's beginning there is nothing to be wrapped, and nothing is broken
-        program = program.replace("500", "5")
-        done = coordlfs("analyze", "--", sys.executable, "-c", "\n".join(program.split("\n")[:-3]), status=1)
-        assert "no loader" in done.stderr or "StopIteration" in done.stderr
+    found = _analyse([sys.executable, "-c", program], "--rounds=1", "--iterations=10")
+    assert found["job"]["kind"] == "DALIGenericIterator"
+    assert found["rates"]["prep"] == pytest.approx(200, rel=0.25)
+    assert found["rates"]["ingestion"] == pytest.approx(400, rel=0.25)
+    (result,) = run([sys.executable, "-c", program]).results
+    assert result["loaders"][0]["iterations"] == 200
 
 
 # -- it changes nothing ---------------------------------------------------------------------------------------------
@@ -427,6 +422,7 @@ for batch in DataLoader(torch.zeros({n}, 1), 4):
     time.sleep(0.001)
     {then}
 """
+NO_GRAD = "import torch; torch.set_grad_enabled(False)\n"
 LOADERS = r"torch\.utils\.data.*nvidia\.dali.*coordlfs_loader"
 
 
@@ -442,10 +438,9 @@ LOADERS = r"torch\.utils\.data.*nvidia\.dali.*coordlfs_loader"
         ([sys.executable, "-c", SHORT.format(n=24, then="")], 1, r"smaller than a measurement needs.*after 6 minib"),
         ([sys.executable, "-c", SHORT.format(n=400, then="break")], 1, r"ended by itself after 1 of the 12"),
         ([sys.executable, "-c", SHORT.format(n=400, then="")], 1, r"read nothing from /"),
-        ([sys.executable, "-c", "import torch; torch.set_grad_enabled(False)\n" + SHORT.format(n=400, then="")], 1, r"no loader was used for training.*--loader: 1 "),
+        ([sys.executable, "-c", NO_GRAD + SHORT.format(n=400, then="")], 1, r"no loader was used for training.*: 1 "),
     ],
-    ids=["false", "says-why", "killed", "not-there", "no-python", "no-loader", "tiny", "breaks", "reads-nothing", "validates"],
-)  # fmt: skip
+)
 def test_bad_jobs_are_told(job: list[str], status: int, words: str, data: Path, tmp_path: Path) -> None:
     done = coordlfs("analyze", f"--data={data}", f"--report={tmp_path / 'report.html'}", "--", *job, status=status)
     assert re.match(f"coordlfs: .*{words}", done.stderr), done.stderr
@@ -510,8 +505,9 @@ def test_interrupted_it_leaves_nothing(number: signal.Signals, data: Path, tmp_p
 
 def test_it_needs_no_root(data: Path) -> None:
     """As an ordinary user, who may also read the checkout, wherever that lies."""
+    caps = "-all,+dac_read_search"
     setpriv = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    setpriv += ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search", "--bounding-set=-all,+dac_read_search"]  # fmt: skip
+    setpriv += [f"--{kind}={caps}" for kind in ("inh-caps", "ambient-caps", "bounding-set")]
     command = [*setpriv, sys.executable, "-m", "coordlfs", "analyze", f"--data={data}", "--rounds=1", "--iterations=5"]
     command += ["--json=-", "--", *SYNTHETIC, str(data), "--prep=1", "--step=10"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, env={**os.environ, "HOME": "/"})
@@ -523,7 +519,8 @@ def test_it_needs_no_root(data: Path) -> None:
 
 # -- the report -----------------------------------------------------------------------------------------------------
 
-CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"]
+CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
+CHROMIUM += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 LAID_OUT = """<script>addEventListener("load", () => {
 const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.right, r.height] };
 document.title = JSON.stringify({width: innerWidth, scroll: document.documentElement.scrollWidth,

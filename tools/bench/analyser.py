@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from coordlfs_tools.analyze import runs as analyse
+from coordlfs_tools.analyze.hook.coordlfs_stall_hook.config import Section
 from coordlfs_tools.analyze.model import TODAY, Change, Job, predict
 from coordlfs_tools.bench import dataset, mounts
 from coordlfs_tools.bench.machine import BenchError, Group, cgroup, drop_caches
@@ -66,8 +68,51 @@ _PREDICTED = _Case(prep=2, step=30, workers=2, disk=20_000_000)
 def run(context: Context) -> list[Figure]:
     """How far rates, shares and epochs are off."""
     data = dataset.equal(context.directory, _FILES, _FILE)
-    figures = [figure for case in _CASES for figure in _against_truth(context, case, data)]
+    figures = _hook_costs(context)
+    figures += [figure for case in _CASES for figure in _against_truth(context, case, data)]
     return figures + list(_against_mounts(context, _PREDICTED, data))
+
+
+# An epoch of nothing but iterations, and what one takes.
+_EMPTY = """
+import time
+from torch.utils.data import DataLoader
+for epoch in range(2):
+    begin = time.perf_counter()
+    for _ in DataLoader(range({count}), batch_size=None):
+        pass
+print((time.perf_counter() - begin) / {count})
+"""
+_ITERATIONS = 50_000
+
+
+def _hook_costs(context: Context) -> list[Figure]:
+    """Microseconds that the hook adds to an iteration, of a loader that is only timed and of one that is measured."""
+    command = [sys.executable, "-c", _EMPTY.format(count=_ITERATIONS)]
+    section = Section("cold", skip=100, count=_ITERATIONS - 200)
+
+    def seconds(hooked: bool) -> float:
+        with tempfile.TemporaryDirectory(prefix="coordlfs-bench-") as directory:
+            path = f"{directory}/out"
+            if hooked:
+                analyse.run(["sh", "-c", f'"$@" >{path}', "sh", *command])
+                return float(Path(path).read_text())
+        return float(subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT, check=True).stdout)
+
+    def fed() -> float:
+        found = analyse.run(command, [section]).measured[0]["sections"]["cold"]
+        return float(found["seconds"]) / int(found["iterations"])
+
+    bare, timed, measured = [], [], []
+    for _ in range(context.rounds(3)):
+        bare.append(seconds(False))
+        timed.append(1e6 * (seconds(True) - bare[-1]))
+        measured.append(1e6 * (fed() - bare[-1]))
+    sides = f"an iteration without it: {1e6 * median(bare):.1f}"
+    return [
+        Figure("the hook's cost of an iteration, timed: µs", timed, Bound(20), sides),
+        Figure("the hook's cost of an iteration, measured: µs", measured, Bound(20), sides),
+    ]
 
 
 def _analyse(context: Context, case: _Case, data: Path, group: Group) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle, islice
+from contextlib import suppress
+from itertools import cycle
 from typing import Any
 
 from . import device
@@ -111,9 +112,9 @@ class Plan:
 
         if not section.ready:
             return draw
-        kept = [device.ready(batch) for batch in islice(current, _READY)]
-        if not kept:
-            raise Exhausted
+        kept = [device.ready(draw())]
+        with suppress(Exhausted):
+            kept += (device.ready(draw()) for _ in range(_READY - 1))
         self.source.stop(current)
         batches = cycle(kept)
 
