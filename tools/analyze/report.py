@@ -11,6 +11,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from coordlfs.sizes import text
 
@@ -58,7 +59,7 @@ def _drawn(figure: Figure, name: str) -> Markup:
 def _bars(found: dict[str, Any]) -> Figure:
     """Where the time of an epoch goes: cold, as it is today, with coordlfs."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 1.9), layout="constrained")
+        figure = Figure(figsize=(7.2, 1.8), layout="constrained")
         axes = figure.add_subplot(xlabel="seconds for a steady epoch")
         samples = found["job"]["samples"] / found["job"]["batch"] / found["job"]["ranks"]
         cold = found["stalls"]["iteration_seconds"] * samples
@@ -87,7 +88,7 @@ def _bars(found: dict[str, Any]) -> Figure:
 def _curves(found: dict[str, Any]) -> Figure:
     """The epoch's length, and below it the share of it that is waiting, against everything that could be changed."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 6.6), layout="constrained")
+        figure = Figure(figsize=(7.2, 4.9), layout="constrained")
         grid = figure.subplots(3, 2)
         for axes, (name, curve) in zip(grid.flat, found["what_if"].items(), strict=True):
             _curve(axes, name, curve, found)
@@ -99,7 +100,8 @@ def _curve(axes: Axes, name: str, curve: dict[str, Any], found: dict[str, Any]) 
     top = 0.0
     for (label, points), colour in zip(curve["lines"].items(), _LINES, strict=True):
         xs, ys = [p["x"] for p in points], [p["seconds"] for p in points]
-        axes.plot(xs, ys, label=label, color=colour, linewidth=1.8)
+        # The first is the wider, so that it is seen where both are the same.
+        axes.plot(xs, ys, label=label, color=colour, linewidth=1.5 if top else 3.5)
         waits = [p["seconds"] * (p["prep_share"] + p["fetch_share"]) for p in points]
         axes.plot(xs, waits, color=colour, linewidth=1, linestyle=":")
         top = max(top, *ys)
@@ -113,6 +115,8 @@ def _curve(axes: Axes, name: str, curve: dict[str, Any], found: dict[str, Any]) 
         axes.set_xscale("log", base=2)
         ticks = [p["x"] for p in next(iter(curve["lines"].values()))]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    elif name in ("workers", "jobs", "nodes"):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     elif name == "cache":
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     axes.set_ylim(0, max(top * 1.1, 1e-9))

@@ -51,11 +51,13 @@ def run(
     loader: int | None = None,
     opens: bool = False,
     show: bool = False,
+    prepare: Callable[[], None] | None = None,
     tick: Tick = lambda: None,
 ) -> Ran:
     """Run `command` and measure `sections` in it (none: let it run as it is). Raises UserError if it fails.
 
-    `show`: what it prints is shown, not kept. `tick` is called several times a second.
+    `show`: what it prints is shown, not kept. `prepare` is called in the process before the command is. `tick` is called
+    several times a second.
     """
     with _directory() as out:
         config = Config(str(out), tuple(sections), loader, opens, str(data) if data else None)
@@ -64,7 +66,7 @@ def run(
         output = out / "output"
         begin = time.monotonic()
         with output.open("wb") as log:
-            status = _status(command, environment, None if show else log, out, tick)
+            status = _status(command, environment, None if show else log, out, prepare, tick)
         seconds = time.monotonic() - begin
         results = [json.loads(path.read_text()) for path in sorted(out.glob("result-*.json"))]
         results.sort(key=lambda result: int(result["rank"]))
@@ -95,11 +97,24 @@ def _directory() -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _status(command: Sequence[str], environment: dict[str, str], log: Any, out: Path, tick: Tick) -> int:
+def _status(
+    command: Sequence[str],
+    environment: dict[str, str],
+    log: Any,
+    out: Path,
+    prepare: Callable[[], None] | None,
+    tick: Tick,
+) -> int:
     try:
         # A session of its own, so that Ctrl-C comes to us alone, and all that it started can be told to end.
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=prepare,
         )
     except OSError as e:
         raise UserError(f"{command[0]} cannot be run: {e.strerror}", 2) from e

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from coordlfs_tools.bench import analyser, dataset, epochs, first_epoch, hits, misses, peers, startup, tree
+from coordlfs_tools.bench import analyser, dataset, epochs, first_epoch, hits, misses, peers, startup, tasks, tree
 from coordlfs_tools.bench.machine import BenchError
 from coordlfs_tools.bench.report import Context, Figure, table
 
@@ -21,6 +21,7 @@ _BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
     "peers": (peers.run, "nodes that share their caches, against each alone, and peer hits against a bare loop"),
     "tree": (tree.run, "listing a million files, and the server's memory for them"),
     "analyser": (analyser.run, "jobs whose truth is known, and predicted epochs against real ones on a mount"),
+    "tasks": (tasks.run, "the stalls of three training tasks with 35 % cached, page cache and coordlfs"),
     "startup": (startup.run, "the command, and from mount to first byte"),
 }
 

@@ -37,8 +37,7 @@ class Runtime:
             name = type(dataset).__name__ if dataset is not None else None
             seen = Seen(len(self._seen) + 1, kind, name, device.training())
             self._seen.append((_reference(owner), seen))
-        seen.passes += 1
-        seen.left = 0
+        seen.begin()
         return seen
 
     def measures(self, seen: Seen) -> bool:

@@ -18,10 +18,15 @@ class Seen:
         self.kind = kind
         self.dataset = dataset
         self.training = training
-        self.passes = 0
         self.waits = array("q")
         self.computes = array("q")
         self.left = 0  # when it was left last; 0 at the beginning of a pass
+        self._begins: list[tuple[int, int]] = []  # of the passes: how many waits and computes there were
+
+    def begin(self) -> None:
+        """A pass over it begins."""
+        self.left = 0
+        self._begins.append((len(self.waits), len(self.computes)))
 
     def timed(self, advance: Callable[[Any], Any], iterator: Any) -> Any:
         """`advance(iterator)`, timed."""
@@ -40,11 +45,20 @@ class Seen:
             "kind": self.kind,
             "dataset": self.dataset,
             "training": self.training,
-            "passes": self.passes,
-            "iterations": len(self.waits),
-            "wait": sum(self.waits) / 1e9,
-            "compute": sum(self.computes) / 1e9,
+            "passes": [
+                {
+                    "iterations": waits.stop - waits.start,
+                    "wait": sum(self.waits[waits]) / 1e9,
+                    "compute": sum(self.computes[computes]) / 1e9,
+                }
+                for waits, computes in self._passes()
+            ],
         }
+
+    def _passes(self) -> Iterator[tuple[slice, slice]]:
+        ends = [*self._begins[1:], (len(self.waits), len(self.computes))]
+        for (wait, compute), (last_wait, last_compute) in zip(self._begins, ends, strict=True):
+            yield slice(wait, last_wait), slice(compute, last_compute)
 
 
 class Observed:
@@ -59,6 +73,9 @@ class Observed:
 
     def __next__(self) -> Any:
         return self._seen.timed(next, self._iterator)
+
+    def __len__(self) -> int:
+        return len(self._iterator)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._iterator, name)

@@ -13,13 +13,13 @@ from typing import Any
 class Source:
     """A loader that is measured: begun with `start`, then asked for minibatches, and ended with `stop`."""
 
-    workers = 0
-    queue = 0  # minibatches that may be prepared ahead
     again = False  # whether it can be begun again with the same samples
 
     def __init__(self, kind: str, begin: Callable[[], Iterator[Any]], owner: Any, samples: int | None = None) -> None:
         self.kind = kind
         self.owner = owner
+        self.workers = int(getattr(owner, "num_workers", 0))
+        self.queue = 2 * self.workers  # minibatches that may be prepared ahead
         self.batch = samples or getattr(owner, "batch_size", None)
         self._begin = begin
 
@@ -31,8 +31,8 @@ class Source:
         """End what the iterator runs."""
 
     def cpu(self, iterator: Iterator[Any]) -> float:
-        """Seconds of CPU that loading has taken so far."""
-        return time.process_time()
+        """Seconds of CPU that loading has taken so far; 0 where that cannot be seen."""
+        return 0.0 if self.workers else time.process_time()
 
     def samples(self, batch: Any) -> int:
         """How many samples the minibatch has."""
@@ -74,7 +74,6 @@ class TorchLoader(Source):
     def __init__(self, loader: Any) -> None:
         super().__init__(self.KIND, loader._get_iterator, loader)
         self.again = not isinstance(loader.dataset, _iterable_dataset())  # which decides itself what comes
-        self.workers = loader.num_workers
         self.queue = loader.num_workers * (loader.prefetch_factor or 0)
         self.batch = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         self._name = "batch_sampler" if loader._auto_collation else "sampler"

@@ -79,7 +79,7 @@ def _watch_multiprocessing(module: Any) -> None:
 LOADERS: dict[str, Callable[[Any], None]] = {
     "torch.utils.data.dataloader": _watch_torch,
     "nvidia.dali.plugin.pytorch": _watch_dali,
-    "coordlfs_loader": _watch_coordinated,
+    "coordlfs_loader.loader": _watch_coordinated,
 }
 _WATCHED = {**LOADERS, "multiprocessing.util": _watch_multiprocessing}
 
