@@ -34,7 +34,6 @@ def jobs(draw: st.DrawFn) -> Job:
         prep=prep,
         fetch=fetch,
         storage=storage * size,
-        cache=storage * size * draw(st.floats(1, 100)),
         storage_most=storage * size * draw(st.floats(1, 4)),
         latency=draw(st.floats(0, 1)) * max(workers, 1) / storage,
         seconds_cold=load(fetch) * noise,
@@ -80,7 +79,7 @@ def _ideal(ingestion: float, prep: float, storage: float, workers: int = 8) -> J
     """A job that overlaps everything: samples of 1 byte, so that bytes/s are samples/s."""
     fetch = min(prep, storage)
     warm, cold = max(1 / ingestion, 1 / prep), max(1 / ingestion, 1 / fetch)
-    return Job(ingestion, prep, fetch, storage, 1e12, storage, 0.0, cold, warm, 1.0, 1000, workers, cores=workers)
+    return Job(ingestion, prep, fetch, storage, storage, 0.0, cold, warm, 1.0, 1000, workers, cores=workers)
 
 
 @given(st.floats(10, 1e4), st.floats(10, 1e4), st.floats(10, 1e4), SHARES)

@@ -1,10 +1,11 @@
 """What a training job's speed would be if something were different: pure arithmetic on measured rates.
 
 The model is the one of DS-Analyzer (Mohan et al., VLDB 2021, section 3.4): a pipeline is as fast as its slowest stage,
-min(G, P, F), and with a share x of the dataset cached, fetching a sample takes x / C + (1 − x) / S of its bytes. Two
-things are added, because without them it misses measured jobs by more than it may. A worker fetches and prepares one
-after the other, so that few workers do not overlap the two; and the stages share one machine. What both cost is taken
-from the measurements, so that at today's point the model says what was measured.
+min(G, P, F), and with a share x of the dataset cached, fetching takes (1 − x) / S of a sample's bytes; what the rest
+takes from memory, at the rate C, is in P, which is measured with all data cached. Two things are added, because without
+them it misses measured jobs by more than it may. A worker fetches and prepares one after the other, so that few workers
+do not overlap the two; and the stages share one machine. What both cost is taken from the measurements, so that at
+today's point the model says what was measured.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Job:
     """A measured job. Rates are what one of its `processes` on this machine (torchrun's ranks) has for itself.
 
     `ingestion`, `prep` and `fetch` are samples/s: with minibatches at hand; drained from warm memory; drained from cold
-    storage. `storage` and `cache` are bytes/s under the loader's pattern with its concurrency, `storage_most` with many
-    readers (0: unknown); `latency` is how long one sample takes from storage that has nothing else to do, in seconds.
+    storage. `storage` is bytes/s under the loader's pattern with its concurrency, `storage_most` with many readers (0:
+    unknown); `latency` is how long one sample takes from storage that has nothing else to do, in seconds.
     `seconds_cold` and `seconds_warm` are for one sample, as the job runs, nothing cached and everything cached.
     `cpu_seconds` is what the loader computes for one sample. `workers` 0: the loop loads by itself.
     """
@@ -31,7 +32,6 @@ class Job:
     prep: float
     fetch: float
     storage: float
-    cache: float
     storage_most: float
     latency: float
     seconds_cold: float

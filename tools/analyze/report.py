@@ -88,7 +88,7 @@ def _bars(found: dict[str, Any]) -> Figure:
 def _curves(found: dict[str, Any]) -> Figure:
     """The epoch's length, and below it the share of it that is waiting, against everything that could be changed."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 4.9), layout="constrained")
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         grid = figure.subplots(3, 2)
         for axes, (name, curve) in zip(grid.flat, found["what_if"].items(), strict=True):
             _curve(axes, name, curve, found)

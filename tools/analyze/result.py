@@ -42,7 +42,7 @@ def result(measured: Measured) -> dict[str, Any]:
         "cache": storage.cache if storage else [],
     }
     shares = {name: measured.values(name) for name in ("prep_share", "fetch_share")}
-    cold = measured.middle("cold")
+    cold = measured.middle("iteration")
     prep, fetch = (median(values) for values in shares.values())
     return {
         "version": VERSION,

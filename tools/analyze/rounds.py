@@ -39,14 +39,19 @@ class Round:
     cpu_seconds: float  # of loading, for one sample
 
     @property
+    def iteration(self) -> float:
+        """Seconds of a cold iteration: never less than a warm one, whatever disturbed the measurement."""
+        return max(self.cold, self.warm, self.ready)
+
+    @property
     def prep_share(self) -> float:
         """What of a cold iteration is waiting for prep."""
-        return max(self.warm - self.ready, 0.0) / max(self.cold, self.warm, self.ready)
+        return max(self.warm - self.ready, 0.0) / self.iteration
 
     @property
     def fetch_share(self) -> float:
         """What of a cold iteration is waiting for storage."""
-        return max(self.cold - max(self.warm, self.ready), 0.0) / max(self.cold, self.warm, self.ready)
+        return (self.iteration - max(self.warm, self.ready)) / self.iteration
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +93,9 @@ class Measured:
             prep=self.middle("prep") / scouted.ranks,
             fetch=min(self.middle("fetch"), self.middle("prep")) / scouted.ranks,
             storage=median(rates.storage) / each if rates else float("inf"),
-            cache=median(rates.cache) / each if rates else float("inf"),
             storage_most=median(rates.most) / each if rates else 0.0,
             latency=median(rates.latency) * scouted.sample_bytes / rates.read_bytes if rates else 0.0,
-            seconds_cold=max(self.middle("cold"), self.middle("warm")) * per_sample,
+            seconds_cold=max(self.middle("iteration"), self.middle("warm")) * per_sample,
             seconds_warm=self.middle("warm") * per_sample,
             sample_bytes=scouted.sample_bytes,
             samples=self.samples // scouted.ranks,

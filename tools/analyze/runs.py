@@ -56,7 +56,7 @@ def run(
 ) -> Ran:
     """Run `command` and measure `sections` in it (none: let it run as it is). Raises UserError if it fails.
 
-    `show`: what it prints is shown, not kept. `prepare` is called in the process before the command is. `tick` is called
+    `show`: what it prints is shown, not kept. `prepare` is called in the process before it becomes the command, `tick`
     several times a second.
     """
     with _directory() as out:

@@ -59,7 +59,7 @@ class _Case:
 
 
 _CASES = (
-    _Case(prep=4, step=50, workers=2, disk=10_000_000),
+    _Case(prep=6, step=60, workers=2, disk=10_000_000),
     _Case(prep=10, step=40, workers=2, disk=10_000_000),
 )
 _PREDICTED = _Case(prep=2, step=30, workers=2, disk=20_000_000)

@@ -20,18 +20,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     storage = benches.add_parser("storage", help="read DIR as a training job does, cold and warm")
     storage.add_argument("directory", type=Path, metavar="DIR", help="the dataset's directory; it is only read")
-    storage.add_argument("--readers", type=int, default=4, metavar="N", help="at once (default: 4)")
-    storage.add_argument("--seconds", type=float, default=2.0, metavar="S", help="of each measurement (default: 2)")
-    storage.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
+    storage.add_argument("--readers", type=_positive, default=4, metavar="N", help="at once (default: 4)")
+    storage.add_argument("--seconds", type=_seconds, default=2.0, metavar="S", help="of each measurement (default: 2)")
+    storage.add_argument("--rounds", type=_positive, default=3, metavar="N", help="default: 3")
     storage.add_argument("--json", action="store_true", help="stable figures, for programs")
+
+
+def _positive(words: str) -> int:
+    number = int(words)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _seconds(words: str) -> float:
+    number = float(words)
+    if not 0.05 <= number <= 3600:
+        raise ValueError
+    return number
+
+
+_positive.__name__, _seconds.__name__ = "number", "number of seconds"  # what argparse calls what it refuses
 
 
 def command(arguments: argparse.Namespace) -> int:
     """Measure, and show it; the exit status."""
     files = listed(arguments.directory)
-    rates = measure(
-        files, max(arguments.readers, 1), seconds=max(arguments.seconds, 0.05), rounds=max(arguments.rounds, 1)
-    )
+    rates = measure(files, arguments.readers, seconds=arguments.seconds, rounds=arguments.rounds)
     measured = {
         "storage": rates.storage,
         "storage_most": rates.most,
