@@ -20,7 +20,8 @@ _BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
     "first-epoch": (first_epoch.run, "filling the cache against reading directly"),
     "peers": (peers.run, "nodes that share their caches, against each alone, and peer hits against a bare loop"),
     "tree": (tree.run, "listing a million files, and the server's memory for them"),
-    "analyser": (analyser.run, "jobs whose truth is known, and predicted epochs against real ones on a mount"),
+    "analyser": (analyser.run, "the stall analyser on jobs whose truth is known"),
+    "predictions": (analyser.predictions, "epochs that the analyser predicts against real ones on a mount"),
     "tasks": (tasks.run, "the stalls of three training tasks with 35 % cached, page cache and coordlfs"),
     "startup": (startup.run, "the command, and from mount to first byte"),
 }
