@@ -80,13 +80,14 @@ def script(tmp_path: Path) -> Callable[[str], list[str]]:
     return make
 
 
-def _hooked() -> set[str]:
-    """The processes that were given something to measure."""
-    found = set()
+def _hooked(temporary: Path) -> list[str]:
+    """The processes that were given something to measure by an analysis whose TMPDIR is `temporary`."""
+    found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and b"COORDLFS_ANALYZE=" in (entry / "environ").read_bytes():
-                found.add(entry.name)
+            words = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            if any(word.startswith(b"COORDLFS_ANALYZE=") and os.fsencode(temporary) in word for word in words):
+                found.append(entry.name)
         except OSError:
             continue
     return found
@@ -103,7 +104,6 @@ def analysed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict
     """One analysis of a job with two workers that prepares 16 samples in 80 ms and computes for 40, and its report."""
     out = tmp_path_factory.mktemp("analysis")
     temporary = tmp_path_factory.mktemp("tmp")
-    before = _hooked()
     job = [*SYNTHETIC, str(data), "--prep=10", "--step=40", "--workers=2", "--validate"]
     command = [sys.executable, "-m", "coordlfs", "analyze", f"--data={data}", "--rounds=2", "--iterations=10"]
     command += [f"--json={out / 'out.json'}", f"--report={out / 'report.html'}", "--", *job]
@@ -112,7 +112,7 @@ def analysed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict
     assert done.returncode == 0, done.stderr
     assert "2 rounds of 10 iterations" in done.stderr
     assert "waiting for prep" in done.stdout
-    assert not _hooked() - before
+    assert not _hooked(temporary)
     assert sorted(os.listdir(out)) == ["out.json", "report.html"]
     assert os.listdir(temporary) == []
     return json.loads((out / "out.json").read_text()), out / "report.html"
@@ -201,7 +201,8 @@ for x, index in DataLoader(Pairs(), 4, shuffle=True, num_workers=1):
 """
     )
     found = _analyse([*job, str(data)], f"--data={data}", "--rounds=1", "--iterations=5")
-    assert found["job"]["sample_bytes"] == 2 * SIZE
+    # Less only if somebody else empties the page cache meanwhile.
+    assert 1.2 * SIZE < found["job"]["sample_bytes"] <= 2 * SIZE
     assert found["job"]["samples"] == FILES // 2
 
 
@@ -505,7 +506,7 @@ def test_no_command_and_too_many_iterations(data: Path) -> None:
 def test_interrupted_it_leaves_nothing(number: signal.Signals, data: Path, tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    before, shared = _hooked(), set(os.listdir("/dev/shm"))
+    shared = set(os.listdir("/dev/shm"))
     command = [sys.executable, "-m", "coordlfs", "analyze", f"--data={data}", f"--report={tmp_path / 'report.html'}"]
     process = subprocess.Popen(
         [*command, "--", *SYNTHETIC, str(data), "--step=100"],
@@ -514,14 +515,14 @@ def test_interrupted_it_leaves_nothing(number: signal.Signals, data: Path, tmp_p
         stderr=subprocess.DEVNULL,
     )
     try:
-        eventually(lambda: len(_hooked() - before) >= 3, what="the job and its workers")
+        eventually(lambda: len(_hooked(temporary)) >= 3, what="the job and its workers")
         time.sleep(0.3)
         process.send_signal(number)
         assert process.wait(30) == 128 + number
     finally:
         process.kill()
         process.wait()
-    assert not _hooked() - before
+    assert not _hooked(temporary)
     assert os.listdir(temporary) == []
     assert os.listdir(tmp_path) == ["tmp"]
     assert {name for name in os.listdir("/dev/shm") if name.startswith("torch_")} <= shared
@@ -538,7 +539,7 @@ def test_it_needs_no_root(data: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["rates"]["storage"] > 0
-    assert found["notes"] == ["cold by posix_fadvise(DONTNEED) on each file"]
+    assert "cold by posix_fadvise(DONTNEED) on each file" in found["notes"]
 
 
 # -- the report -----------------------------------------------------------------------------------------------------

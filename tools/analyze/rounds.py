@@ -24,6 +24,7 @@ _ITERATIONS = 10, 400  # at least and at most, unless the user says
 _LARGE = 4  # samples: a file with more of them in it is read in parts
 _ROOM = 0.5  # of the available memory that may be filled with the dataset
 _WARM = 0.98  # of the dataset in memory: less is not warm
+_DISTURBED = 0.05  # of what was to be warm read from a disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,15 @@ def measure_round(
         processes = processes or [{} for _ in ran.measured]
         for known, result in zip(processes, ran.measured, strict=False):
             known |= result["sections"]
-    return (_marked if scouted.kind == MARKED else _drained)(processes, scouted), notes
+    if scouted.kind == MARKED:
+        return _marked(processes, scouted), notes
+    drained = [p["warm-drain"] for p in processes]
+    share = sum(d["read"] for d in drained) / max(sum(d["samples"] for d in drained) * scouted.sample_bytes, 1.0)
+    if share > _DISTURBED and scouted.files:
+        notes.append(
+            f"in a round {share:.0%} of what should have been warm was read from storage: something drops caches"
+        )
+    return _drained(processes, scouted), notes
 
 
 def _warm(scouted: Scouted) -> list[str]:

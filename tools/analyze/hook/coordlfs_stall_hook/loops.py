@@ -59,6 +59,7 @@ class _Loop:
             "seconds": taken / 1e9,
             "wait": self._wait / 1e9,
             "cpu": None,
+            "read": None,
         }
         self._runtime.finish()
 

@@ -76,7 +76,7 @@ class Plan:
         self._meet(section.name)
         assert self._current is not None
         waits = samples = self._away = self._lost = 0
-        cpu = self.source.cpu(self._current) if section.drain else 0.0
+        before = self.source.usage(self._current) if section.drain else None
         start = clock()
         for _ in range(count):
             asked = clock()
@@ -87,13 +87,15 @@ class Plan:
                 yield batch
         device.synchronize()
         taken = clock() - start - self._away
+        after = self.source.usage(self._current) if section.drain else None
         self.results[section.name] = {
             "iterations": count,
             "measured": count - self._lost,
             "samples": samples,
             "seconds": taken / 1e9 * count / max(count - self._lost, 1),
             "wait": waits / 1e9,
-            "cpu": self.source.cpu(self._current) - cpu if section.drain else None,
+            "cpu": after[0] - before[0] if before and after else None,
+            "read": after[1] - before[1] if before and after else None,
         }
 
     def _draw(self, section: Section, most: int | None) -> Callable[[], Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -30,9 +29,21 @@ class Source:
     def stop(self, iterator: Iterator[Any]) -> None:
         """End what the iterator runs."""
 
-    def cpu(self, iterator: Iterator[Any]) -> float:
-        """Seconds of CPU that loading has taken so far; 0 where that cannot be seen."""
-        return 0.0 if self.workers else time.process_time()
+    def loading(self, iterator: Iterator[Any]) -> list[int]:
+        """The processes that load; none if they are not known."""
+        return [] if self.workers else [os.getpid()]
+
+    def usage(self, iterator: Iterator[Any]) -> tuple[float, int]:
+        """Seconds of CPU that loading has taken so far, and bytes that it has had read from disks."""
+        ticks = read = 0
+        for pid in self.loading(iterator):
+            with suppress(OSError, ValueError, IndexError):
+                with open(f"/proc/{pid}/stat") as f:
+                    fields = f.read().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+                with open(f"/proc/{pid}/io") as f:
+                    read += next(int(line.split()[1]) for line in f if line.startswith("read_bytes"))
+        return ticks / os.sysconf("SC_CLK_TCK"), read
 
     def samples(self, batch: Any) -> int:
         """How many samples the minibatch has."""
@@ -95,16 +106,9 @@ class TorchLoader(Source):
         if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
 
-    def cpu(self, iterator: Any) -> float:
-        """Of the workers, or of this process if there are none."""
-        if not self.workers:
-            return time.process_time()
-        ticks = 0
-        for worker in iterator._workers:
-            with suppress(OSError, ValueError, IndexError), open(f"/proc/{worker.pid}/stat") as f:
-                fields = f.read().rpartition(")")[2].split()
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
+    def loading(self, iterator: Any) -> list[int]:
+        """The workers, or this process if there are none."""
+        return [worker.pid for worker in iterator._workers] if self.workers else [os.getpid()]
 
     def figures(self) -> dict[str, Any]:
         """Its samples are the sampler's: of this rank, if there are several."""
