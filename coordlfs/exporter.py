@@ -46,6 +46,8 @@ GAUGES = {
     "known_files": ("known_files", "Names that were looked up or listed."),
     "catalog_bytes": ("catalog_bytes", "Memory that knowing them takes."),
     "source.bytes_per_second": ("source_bytes_per_second", "Read from the source, over the last seconds."),
+    "hints.held_bytes": ("hint_held_bytes", "Held for readers that announce their order, on top of what is pinned."),
+    "hints.bound_bytes": ("hint_bound_bytes", "What may be held for them."),
     "hit_rate": ("hit_ratio", "Share of hits, by bytes, of the last epoch that read nearly all it had to."),
 }
 COUNTERS = {
@@ -65,6 +67,7 @@ COUNTERS = {
     "requests.refused": ('requests{kind="refused"}', ""),
     "requests.ioctl": ('requests{kind="ioctl"}', ""),
     "requests.stash_bytes": ("stash_served_bytes", "Bytes answered from the stash."),
+    "requests.memory_bytes": ("memory_served_bytes", "Bytes answered from the cache, where it is memory of its own."),
     "admission.not_admitted": ("admission_not_admitted", "Items that had room and were not pinned."),
     "admission.retries": ("admission_retries", "Items pinned on a later attempt."),
     "admission.errors": ("admission_errors", "Items that could not be read."),
@@ -75,6 +78,8 @@ COUNTERS = {
     "peers.failures": ("peer_failures", "Questions to other nodes without a good answer."),
     "peers.bad_payloads": ("peer_bad_payloads", "Answers of other nodes whose checksum was wrong."),
     "peers.skipped": ("peer_skipped", "Questions not asked, since the other node failed before or was too busy."),
+    "hints.messages": ("hint_messages", "Messages of loaders about what they will read."),
+    "hints.fetched_items": ("hint_fetched_items", "Items read ahead that were not to stay."),
     "epochs": ("epochs", "Epochs seen, the one that runs included."),
 }
 EPOCH = {

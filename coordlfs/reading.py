@@ -84,7 +84,7 @@ class Reader:
         if record is None:
             raise OSError(errno.ESTALE, "unknown node")
         answer = Answer(record, request)
-        if self.sharing is not None and request.marked:
+        if self.sharing is not None and (request.marked or not self.sharing.marks):
             answer.for_peer = self.sharing.is_peer_server(request.pid)
         at, end = offset, self.catalog.size(record)
         for item, start, length in items.cut(record, offset, request.size):
@@ -97,7 +97,7 @@ class Reader:
                         return answer  # the file ends here
                     at += n
                 else:
-                    self.counters.add("stash_bytes", len(part))
+                    self.counters.add(self.admission.served_from, len(part))
                     answer.data.append(part)
                     at += len(part)
         return answer
@@ -107,7 +107,8 @@ class Reader:
     ) -> int:
         """Read from the peer that owns the item, else from the source, into `into`; how many bytes."""
         record = answer.record
-        if self.sharing is not None and not answer.for_peer and answer.request.pid not in self.admission.keeper_pids:
+        pinning = answer.request.pid in self.admission.keeper_threads and self.admission.is_pending(item)
+        if self.sharing is not None and not answer.for_peer and not pinning:
             n = self.sharing.fetch(item, offset, into[:size], before_wait)
             if n:
                 self.catalog.set_served(record)
@@ -137,7 +138,7 @@ class Reader:
         """What follows once a READ is answered: count what was missed, and admit it if there is room."""
         pid, direct = answer.request.pid, answer.request.direct
         for item, offset, data, st in answer.fetched:
-            if pid in self.admission.keeper_pids:
+            if pid in self.admission.keeper_threads:
                 self.admission.keep(item, offset, data, st)
             else:
                 self.admission.missed(item, offset, data, st, pid, direct, for_peer=answer.for_peer)

@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 import pyfuse3
 import trio
 
-from coordlfs import exporter, items, logs
+from coordlfs import attachment, exporter, items, logs
 from coordlfs.admission import Admission
 from coordlfs.byte_lane import ByteLane
 from coordlfs.catalog import Catalog
 from coordlfs.control import Control
 from coordlfs.epochs import Epoch, Epochs
+from coordlfs.fetch_ahead import PROTOCOL, FetchAhead
 from coordlfs.governor import Governor
-from coordlfs.kernel import fuse, mounts, pages, process
+from coordlfs.kernel import fuse, pages, process
 from coordlfs.memory_watch import MemoryWatch
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO
@@ -86,18 +87,18 @@ def serve(config: dict[str, Any]) -> None:
     epochs = Epochs(Epoch(counters["epochs_before"]))
     policy = MinIO(config["capacity"] // pages.PAGE)
     link = SupervisorLink(config["link"])
-    stash = Stash(min(_STASH_MOST, max(_STASH_LEAST, config["capacity"] // 8)))
-    admission = Admission(catalog, policy, stash, epochs, counters, link.want_keeper)
+    admission = _admission(config, catalog, policy, epochs, counters, link)
     notifier = Notifier(device)
     reader = Reader(catalog, source, admission, counters, notifier)
     memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
-    stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source)
+    ahead = admission.ahead = FetchAhead(catalog, admission, epochs, counters, memory_watch)
+    stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source, ahead)
     namespace = Namespace(catalog, source, reader, counters)
     names = NameLane(catalog, source, namespace, counters)
     revalidation = Revalidation(catalog, source, namespace, reader, notifier, counters)
     control = Control(catalog, source, namespace, admission, revalidation, link.replace)
     sharing = _share(config, catalog, admission, reader, counters) if config["peers"] else None
-    names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode}
+    names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode, b"hint": lambda: PROTOCOL}
 
     with ExitStack() as stack:
         for keeper in config["keepers"]:
@@ -107,7 +108,7 @@ def serve(config: dict[str, Any]) -> None:
             admission.recover()
             os.write(device, fuse.resend())
         counters.add("server_starts")
-        lane = ByteLane(device, ours, reader, namespace, counters)
+        lane = ByteLane(device, ours, reader, namespace, ahead, counters)
         threads = [
             threading.Thread(target=_relay, args=(ours, device), name="relay"),
             threading.Thread(target=admission.run, name="admission"),
@@ -125,6 +126,7 @@ def serve(config: dict[str, Any]) -> None:
         background: list[Callable[[], Awaitable[None]]] = [
             control.run,
             memory_watch.run,
+            ahead.run,
             partial(_tick, stats, lane, epochs, counters),
             partial(pyfuse3.main, max_tasks=TASKS),
         ]
@@ -135,6 +137,17 @@ def serve(config: dict[str, Any]) -> None:
         _run_or_exit(_tasks, config["mountpoint"], lane, link, admission, background)
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
+
+
+def _admission(
+    config: dict[str, Any], catalog: Catalog, policy: MinIO, epochs: Epochs, counters: Counters, link: SupervisorLink
+) -> Admission:
+    if config["memory"] is not None:
+        from coordlfs.memory_admission import MemoryAdmission  # here, since few mounts need it
+
+        return MemoryAdmission(catalog, policy, config["memory"], epochs, counters, link.want_keeper)
+    stash = Stash(min(_STASH_MOST, max(_STASH_LEAST, config["capacity"] // 8)))
+    return Admission(catalog, policy, stash, epochs, counters, link.want_keeper)
 
 
 def _share(
@@ -180,7 +193,7 @@ async def _tasks(
         def orphaned() -> None:
             log.error("the supervisor died: unmounting %s", mountpoint)
             with suppress(OSError):
-                mounts.unmount(os.fsencode(mountpoint), lazy=True)
+                attachment.detach(os.fsencode(mountpoint), lazy=True)
             nursery.cancel_scope.cancel()
 
         lane.on_end = unmounted
@@ -208,6 +221,8 @@ def main() -> None:
     process.set_name("coordlfs-server")
     process.raise_limits()
     process.keep_freed_memory(_STASH_MOST)
+    if config["memory"] is not None:
+        process.be_killed_first()  # as the keeper: between them they hold the cache
     logs.configure(config["log"], "server", config["mountpoint"], config["source"])
     os.chdir("/")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's to handle

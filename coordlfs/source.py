@@ -123,7 +123,7 @@ class Source:
         return self._persistently(lambda: self._lstat(path, slow), slow)
 
     def _lstat(self, path: bytes, slow: Callable[[], None] | None) -> os.stat_result:
-        fd = paths.reference_if_cached(self.root, path)
+        fd = paths.open_if_cached(self.root, path, os.O_PATH)
         if fd is None:
             if slow is not None:
                 slow()
@@ -131,7 +131,7 @@ class Source:
         try:
             return os.fstat(fd)
         finally:
-            paths.close_reference(fd)
+            paths.close_at_once(fd)
 
     def readlink(self, path: bytes) -> bytes:
         """Where a symbolic link leads."""
@@ -198,14 +198,17 @@ class Source:
                 if not self._direct_refused:
                     pages.set_direct(fd, True)
                 self._give(record, fd, opened)
-            else:
+            elif self.is_remote:
                 os.close(fd)
+            else:
+                paths.close_at_once(fd)
 
     def _open_direct(self, path: bytes) -> int:
         if self._direct_refused:
             return self.open(path)
         try:
-            return self.open(path, os.O_RDONLY | os.O_DIRECT)
+            fd = None if self.is_remote else paths.open_if_cached(self.root, path, os.O_RDONLY | os.O_DIRECT)
+            return self.open(path, os.O_RDONLY | os.O_DIRECT) if fd is None else fd
         except OSError as e:
             if e.errno != errno.EINVAL:
                 raise

@@ -15,19 +15,21 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from coordlfs import logs, memfds, wire
+from coordlfs import attachment, logs, memfds, wire
 from coordlfs.kernel import fuse, mounts, process
+from coordlfs.residence import Residence
 
 log = logging.getLogger(__name__)
 
-FSTYPE = "fuse.coordlfs"
 # What the source's device has, but enough to read large files fast through FUSE (measured: 128 KiB reads a file of
 # 400 MB at 0.4 of the disk's speed, 512 at 0.6, 4096 at all of it), and not so much that random faults read megabytes.
 _READAHEAD_KIB = (512, 4096)
+_LEAST_READAHEAD_KIB = 128  # what the kernel has unless it is told
 _RESTARTS = 5  # in a minute; what dies faster than that will not do better the next time
 
 _PAUSE = 5.0  # seconds
@@ -42,13 +44,16 @@ class _Keeper:
 
 @dataclass(slots=True)
 class Supervisor:
-    """One mount. `config`: source, mountpoint, capacity (bytes), log, acl, metrics (fd); see `coordlfs.mounting`."""
+    """One mount. `config`: source, mountpoint, capacity (bytes), residence, log, …; see `coordlfs.mounting`."""
 
     config: dict[str, Any]
     root: int
     device: int = -1
     tree: int = -1
+    is_busy: bool = False  # whether the tree makes `umount` busy
+    readahead: int = _READAHEAD_KIB[0]  # KiB that the kernel reads ahead on the mount
     mount_device: int = 0
+    memory_fds: dict[int, int] = field(default_factory=dict)  # of the cache's memory, by process
     records: int = -1
     names: int = -1
     init: bytes = b""
@@ -66,37 +71,40 @@ class Supervisor:
 
     # -- beginning ----------------------------------------------------------------------------------------------
 
-    @property
-    def readahead(self) -> int:
-        """KiB that the kernel reads ahead on the mount."""
-        least, most = _READAHEAD_KIB
-        return min(most, max(least, mounts.readahead(os.fstat(self.root).st_dev) or 0))
-
     def mount(self) -> None:
         """Mount, and settle with the kernel what both can do. Raises OSError, with nothing left mounted."""
         mountpoint = os.fsencode(self.config["mountpoint"])
-        self.device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        options = f"fd={self.device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},"
-        options += f"allow_other,default_permissions,max_read={fuse.MAX_READ}"
-        flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
-        mounts.mount(self.config["source"], mountpoint, FSTYPE, flags, options)
+        self.device = attachment.attach(self.config["source"], mountpoint)
         try:
             self._answer_init()
-            self.tree = mounts.detached_copy(mountpoint)
+            self.tree, self.is_busy = attachment.copy(mountpoint)
             self.mount_device = next(
                 m.device
                 for m in reversed(list(mounts.table()))
-                if m.point == mountpoint and m.fstype == FSTYPE.encode()
+                if m.point == mountpoint and m.fstype == attachment.FSTYPE.encode()
             )
-            mounts.set_readahead(self.mount_device, self.readahead)
+            self._set_readahead()
             self.records, self.names = memfds.allocate()
         except BaseException:
             self._unmount(lazy=True)
             raise
 
+    def _set_readahead(self) -> None:
+        least, most = _READAHEAD_KIB
+        wanted = min(most, max(least, mounts.readahead(os.fstat(self.root).st_dev) or 0))
+        if mounts.set_readahead(self.mount_device, wanted):
+            self.readahead = wanted
+        else:  # it is root's to set
+            self.readahead = mounts.readahead(self.mount_device) or _LEAST_READAHEAD_KIB
+            log.info(
+                "the kernel reads %d KiB ahead, and may be told so by root only: large files are read slower",
+                self.readahead,
+            )
+
     def _answer_init(self) -> None:
         self.init = os.read(self.device, fuse.REQUEST_BUFFER)
-        reply, features = fuse.init_reply(self.init, acl=self.config["acl"])
+        acl = self.config["acl"] and attachment.kernel_checks_access()
+        reply, features = fuse.init_reply(self.init, acl=acl)
         if not (features.zero_message_open and features.zero_message_opendir):
             raise OSError(38, "this kernel's FUSE is too old: Linux 5.1 or newer is needed")
         os.write(self.device, reply)
@@ -114,8 +122,37 @@ class Supervisor:
             [sys.executable, "-P", "-m", module, json.dumps(config)],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # numpy's threads spin, and have nothing to do here
             start_new_session=True,  # Ctrl-C is the supervisor's to handle
         )
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the cache is in memory of its own."""
+        return bool(self.config["residence"] == Residence.MEMORY and self.config["capacity"])
+
+    @contextmanager
+    def _cache_memory(self) -> Iterator[list[int]]:
+        """The cache's memory, where it is memory of its own, as a descriptor to pass on; else nothing.
+
+        Server and keeper hold it, each for the other, and this process does not: if memory runs out the kernel ends
+        these two, and must have gained by it. So who is started gets it from who is left, or begins with nothing.
+        """
+        if not self.in_memory:
+            yield []
+            return
+        fd = -1
+        for child in [self.server, *(keeper.process for keeper in self.keepers.values())]:
+            with suppress(OSError):
+                if child is not None and child.poll() is None:
+                    fd = os.open(f"/proc/{child.pid}/fd/{self.memory_fds[child.pid]}", os.O_RDWR | os.O_CLOEXEC)
+                    break
+        if fd < 0:
+            fd = memfds.cache(self.config["capacity"])
+        try:
+            yield [fd]
+        finally:
+            os.close(fd)
 
     def _start_keeper(self) -> _Keeper:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -128,8 +165,11 @@ class Supervisor:
                 "tree": self.tree,
                 "device": self.device,
                 "readahead": self.readahead << 10,
+                "in_memory": self.in_memory,
             }
-            child = self._spawn("coordlfs.keeper", config, [theirs.fileno(), self.tree, self.device])
+            with self._cache_memory() as memory:
+                child = self._spawn("coordlfs.keeper", config, [theirs.fileno(), self.tree, self.device, *memory])
+                self.memory_fds.update((child.pid, fd) for fd in memory)
         keeper = _Keeper(self.next_index, child, ours)
         self.next_index += 1
         self.keepers[keeper.index] = keeper
@@ -166,6 +206,7 @@ class Supervisor:
                 "keepers": [
                     {"index": k.index, "pid": k.process.pid, "socket": k.ours.fileno()} for k in self.keepers.values()
                 ],
+                "is_busy": self.is_busy,
             }
             fds = [self.device, self.records, self.names, self.root, theirs.fileno()]
             fds += [k.ours.fileno() for k in self.keepers.values()]
@@ -175,7 +216,10 @@ class Supervisor:
                 of_it = self.peer_server.ours.fileno()
                 config["peer_server"] = {"pid": self.peer_server.process.pid, "socket": of_it}
                 fds.append(of_it)
-            self.server = self._spawn("coordlfs.server", config, fds)
+            with self._cache_memory() as memory:
+                config["memory"] = next(iter(memory), None)
+                self.server = self._spawn("coordlfs.server", config, fds + memory)
+                self.memory_fds.update((self.server.pid, fd) for fd in memory)
         self.link = ours
 
     # -- living -------------------------------------------------------------------------------------------------
@@ -306,7 +350,7 @@ class Supervisor:
 
     def _unmount(self, *, lazy: bool) -> None:
         with suppress(OSError):
-            mounts.unmount(os.fsencode(self.config["mountpoint"]), lazy=lazy)
+            attachment.detach(os.fsencode(self.config["mountpoint"]), lazy=lazy)
 
     def _let_go(self) -> None:
         """The mountpoint is gone: end the keepers, whose files are all that still holds the file system."""
@@ -347,7 +391,7 @@ def main() -> None:
             supervisor.start()
             supervisor.wait_ready(30)
         except OSError as e:
-            _tell(report, {"errno": e.errno, "error": str(e)})
+            _tell(report, {"errno": e.errno, "error": e.strerror or str(e)})
             sys.exit(1)
         _tell(report, {"ready": True, "pid": os.getpid()})
         supervisor.run(bound_to)

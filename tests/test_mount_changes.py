@@ -500,11 +500,20 @@ class Faults:
         self.clear()
         program = Path(__file__).with_name("faulty_fs.py")
         self._command = [sys.executable, *map(str, (program, directory, self.path, self._file))]
+        self._controls = place / "controls"
+        self._controls.mkdir()
+
+    def start(self) -> None:
+        """Mount it."""
         self._process = subprocess.Popen(self._command)
         eventually(lambda: is_mounted(self.path))
         # By default the kernel itself stops after 12 requests that are not answered.
-        connection = os.minor(os.stat(self.path).st_dev)
-        Path(f"/sys/fs/fuse/connections/{connection}/max_background").write_text("1000")
+        subprocess.run(["mount", "-t", "fusectl", "fusectl", self._controls], check=True)
+        try:
+            connection = os.minor(os.stat(self.path).st_dev)
+            (self._controls / str(connection) / "max_background").write_text("1000")
+        finally:
+            unmount_lazily(self._controls)
 
     def set(self, what: str, **fault: float) -> None:
         """From now on this fails, and nothing else."""
@@ -522,8 +531,7 @@ class Faults:
     def restart(self) -> None:
         """Unmount what is dead, and mount it again."""
         unmount_lazily(self.path)
-        self._process = subprocess.Popen(self._command)
-        eventually(lambda: is_mounted(self.path))
+        self.start()
 
     def clear(self) -> None:
         """From now on nothing fails."""
@@ -551,6 +559,7 @@ def faults(source: Path, place: Path, _may_mount: None) -> Iterator[Callable[[],
 
     def make() -> Faults:
         made.append(Faults(source, place))
+        made[0].start()
         return made[0]
 
     yield make

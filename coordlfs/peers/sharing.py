@@ -22,7 +22,7 @@ from typing import Any
 from coordlfs import items
 from coordlfs.admission import Admission
 from coordlfs.catalog import Catalog, node_of_path
-from coordlfs.kernel import pages
+from coordlfs.kernel import pages, process
 from coordlfs.metrics import Counters
 from coordlfs.minio import State
 from coordlfs.peers import link, protocol, settings
@@ -59,6 +59,8 @@ class Sharing:
         self._catalog = catalog
         self._admission = admission
         self._counters = counters
+        # Whether the peer server's READs are always marked (O_NOATIME), which takes the rights of a file's owner.
+        self.marks = process.has_capability(process.CAP_FOWNER) and process.in_initial_user_namespace()
         self._credentials = settings.credentials(mine)
         self._tls = self._credentials.context(server=False)
         self._waiting = Waiting()
