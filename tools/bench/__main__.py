@@ -9,7 +9,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from coordlfs_tools.bench import analyser, dataset, epochs, first_epoch, hints, hits, misses, peers, startup, tree
+from coordlfs_tools.bench import (
+    analyser,
+    dataset,
+    epochs,
+    first_epoch,
+    hints,
+    hits,
+    misses,
+    peers,
+    startup,
+    tasks,
+    tree,
+)
 from coordlfs_tools.bench.machine import BenchError
 from coordlfs_tools.bench.report import Context, Figure, table
 
@@ -22,7 +34,9 @@ _BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
     "hints": (hints.run, "epochs of a DataLoader with hints and without, from a slow disk, with as much compute"),
     "peers": (peers.run, "nodes that share their caches, against each alone, and peer hits against a bare loop"),
     "tree": (tree.run, "listing a million files, and the server's memory for them"),
-    "analyser": (analyser.run, "jobs whose truth is known, and predicted epochs against real ones on a mount"),
+    "analyser": (analyser.run, "the stall analyser on jobs whose truth is known"),
+    "predictions": (analyser.predictions, "epochs that the analyser predicts against real ones on a mount"),
+    "tasks": (tasks.run, "the stalls of three training tasks with 35 % cached, page cache and coordlfs"),
     "startup": (startup.run, "the command, and from mount to first byte"),
 }
 
