@@ -118,6 +118,10 @@ class Admission:
                 pending.contended = not pending.at_home
             return self.stash.parts(item, offset, min(size, end - offset))
 
+    def is_pending(self, item: int) -> bool:
+        """Whether an item is on its way to be pinned, so that there may be bytes of it in the stash."""
+        return item in self._pending
+
     def missed(
         self,
         item: int,

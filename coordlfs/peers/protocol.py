@@ -172,7 +172,7 @@ def encode_reply(reply: Reply) -> bytes:
     return _REPLY.pack(reply.status, reply.number, reply.length, reply.checksum)
 
 
-def parse_reply(data: bytes | bytearray, request: Request) -> Reply:
+def parse_reply(data: bytes | bytearray | memoryview, request: Request) -> Reply:
     """The head of the reply to `request`. Raises ProtocolError if it is another's, or offers what was not asked for."""
     if len(data) != REPLY:
         raise ProtocolError("a reply is cut short")
