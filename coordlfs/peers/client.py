@@ -51,7 +51,14 @@ class Outcome(Enum):
 
 
 Done = Callable[[Outcome, memoryview | None], None]  # the payload goes with OK, and is good until the call returns
-_OUTCOMES = {Status.NO: Outcome.NO, Status.WRONG_VERSION: Outcome.WRONG_VERSION, Status.ERROR: Outcome.ERROR}
+_OUTCOMES = {
+    Status.OK: Outcome.OK,
+    Status.NO: Outcome.NO,
+    Status.WRONG_VERSION: Outcome.WRONG_VERSION,
+    Status.ERROR: Outcome.ERROR,
+}
+_PAYLOAD_AT = pages.PAGE  # in a buffer: a payload begins with a page, and its head lies before it
+_HEAD_AT = _PAYLOAD_AT - protocol.REPLY
 
 
 @dataclass(slots=True)
@@ -71,30 +78,27 @@ class Pipe:
         self.calls: deque[_Call] = deque()
         self.broken = False
         self._on_end = on_end
-        self._number = 0
         # Also keeps receiving apart from sending where that is TLS: OpenSSL wants one thread at a time.
         self._lock = threading.Lock()
         self._is_tls = isinstance(sock, ssl.SSLSocket)
-        self._head = memoryview(bytearray(protocol.REPLY))
-        self._got = 0  # of the head, and then of the payload
-        self._reply: Reply | None = None  # of which the payload is being received
-        self._room: memoryview | None = None
-        self._began = self._heard = 0.0  # the payload; the last reply
+        self._room: memoryview | None = None  # what was received of the reply that is due lies here
+        self._got = 0  # bytes of it, its head included
+        self._reply: Reply | None = None  # its head, once that is there
+        self._began = self._heard = 0.0  # the reply that is due; the last one
         if self._is_tls:
             sock.setblocking(False)
         else:
             connection.set_limits(sock, _AT_ONCE, connection.CONNECT)
 
-    def send(self, wanted: Callable[[int], Request], done: Done) -> bool:
-        """Send the request that `wanted` makes with a number; `done` is called once. False: broken, and it is not."""
+    def send(self, request: Request, done: Done) -> bool:
+        """Send a request, after which `done` is called once. False: the connection is broken, and it is not."""
+        encoded = protocol.encode_request(request)
         with self._lock:
             if self.broken:
                 return False
-            self._number = self._number + 1 & 0xFFFFFFFF
-            request = wanted(self._number)
             self.calls.append(_Call(request, time.monotonic(), done))
             try:
-                self.sock.sendall(protocol.encode_request(request))
+                self.sock.sendall(encoded)
                 return True
             except OSError:
                 pass
@@ -115,7 +119,7 @@ class Pipe:
 
     # -- called by the receiver ---------------------------------------------------------------------------------
 
-    def _take(self, view: memoryview) -> int:
+    def _take(self, view: memoryview, flags: int) -> int:
         """Receive into `view` what there is; 0 if there is nothing now. Raises OSError, ProtocolError."""
         try:
             if self._is_tls:
@@ -124,47 +128,65 @@ class Pipe:
                         raise ProtocolError("the connection broke before")
                     n = self.sock.recv_into(view)
             else:
-                # A peer that has begun goes on, nearly always: to wait here for the rest is cheaper than to come again.
-                n = self.sock.recv_into(view, 0, socket.MSG_DONTWAIT if self._got else socket.MSG_WAITALL)
+                n = self.sock.recv_into(view, 0, flags)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
         if not n:
             raise ProtocolError("the connection ended")
         return n
 
-    def receive(self, rooms: list[memoryview]) -> bool:
-        """Take what has come; whether there is more without a sign from the kernel. Raises OSError, ProtocolError."""
-        if self._reply is None:
-            n = self._take(self._head[self._got :])
-            self._got += n
-            if self._got < protocol.REPLY:
-                return bool(n) and self._is_tls
-            if not self.calls:
-                raise ProtocolError("a reply that nobody asked for")
-            self._reply = protocol.parse_reply(self._head, self.calls[0].request)
-            self._got, self._began = 0, time.monotonic()
-            if not self._reply.length:
-                self._finish(_OUTCOMES.get(self._reply.status, Outcome.OK), self._head[:0])
-                return self._is_tls
-            self._room = rooms.pop() if rooms else memoryview(pages.buffer(protocol.MOST_PAYLOAD))
-        room, length = self._room, self._reply.length
-        assert room is not None
-        n = self._take(room[self._got : length])
-        self._got += n
-        if self._got < length:
-            return bool(n) and self._is_tls
-        payload = room[:length]
-        if protocol.checksum(payload) != self._reply.checksum:
-            self.fail(Outcome.BAD)
-            return False
-        self._room = None
-        self._finish(Outcome.OK, payload)
-        if len(rooms) < _ROOMS:
-            rooms.append(room)
-        return self._is_tls
+    def receive(self, rooms: list[memoryview]) -> None:
+        """Take what has come, and hand on what is complete. Raises OSError, ProtocolError.
+
+        One call of recv takes head and payload of the reply that is due, where both have come; and more than that only
+        if the peer refuses, and the next reply has come as well.
+        """
+        if self._room is None:
+            self._room = rooms.pop() if rooms else memoryview(pages.buffer(_PAYLOAD_AT + protocol.MOST_PAYLOAD))
+        self._receive(self._room)
+        if not self._got:  # else it is kept for what is still to come
+            if len(rooms) < _ROOMS:
+                rooms.append(self._room)
+            self._room = None
+
+    def _receive(self, room: memoryview) -> None:
+        flags = socket.MSG_DONTWAIT
+        while True:
+            try:
+                due = self._reply.length if self._reply else self.calls[0].request.length
+            except IndexError:
+                due = 0
+            if self._got < protocol.REPLY or (self._reply and self._got < protocol.REPLY + due):
+                n = self._take(room[_HEAD_AT + self._got : _PAYLOAD_AT + due], flags)
+                if not n:
+                    return
+                self._got += n
+            if self._reply is None and self._got >= protocol.REPLY:
+                if not self.calls:
+                    raise ProtocolError("a reply that nobody asked for")
+                self._reply = protocol.parse_reply(room[_HEAD_AT:_PAYLOAD_AT], self.calls[0].request)
+                self._began = time.monotonic()
+                # A peer that has begun goes on, nearly always: to wait here for the rest is cheaper than to come again.
+                flags = socket.MSG_WAITALL
+            reply = self._reply
+            if reply is None or self._got < protocol.REPLY + reply.length:
+                if reply is not None and flags == socket.MSG_WAITALL and time.monotonic() - self._began > _AT_ONCE:
+                    return
+                continue
+            payload = room[_PAYLOAD_AT : _PAYLOAD_AT + reply.length]
+            if reply.status is Status.OK and protocol.checksum(payload) != reply.checksum:
+                self.fail(Outcome.BAD)
+                return
+            self._finish(_OUTCOMES[reply.status], payload)
+            self._got -= protocol.REPLY + reply.length
+            if self._got:
+                room[_HEAD_AT : _HEAD_AT + self._got] = room[_PAYLOAD_AT : _PAYLOAD_AT + self._got]
+            elif not self._is_tls or self.broken:  # OpenSSL may have more, of which the kernel knows nothing
+                return
+            flags = socket.MSG_DONTWAIT
 
     def _finish(self, outcome: Outcome, payload: memoryview) -> None:
-        self._reply, self._got, self._heard = None, 0, time.monotonic()
+        self._reply, self._heard = None, time.monotonic()
         try:
             call = self.calls.popleft()
         except IndexError:
@@ -220,8 +242,7 @@ class Receiver:
     def _receive(self, pipe: Pipe) -> None:
         if not pipe.broken:
             try:
-                while pipe.receive(self._rooms) and not pipe.broken:
-                    pass
+                pipe.receive(self._rooms)
             except (OSError, ProtocolError) as e:
                 log.debug("a connection to a peer ends: %s", e)
                 pipe.fail()
@@ -260,7 +281,7 @@ class Peer:
         self._openers = opening
         self._pipes: list[Pipe] = []
         self._opening = 0
-        self._asked = 0
+        self._asked = self._number = 0
         self._lock = threading.Lock()
 
     def ask(
@@ -281,6 +302,8 @@ class Peer:
             if self._asked >= _ASKED or not self.breaker.allows(time.monotonic()):
                 return self._count(Outcome.SKIPPED)
             self._asked += 1
+            self._number = self._number + 1 & 0xFFFFFFFF
+            request = Request(Verb.GET, self._number, length, offset, *version, path)
             pipe = self._free_pipe()
             if pipe is None:
                 self._opening += 1
@@ -299,9 +322,7 @@ class Peer:
                 self._count(outcome)
             done(outcome, payload)
 
-        if pipe is not None and pipe.send(
-            lambda number: Request(Verb.GET, number, length, offset, *version, path), answered
-        ):
+        if pipe is not None and pipe.send(request, answered):
             return None
         with self._lock:
             self._asked -= 1

@@ -124,10 +124,10 @@ class Sharing:
         if view is None or not view.peers:
             return False
         owner = view.owner(item, self._catalog)
-        if owner is None or owner == self._own:
+        if owner is None or owner is self._own:
             return False
         record = items.record_of(item)
-        version = self._catalog.version(record)
+        version = self._catalog.stamp(record)
         path = self._catalog.path(record)
         if not 0 < length <= protocol.MOST_PAYLOAD or len(path) > protocol.LONGEST_PATH:
             return False
@@ -136,14 +136,13 @@ class Sharing:
             if outcome is not Outcome.OK:
                 self._counters.add(_COUNTED[outcome])
                 done(None)
-            elif self._catalog.version(record) != version:
+            elif self._catalog.stamp(record) != version:
                 done(None)  # somebody has seen another one meanwhile
             else:
-                self._counters.add("peer_reads")
-                self._counters.add("peer_bytes", length)
+                self._counters.count_peer_read(length)
                 done(data)
 
-        said = view.peers[owner.name].ask(path, (version.size, version.mtime_ns), offset, length, answered, before_wait)
+        said = view.peers[owner.name].ask(path, version, offset, length, answered, before_wait)
         if said is not None:
             self._counters.add(_COUNTED[said])
         return said is None
