@@ -252,13 +252,14 @@ class ByteLane:
             del self._waits[unique]
         self._finish_read(unique, self._reader.read(asked, into, before_wait))
 
-    def _shared(self, unique: int, asked: Request, answer: Answer | None) -> None:
+    def _shared(self, unique: int, asked: Request, data: memoryview | None) -> None:
         """Another node has answered a READ, or has not; called by whatever thread."""
         self._waits.pop(unique, None)
-        if answer is None:
+        if data is None:
             self._return(unique, asked)
-        else:
-            self._finish_read(unique, answer)
+            return
+        self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(data), 0, unique), data)
+        self._reader.account_shared(asked, len(data))
 
     def _read_alone(self, into: pages.Buffer) -> None:
         try:

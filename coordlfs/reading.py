@@ -106,30 +106,28 @@ class Reader:
                     at += len(part)
         return answer
 
-    def ask(self, request: Request, done: Callable[[Answer | None], None], before_wait: Callable[[], None]) -> bool:
+    def ask(self, request: Request, done: Callable[[memoryview | None], None], before_wait: Callable[[], None]) -> bool:
         """Ask the node that owns all that a READ wants; False if there is no such, and `read` is to be called.
 
-        `done` is called once, within seconds and by whatever thread: with the answer, whose data is good until it
-        returns, or with None if the source is to be read.
+        `done` is called once, within seconds and by whatever thread: with the bytes, which are good until it returns
+        and to be accounted for by `account_shared`, or with None if the source is to be read.
         """
         sharing, record = self.sharing, self.catalog.find(request.node)
         if sharing is None or record is None or request.pid in self.admission.keeper_pids:
             return False
         offset, size = request.offset, min(request.size, self.catalog.size(record) - request.offset)
         item = items.item_at(record, offset)
-        if size <= 0 or items.item_at(record, offset + size - 1) != item or self.admission.is_pending(item):
+        if size <= 0 or offset % items.CHUNK + size > items.CHUNK or self.admission.is_pending(item):
             return False
         if request.marked and sharing.is_peer_server(request.pid):
             return False
+        return sharing.ask(item, offset, size, done, before_wait)
 
-        def answered(data: memoryview | None) -> None:
-            if data is None:
-                done(None)
-            else:
-                self.catalog.set_served(record)
-                done(Answer(record, request, [data], shared=[(item, offset, len(data))]))
-
-        return sharing.ask(item, offset, size, answered, before_wait)
+    def account_shared(self, request: Request, nbytes: int) -> None:
+        """`account` for what `ask` brought."""
+        record = self.catalog.find(request.node)
+        if record is not None:
+            self.admission.shared(items.item_at(record, request.offset), request.offset, nbytes, request.direct)
 
     def _fetch(
         self, answer: Answer, item: int, offset: int, size: int, into: memoryview, before_wait: Callable[[], None]
@@ -139,7 +137,6 @@ class Reader:
         if self.sharing is not None and answer.asks:
             n = self.sharing.fetch(item, offset, into[:size], before_wait)
             if n:
-                self.catalog.set_served(record)
                 answer.shared.append((item, offset, n))
                 return n
         try:

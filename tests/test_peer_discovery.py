@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import subprocess
+import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from coordlfs_tools.bench.network import Host
 from hypothesis import given
 from hypothesis import strategies as st
 from mounts import MakeMount, Mount, coordlfs, eventually, read, write_files
@@ -79,12 +82,20 @@ def _alive(nodes: list[Mount], count: int) -> None:
 # -- etcd -----------------------------------------------------------------------------------------------------------
 
 
-class _Etcd:
-    """A server of its own, with its data in `directory`."""
+_GET = """
+import sys, urllib.request
+body = sys.argv[2].encode() if len(sys.argv) > 2 else None
+print(urllib.request.urlopen(sys.argv[1], body, timeout=2).read().decode())
+"""
 
-    def __init__(self, directory: Path) -> None:
+
+class Etcd:
+    """A server of its own, with its data in `directory`; in the network of `host` if there is one."""
+
+    def __init__(self, directory: Path, host: Host | None = None) -> None:
         client, peer = free_ports(2)
-        self.url = f"http://127.0.0.1:{client}"
+        self.url = f"http://{host.address if host else '127.0.0.1'}:{client}"
+        self._inside = host.inside if host else list
         other = f"http://127.0.0.1:{peer}"
         self._command = ["etcd", "--data-dir", str(directory), "--name", "test", "--initial-cluster", f"test={other}"]
         self._command += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
@@ -93,13 +104,21 @@ class _Etcd:
 
     def start(self) -> None:
         quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen(self._command, stdout=quiet, stderr=quiet, start_new_session=True)
+        self._process = subprocess.Popen(
+            self._inside(self._command), stdout=quiet, stderr=quiet, start_new_session=True
+        )
         eventually(self._answers, 40, "etcd answers")
 
     def _answers(self) -> bool:
-        with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=1) as response:
-            return bool(response.status == 200)
-        return False
+        return b"true" in self._get("health")
+
+    def _get(self, path: str, body: str | None = None) -> bytes:
+        command = [sys.executable, "-c", _GET, f"{self.url}/{path}", *([body] if body else [])]
+        return subprocess.run(self._inside(command), capture_output=True, timeout=20).stdout
+
+    def put(self, key: str) -> None:
+        """Write an empty key, which is there for good."""
+        assert self._get("v3/kv/put", json.dumps({"key": base64.b64encode(key.encode()).decode()}))
 
     def stop(self) -> None:
         if self._process is not None:
@@ -113,8 +132,8 @@ class _Etcd:
 
 
 @pytest.fixture
-def etcd(place: Path) -> Iterator[_Etcd]:
-    server = _Etcd(place / "etcd")
+def etcd(place: Path) -> Iterator[Etcd]:
+    server = Etcd(place / "etcd")
     server.start()
     try:
         yield server
@@ -124,7 +143,7 @@ def etcd(place: Path) -> Iterator[_Etcd]:
 
 @pytest.mark.timeout(180)
 def test_nodes_find_each_other_through_etcd_which_may_stop(
-    source: Path, mount: MakeMount, etcd: _Etcd, make_node: Callable[..., Mount]
+    source: Path, mount: MakeMount, etcd: Etcd, make_node: Callable[..., Mount]
 ) -> None:
     names = write_files(source, 30, 50_000)
     peers = f"etcd:{etcd.url}/training/imagenet"

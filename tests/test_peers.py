@@ -15,7 +15,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import liars
 import pytest
+from liars import Liar
 from mounts import (
     MIB,
     MakeMount,
@@ -32,7 +34,7 @@ from mounts import (
 
 from coordlfs.peers import connection, protocol
 from coordlfs.peers.connection import Credentials
-from coordlfs.peers.protocol import ProtocolError, Reply, Request, Requests, Status, Verb
+from coordlfs.peers.protocol import ProtocolError, Reply, Request, Status, Verb
 
 _STALL = 20.0  # seconds that one read may take whatever the peers do: the limits, on a machine four times slower
 _KEY = b"0123456789abcdef0123456789abcdef"
@@ -280,134 +282,36 @@ def test_a_frozen_node_costs_a_bounded_delay_once(source: Path, nodes: Callable[
 # -- peers that lie -------------------------------------------------------------------------------------------------
 
 
-class _Liar:
-    """A node that knows the key and says who it is, and answers requests for bytes with `lie`."""
-
-    def __init__(self, port: int, key: bytes, lie: Callable[[socket.socket, Request], None]) -> None:
-        self._listener = socket.create_server(("127.0.0.1", port))
-        self._credentials = Credentials(key)
-        self._lie = lie
-        self.asked = 0
-        self.strangers = 0
-        self._socks: list[socket.socket] = []
-        self._port = port
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                sock, _ = self._listener.accept()
-                self._socks.append(sock)
-                self._threads.append(threading.Thread(target=self._serve, args=(sock,)))
-                self._threads[-1].start()
-
-    def _serve(self, sock: socket.socket) -> None:
-        with suppress(OSError, ProtocolError):
-            try:
-                connection.accept(sock, self._credentials, None)
-            except ProtocolError:
-                self.strangers += 1
-                sock.close()
-                return
-            connection.set_limits(sock, 30, 30)
-            requests = Requests()
-            while data := sock.recv(1 << 16):
-                for request in requests.feed(data):
-                    if request.verb is Verb.INFO:
-                        text = json.dumps(
-                            {"name": f"127.0.0.1:{self._port}", "instance": "liar", "capacity": 1 << 40, "pinned": 0}
-                        ).encode()
-                        reply = Reply(Status.OK, request.number, len(text), protocol.checksum(text))
-                        sock.sendall(protocol.encode_reply(reply) + text)
-                    else:
-                        self.asked += 1
-                        self._lie(sock, request)
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for sock in self._socks:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for sock in self._socks:
-            sock.close()
-
-
 @pytest.fixture
-def liar() -> Iterator[Callable[..., _Liar]]:
+def liar() -> Iterator[Callable[..., Liar]]:
     """Makes a node that lies."""
     with ExitStack() as stack:
 
-        def make(port: int, lie: Callable[[socket.socket, Request], None], key: bytes = b"") -> _Liar:
-            made = _Liar(port, key, lie)
+        def make(port: int, lie: liars.Lie, key: bytes = b"", says: bytes | None = None) -> Liar:
+            made = Liar(socket.create_server(("127.0.0.1", port)), key, lie, says)
             stack.callback(made.close)
             return made
 
         yield make
 
 
-def _garbage(sock: socket.socket, request: Request) -> None:
-    sock.sendall(os.urandom(5000))
-
-
-def _wrong_bytes(sock: socket.socket, request: Request) -> None:
-    data = bytes(request.length)
-    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number, len(data), protocol.checksum(b"x"))) + data)
-
-
-def _wrong_version(sock: socket.socket, request: Request) -> None:
-    sock.sendall(protocol.encode_reply(Reply(Status.WRONG_VERSION, request.number)))
-
-
-def _half_a_frame(sock: socket.socket, request: Request) -> None:
-    data = bytes(request.length // 2)
-    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number, request.length, 1)) + data)
-    sock.shutdown(socket.SHUT_RDWR)
-
-
-def _half_a_head(sock: socket.socket, request: Request) -> None:
-    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number, request.length, 1))[:7])
-    sock.shutdown(socket.SHUT_RDWR)
-
-
-def _nothing(sock: socket.socket, request: Request) -> None:
-    pass
-
-
-def _too_much(sock: socket.socket, request: Request) -> None:
-    data = bytes(request.length + 4096)
-    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number, len(data), protocol.checksum(data))) + data)
-
-
-def _another_answer(sock: socket.socket, request: Request) -> None:
-    data = bytes(request.length)
-    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number + 1, len(data), protocol.checksum(data))) + data)
-
-
-def _an_error(sock: socket.socket, request: Request) -> None:
-    sock.sendall(protocol.encode_reply(Reply(Status.ERROR, request.number)))
-
-
 _LIES = [
-    (_garbage, "failures"),
-    (_wrong_bytes, "bad_payloads"),
-    (_wrong_version, "wrong_versions"),
-    (_half_a_frame, "failures"),
-    (_half_a_head, "failures"),
-    (_nothing, "failures"),
-    (_too_much, "failures"),
-    (_another_answer, "failures"),
-    (_an_error, "failures"),
+    (liars.garbage, "failures"),
+    (liars.wrong_bytes, "bad_payloads"),
+    (liars.wrong_version, "wrong_versions"),
+    (liars.half_a_frame, "failures"),
+    (liars.half_a_head, "failures"),
+    (liars.nothing, "failures"),
+    (liars.too_much, "failures"),
+    (liars.another_answer, "failures"),
+    (liars.an_error, "failures"),
 ]
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("lie", "counted"), _LIES)
 def test_whatever_a_peer_answers_readers_get_right_bytes(
-    source: Path, mount: MakeMount, liar: Callable[..., _Liar], lie: Any, counted: str
+    source: Path, mount: MakeMount, liar: Callable[..., Liar], lie: Any, counted: str
 ) -> None:
     names = write_files(source, 30, 50_000)
     ports = free_ports(2)
@@ -425,7 +329,7 @@ def test_whatever_a_peer_answers_readers_get_right_bytes(
 
 
 @pytest.mark.timeout(60)
-def test_a_slow_peer_is_left_alone(source: Path, mount: MakeMount, liar: Callable[..., _Liar]) -> None:
+def test_a_slow_peer_is_left_alone(source: Path, mount: MakeMount, liar: Callable[..., Liar]) -> None:
     """It sends right bytes at 100 kB/s."""
     names = write_files(source, 20, 100_000)
 
@@ -500,11 +404,11 @@ def _meets(where: tuple[str, int]) -> bool:
 
 @pytest.mark.timeout(60)
 def test_a_node_with_another_key_is_no_member(
-    source: Path, mount: MakeMount, liar: Callable[..., _Liar], key_file: Path
+    source: Path, mount: MakeMount, liar: Callable[..., Liar], key_file: Path
 ) -> None:
     names = write_files(source, 20, 50_000)
     ports = free_ports(2)
-    bad = liar(ports[1], _nothing, b"another key of no use")
+    bad = liar(ports[1], liars.nothing, b"another key of no use")
     node = mount(source, "16M", *_options(ports[0], ports, "--cluster-key-file", key_file))
     eventually(lambda: bad.strangers > 0)
     _check(node, names)

@@ -138,8 +138,8 @@ class Pipe:
     def receive(self, rooms: list[memoryview]) -> None:
         """Take what has come, and hand on what is complete. Raises OSError, ProtocolError.
 
-        One call of recv takes head and payload of the reply that is due, where both have come; and more than that only
-        if the peer refuses, and the next reply has come as well.
+        One call of recv takes head and payload of the reply that is due, where both have come. If it is a refusal, what
+        was taken for its payload is of the replies that follow.
         """
         if self._room is None:
             self._room = rooms.pop() if rooms else memoryview(pages.buffer(_PAYLOAD_AT + protocol.MOST_PAYLOAD))
@@ -180,7 +180,8 @@ class Pipe:
             self._finish(_OUTCOMES[reply.status], payload)
             self._got -= protocol.REPLY + reply.length
             if self._got:
-                room[_HEAD_AT : _HEAD_AT + self._got] = room[_PAYLOAD_AT : _PAYLOAD_AT + self._got]
+                after = _PAYLOAD_AT + reply.length
+                room[_HEAD_AT : _HEAD_AT + self._got] = room[after : after + self._got]
             elif not self._is_tls or self.broken:  # OpenSSL may have more, of which the kernel knows nothing
                 return
             flags = socket.MSG_DONTWAIT

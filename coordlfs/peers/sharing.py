@@ -139,6 +139,7 @@ class Sharing:
             elif self._catalog.stamp(record) != version:
                 done(None)  # somebody has seen another one meanwhile
             else:
+                self._catalog.set_served(record)
                 self._counters.count_peer_read(length)
                 done(data)
 
