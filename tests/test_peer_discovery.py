@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,13 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import trio
 from coordlfs_tools.bench.network import Host
 from hypothesis import given
 from hypothesis import strategies as st
 from mounts import MakeMount, Mount, coordlfs, eventually, read, write_files
 from test_peers import free_ports
 
-from coordlfs.peers import discovery
+from coordlfs.peers import discovery, hostlist
 
 
 @pytest.mark.parametrize(
@@ -32,13 +34,82 @@ from coordlfs.peers import discovery
     ],
 )
 def test_host_lists_of_slurm(text: str, hosts: list[str]) -> None:
-    assert discovery.expand(text) == hosts
+    assert hostlist.expand(text) == hosts
 
 
-@given(st.text("ab[]-,0123", max_size=12))
+NAMES = st.text("abz-.9", min_size=1, max_size=4)
+RANGES = st.lists(st.tuples(st.integers(0, 120), st.integers(0, 12), st.integers(1, 4)), min_size=1, max_size=3)
+
+
+@given(st.lists(st.tuples(NAMES, st.lists(st.tuples(RANGES, st.just("") | NAMES), max_size=2)), max_size=3))
+def test_host_lists_as_slurm_writes_them(
+    entries: list[tuple[str, list[tuple[list[tuple[int, int, int]], str]]]],
+) -> None:
+    """Names with ranges of numbers in them, padded with zeros to a width."""
+    written, hosts = [], []
+    for name, brackets in entries:
+        text, heads = name, [name]
+        for ranges, tail in brackets:
+            parts, numbers = [], []
+            for first, more, width in ranges:
+                parts.append(f"{first:0{width}}" + (f"-{first + more:0{width}}" if more else ""))
+                numbers += [f"{n:0{len(parts[-1].split('-')[0])}}" for n in range(first, first + more + 1)]
+            text += f"[{','.join(parts)}]{tail}"
+            heads = [head + number + tail for head in heads for number in numbers]
+        written.append(text)
+        hosts += heads
+    assert hostlist.expand(",".join(written)) == hosts
+
+
+@given(st.text("ab[]-,0123 ", max_size=12))
 def test_host_lists_that_make_no_sense_are_refused_or_harmless(text: str) -> None:
     with suppress(ValueError):
-        assert all("," not in host for host in discovery.expand(text))
+        assert all(host and not set(host) & set(",[] ") for host in hostlist.expand(text))
+
+
+@pytest.mark.parametrize(
+    "text", ["a[", "a[1", "a]", "a[]", "a[1-]", "a[3-1]", "a,,b", "a,", "a[1]]", "a[0-99999999999]"]
+)
+def test_host_lists_that_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"hosts|numbers"):
+        hostlist.expand(text)
+
+
+def test_the_hosts_of_a_job_that_grows_and_ends(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a program in scontrol's place, since there is no Slurm here: it prints what the real one prints."""
+    said = place / "said"
+    program = place / "scontrol"
+    program.write_text(f'#!/bin/sh\n[ "$*" = "-o show job 7" ] && cat {said}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setattr(discovery, "_ASK_SLURM_EVERY", 0.01)
+    found: list[set[tuple[str, int]]] = []
+
+    async def watch() -> None:
+        async def until(hosts: set[str]) -> None:
+            with trio.fail_after(20):
+                while found[-1] != {(host, 7070) for host in hosts}:
+                    await trio.sleep(0.01)
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(discovery.watch, {"peers": "slurm:7070"}, found.append)
+            assert found == [{("n1", 7070), ("n2", 7070)}]
+            line = "JobId=7 JobName=train ReqNodeList=(null) ExcNodeList=x NodeList={} BatchHost=n1 NumNodes=3\n"
+            said.write_text(line.format("n[1-3]"))
+            await until({"n1", "n2", "n3"})
+            said.write_text(line.format("n2"))
+            await until({"n2"})
+            for nothing in ("(null)", "n[", ""):
+                said.write_text(line.format(nothing))
+                await trio.sleep(0.1)
+            said.unlink()
+            await trio.sleep(0.1)
+            assert found[-1] == {("n2", 7070)}  # what is known stays
+            nursery.cancel_scope.cancel()
+
+    trio.run(watch)
 
 
 @pytest.mark.parametrize("nodelist", ["localhost", "127.0.0.[1-1]"])

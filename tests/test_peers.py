@@ -8,9 +8,10 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 from liars import Liar
 from mounts import (
     MIB,
+    Cgroup,
     MakeMount,
     Mount,
     coordlfs,
@@ -31,6 +33,7 @@ from mounts import (
     unmount_lazily,
     write_files,
 )
+from test_mount_memory import holding
 
 from coordlfs.peers import connection, protocol
 from coordlfs.peers.connection import Credentials
@@ -114,6 +117,15 @@ def _unanswered(node: Mount) -> int:
     return int(peers["failures"] + peers["skipped"] + peers["refusals"])
 
 
+def _check_storage(nodes: Sequence[Mount], before: list[int], unanswered: list[int]) -> None:
+    """No node has read from its source since, but for what others did not answer, which is counted.
+
+    On a machine that is so busy that a node does not answer in time, its neighbour reads for itself, once a READ.
+    """
+    for node, bytes_before, unanswered_before in zip(nodes, before, unanswered, strict=True):
+        assert node.source_bytes() - bytes_before <= (_unanswered(node) - unanswered_before) * MIB
+
+
 # -- the caches add up ----------------------------------------------------------------------------------------------
 
 
@@ -138,9 +150,7 @@ def test_what_is_cached_somewhere_is_read_from_no_source(source: Path, nodes: Ca
         for node in made:
             _check(node, names, seed)
         drop_caches()
-    for node, bytes_before, unanswered_before in zip(made, before, unanswered, strict=True):
-        # On a machine that is so busy that a node does not answer in time, its neighbour reads for itself, once a READ.
-        assert node.source_bytes() - bytes_before <= (_unanswered(node) - unanswered_before) * MIB
+    _check_storage(made, before, unanswered)
     figures = [node.stats() for node in made]
     assert sum(f["pinned_items"] for f in figures) == 121 + 3
     assert all(f["pinned_items"] > 30 and f["peers"]["bytes"] > 0 for f in figures)
@@ -180,10 +190,41 @@ def test_what_belongs_to_a_node_that_joins_gives_way(source: Path, mount: MakeMo
             _check(node, names, seed)
             node.settle()
         drop_caches()
-    before = first.source_bytes(), second.source_bytes()
-    _check(first, names, 9)
-    _check(second, names, 9)
-    assert (first.source_bytes(), second.source_bytes()) == before
+    made = (first, second)
+    before, unanswered = [node.source_bytes() for node in made], [_unanswered(node) for node in made]
+    for node in made:
+        _check(node, names, 9)
+    _check_storage(made, before, unanswered)
+
+
+@pytest.mark.timeout(120)
+def test_an_owner_whose_memory_gets_tight_says_no(
+    cgroup: Callable[[int], Cgroup], source: Path, nodes: Callable[..., list[Mount]]
+) -> None:
+    """It gives back what it caches; the others read what it refuses, and are right."""
+    names = write_files(source, 128, MIB)
+    asker, owner = nodes(2, "256M")
+    group = cgroup(500 * MIB)
+    for pid in owner.pids:
+        (group.path / "cgroup.procs").write_text(str(pid))
+    for node in (asker, owner):
+        _check(node, names)
+        node.settle()
+    drop_caches()
+    held = owner.stats()["pinned_bytes"]
+    with holding(400 * MIB, group) as neighbour:
+        assert neighbour.stdout is not None
+        assert neighbour.stdout.readline() == "held\n"
+        eventually(lambda: owner.stats()["pinned_bytes"] < held)
+        owner.settle()
+        drop_caches()
+        before = asker.stats()["peers"]["refusals"]
+        _check(asker, names, 1)
+        figures = asker.stats()["peers"]
+        assert figures["refusals"] > before
+        assert figures["failures"] == 0
+        assert neighbour.poll() is None
+    assert owner.stats()["pinned_bytes"] < held
 
 
 # -- nodes that go and come -----------------------------------------------------------------------------------------
@@ -329,6 +370,37 @@ def test_whatever_a_peer_answers_readers_get_right_bytes(
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "says",
+    [
+        b"[" * 10_000,
+        b"null",
+        liars.introduction("\ud800:1"),
+        liars.introduction("[red]\n:1"),
+        liars.introduction("no address"),
+        liars.introduction("a:1", -1),
+    ],
+)
+def test_who_does_not_say_who_it_is_is_no_member_and_harms_nobody(
+    source: Path, mount: MakeMount, liar: Callable[..., Liar], says: bytes
+) -> None:
+    names = write_files(source, 3, 50_000)
+    ports = free_ports(2)
+    liar(ports[1], liars.nothing, says=says)
+    node = mount(source, "16M", *_options(ports[0], ports))
+    before = node.stats()["processes"]
+
+    def problem() -> str:
+        found: str = json.loads(coordlfs("peers", node.path, "--json").stdout)[1]["problem"]
+        return found
+
+    eventually(lambda: node.stats()["peers"].get("known") == 1 and problem() != "not yet reached")
+    _check(node, names)
+    assert node.stats()["peers"]["alive"] == 0
+    assert node.stats()["processes"] == before
+
+
+@pytest.mark.timeout(60)
 def test_a_slow_peer_is_left_alone(source: Path, mount: MakeMount, liar: Callable[..., Liar]) -> None:
     """It sends right bytes at 100 kB/s."""
     names = write_files(source, 20, 100_000)
@@ -387,19 +459,24 @@ def test_nodes_with_the_key_share_and_a_stranger_learns_nothing(
                 said += data
         assert len(said) == protocol.GREETING  # a nonce, and nothing about anything
     # Whoever says nothing is not waited for, and does not keep others away.
+    _check_silence(where, Credentials(_KEY))
+
+
+def _check_silence(where: tuple[str, int], credentials: Credentials) -> None:
+    """A hundred connections on which nothing is said keep nobody who knows the key away for long."""
+
+    def meets() -> bool:
+        with suppress(OSError, ProtocolError):
+            connection.connect(where, credentials, credentials.context(server=False)).close()
+            return True
+        return False
+
     silent = [socket.create_connection(where, 5) for _ in range(100)]
     try:
-        eventually(lambda: _meets(where), 20)
+        eventually(meets, 20)
     finally:
         for sock in silent:
             sock.close()
-
-
-def _meets(where: tuple[str, int]) -> bool:
-    with suppress(OSError, ProtocolError):
-        connection.connect(where, Credentials(_KEY), None).close()
-        return True
-    return False
 
 
 @pytest.mark.timeout(60)
@@ -514,6 +591,41 @@ def test_the_commands_tell_of_the_nodes(source: Path, nodes: Callable[..., list[
 
 
 @pytest.mark.timeout(60)
+def test_two_mounts_on_one_host_as_the_readme_shows_it(source: Path, place: Path, mount: MakeMount) -> None:
+    """The lines as they are printed; only the directories are others."""
+    (source / "train").mkdir()
+    names = [f"train/{name}" for name in write_files(source / "train", 60, 100_000)]
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    [block] = [part for part in text.split("```") if part.startswith("sh\n") and "--peers" in part]
+    lines = block.replace("/data/imagenet", str(source)).replace("/mnt/", f"{place}/").splitlines()[1:]
+    assert len(lines) == 4
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with ExitStack() as stack:
+        for path in (place / "a", place / "b"):
+            stack.callback(unmount_lazily, path)
+        said = [
+            subprocess.run(["sh", "-c", line], env=environment, capture_output=True, text=True, timeout=60)
+            for line in lines
+        ]
+        assert [done.returncode for done in said] == [0] * 4, said
+        assert "127.0.0.1:7071" in said[3].stdout
+        assert "127.0.0.1:7072" in said[3].stdout
+        made = [Mount(source, place / name, place / f"log-{name}") for name in ("a", "b")]
+        for node in made:
+            stack.callback(node.end)
+        _alive(*made, count=1)
+
+        def share() -> bool:
+            drop_caches()
+            for node in made:
+                _check(node, names)
+                node.settle()
+            return all(node.stats()["peers"]["bytes"] > 0 for node in made)
+
+        eventually(share)
+
+
+@pytest.mark.timeout(60)
 def test_who_stands_alone_has_no_peers(source: Path, mount: MakeMount) -> None:
     alone = mount(source)
     assert alone.stats()["processes"]["peer_server"] is None
@@ -561,3 +673,4 @@ def test_tls_between_nodes_and_a_foreign_authority(source: Path, mount: MakeMoun
     where = ("127.0.0.1", ports[0])
     with pytest.raises((ProtocolError, OSError)):
         connection.connect(where, Credentials(_KEY), None)  # the key alone is not enough
+    _check_silence(where, Credentials(_KEY, *map(str, ours)))
