@@ -269,9 +269,11 @@ class Peer:
         tls: ssl.SSLContext | None,
         receiver: Receiver,
         opening: threading.Semaphore,
+        asker: str,
     ) -> None:
-        """`opening` bounds how many threads wait for the connections of all peers."""
+        """`opening` bounds how many threads wait for the connections of all peers; `asker` is the name of this node."""
         self.name = name
+        self._asker = asker
         self.address = address
         self.received_bytes = 0
         self.outcomes = dict.fromkeys(Outcome, 0)
@@ -361,6 +363,8 @@ class Peer:
                     self._pipes.append(pipe)
         if pipe is not None:
             self._receiver.add(pipe)
+            # Says for whom the peer counts what it sends; what it says of itself in turn is known.
+            pipe.send(Request(Verb.INFO, 0, path=self._asker.encode()), lambda outcome, payload: None)
         return pipe
 
     def _ended(self, pipe: Pipe) -> None:

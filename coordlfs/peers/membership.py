@@ -80,6 +80,10 @@ class Membership:
             "pinned": pinned,
         }
 
+    def knows(self, name: str) -> bool:
+        """Whether some node has called itself so."""
+        return any(known.info is not None and known.info["name"] == name for known in list(self._known.values()))
+
     async def run(self) -> None:
         """Watch, until cancelled."""
         async with trio.open_nursery() as nursery:
@@ -158,7 +162,7 @@ class Membership:
                 info["pinned"] if info else 0,
                 alive,
                 known.latency if alive else None,
-                self._served[known.host],
+                self._served[name],
                 "" if alive else problem,
             )
         return list(found.values())

@@ -45,7 +45,7 @@ class Verb(IntEnum):
     """What is asked for."""
 
     GET = 1  # bytes of a file
-    INFO = 2  # the node's description of itself, JSON
+    INFO = 2  # the node's description of itself, JSON; the path is the asker's name, or empty
 
 
 class Status(IntEnum):

@@ -268,7 +268,15 @@ class Sharing:
             return
         for place in places.keys() - self._peers.keys():
             name, host, port = place
-            self._peers[place] = Peer(name, (host, port), self._credentials, self._tls, self._receiver, self._openers)
+            self._peers[place] = Peer(
+                name,
+                (host, port),
+                self._credentials,
+                self._tls,
+                self._receiver,
+                self._openers,
+                self._own.name,
+            )
         for gone in self._peers.keys() - places.keys():
             self._peers.pop(gone).close()
         self._view = _View(ownership, {place[0]: peer for place, peer in self._peers.items()})
