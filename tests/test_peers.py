@@ -635,7 +635,8 @@ def test_two_mounts_on_one_host_as_the_readme_shows_it(source: Path, place: Path
             for node in made:
                 _check(node, names)
                 node.settle()
-            return all(node.stats()["peers"]["bytes"] > 0 for node in made)
+            # One of them, at least: what the other has read before it knew of a neighbour, it keeps.
+            return any(node.stats()["peers"]["bytes"] > 0 for node in made)
 
         eventually(share)
 

@@ -188,10 +188,10 @@ class Pipe:
 
     def _finish(self, outcome: Outcome, payload: memoryview) -> None:
         self._reply, self._heard = None, time.monotonic()
-        try:
+        with self._lock:
+            if self.broken:
+                return  # and who waited was told
             call = self.calls.popleft()
-        except IndexError:
-            return  # it was broken meanwhile, and who waited was told
         call.done(outcome, payload)
 
     def is_late(self, now: float) -> bool:

@@ -148,7 +148,9 @@ class PeerServer:
                     if request.path and self.membership.knows(name := request.path.decode(errors="replace")):
                         who = name
                 else:
-                    self.served[who] += self._get(sock, request, buffer, plain)
+                    sent = self._get(sock, request, buffer, plain)
+                    with self._lock:
+                        self.served[who] += sent
 
     def _info(self, sock: socket.socket, request: Request) -> None:
         text = json.dumps(self.membership.own(self._questions.pinned)).encode()
