@@ -28,12 +28,16 @@ NAMES = (
     "checked_files",  # by the sweeps that look for changes
     "sweeps",
     "interrupted",  # requests whose callers gave up on a source that does not answer
+    "memory_bytes",  # served from the cache, where that is memory of its own
     "peer_bytes",  # got from other nodes
     "peer_reads",  # READs that they answered
     "peer_refusals",  # answers that they cache it not
     "peer_wrong_versions",
     "peer_failures",  # no answer, or an error
     "peer_bad_payloads",  # whose checksum was wrong
+    "hints",  # messages about what will be read
+    "fetched_items",  # ahead of a reader, and not to stay
+    "told_epoch",  # which epoch of which job the last hint was about, as a hash
     "peer_skipped",  # not asked, because of failures before or because too many waited
 )
 

@@ -23,7 +23,7 @@ from typing import Any
 from coordlfs import items
 from coordlfs.admission import Admission
 from coordlfs.catalog import Catalog, node_of_path
-from coordlfs.kernel import pages
+from coordlfs.kernel import pages, process
 from coordlfs.metrics import Counters
 from coordlfs.minio import State
 from coordlfs.peers import client, link, protocol, settings
@@ -81,6 +81,8 @@ class Sharing:
         self._catalog = catalog
         self._admission = admission
         self._counters = counters
+        # Whether the peer server's READs are always marked (O_NOATIME), which takes the rights of a file's owner.
+        self.marks = process.has_capability(process.CAP_FOWNER) and process.in_initial_user_namespace()
         self._credentials = settings.credentials(mine)
         self._tls = self._credentials.context(server=False)
         self._receiver = Receiver()
@@ -127,7 +129,7 @@ class Sharing:
         if owner is None or owner is self._own:
             return False
         record = items.record_of(item)
-        version = self._catalog.stamp(record)
+        version = self._catalog.size_and_mtime(record)
         path = self._catalog.path(record)
         if not 0 < length <= protocol.MOST_PAYLOAD or len(path) > protocol.LONGEST_PATH:
             return False
@@ -136,7 +138,7 @@ class Sharing:
             if outcome is not Outcome.OK:
                 self._counters.add(_COUNTED[outcome])
                 done(None)
-            elif self._catalog.stamp(record) != version:
+            elif self._catalog.size_and_mtime(record) != version:
                 done(None)  # somebody has seen another one meanwhile
             else:
                 self._catalog.set_served(record)

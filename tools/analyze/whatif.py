@@ -116,8 +116,8 @@ def curves(job: Job, memory: int) -> list[Curve]:
             },
         ),
         Curve("workers", "workers", float(job.workers), both(workers, "workers")),
-        Curve("storage", "storage (times as fast)", 1.0, both(_FACTORS, "storage")),
-        Curve("gpu", "GPU (times as fast)", 1.0, both(_FACTORS, "gpu")),
+        Curve("storage", "storage speed (times today's)", 1.0, both(_FACTORS, "storage")),
+        Curve("gpu", "GPU speed (times today's)", 1.0, both(_FACTORS, "gpu")),
         Curve(
             "jobs",
             "jobs on the same data at once",
