@@ -16,7 +16,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -337,22 +336,20 @@ loader.reset()
     assert result["loaders"][0]["passes"][0]["iterations"] == 200
 
 
-if find_spec("coordlfs_loader.loader"):
-
-    def test_a_coordinated_loader(data: Path, script: Callable[[str], list[str]]) -> None:
-        job = script(
-            TRAINING
-            + f"""
+def test_a_coordinated_loader(data: Path, script: Callable[[str], list[str]]) -> None:
+    job = script(
+        TRAINING
+        + f"""
 from coordlfs_loader import CoordinatedLoader
 for x, index in CoordinatedLoader(Files(), 4, shuffle=True, num_workers=2, group="analyser-{os.getpid()}"):
     time.sleep(0.01)
 """
-        )
-        found = _analyse([*job, str(data)], f"--data={data}", "--rounds=1", "--iterations=5")
-        assert (found["job"]["kind"], found["job"]["workers"]) == ("CoordinatedLoader", 2)
-        assert 0 < found["rates"]["ingestion"] < 404
-        assert found["rates"]["prep"] > 0
-        assert SIZE <= found["job"]["sample_bytes"] <= 10 * SIZE
+    )
+    found = _analyse([*job, str(data)], f"--data={data}", "--rounds=1", "--iterations=5")
+    assert (found["job"]["kind"], found["job"]["workers"]) == ("CoordinatedLoader", 2)
+    assert 0 < found["rates"]["ingestion"] < 404
+    assert found["rates"]["prep"] > 0
+    assert SIZE <= found["job"]["sample_bytes"] <= 10 * SIZE
 
 
 # -- it changes nothing ---------------------------------------------------------------------------------------------
