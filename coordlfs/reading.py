@@ -158,6 +158,7 @@ class Reader:
 
     def vanished(self, record: int) -> None:
         """The name of a file is gone from the source."""
+        self.catalog.supersede(record)
         self.admission.drop_file(record, self.catalog.size(record))
         parent, name = self.catalog.entry(record)
         self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
@@ -183,7 +184,7 @@ class Reader:
         if st.st_size < shown.size:
             # A short reply tells the kernel where the file ends now, but only one from the beginning: what lies before
             # it would be zeros. The kernel does not listen if it was notified meanwhile, hence the long delay.
-            self._drop_pages(record, _AFTER_READS)
+            self.drop_pages(record, _AFTER_READS)
             if offset and (served or offset >= st.st_size):
                 self.admission.drop_file(record, shown.size)
                 raise OSError(errno.ESTALE, "truncated while it was read")
@@ -191,7 +192,7 @@ class Reader:
             # Before the reply: at the old end of the file the reader asks for the attributes, and must get new ones.
             self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))
             if served:
-                self._drop_pages(record)
+                self.drop_pages(record)
         # The version first: what another thread read of the old one is then kept out of the cache.
         self.catalog.set_version(record, Version.of(st))
         self.catalog.set_served(record)
@@ -208,14 +209,25 @@ class Reader:
         self.counters.add("changed_files")
         self.source.forget(record)
         size = self.catalog.size(record)
-        served = self.catalog.flags(record) & SERVED
+        if announce or self.catalog.flags(record) & SERVED:
+            self.drop_pages(record)
         self.catalog.set_version(record, Version.of(st))
         self.admission.drop_file(record, size)
-        if announce or served:
-            self._drop_pages(record)
 
-    def _drop_pages(self, record: int, delay: float = 0.02) -> None:
-        """Have the kernel forget the pages and attributes of a file that changed, in a moment."""
+    def recover(self) -> None:
+        """Do what a server before this one had begun when it was killed: nothing of a version past may stay."""
+        for record in self.catalog.stale():
+            parent, name = self.catalog.entry(record)
+            if record:
+                self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
+            self.drop_pages(record)
+
+    def drop_pages(self, record: int, delay: float = 0.02) -> None:
+        """Have the kernel forget the pages and attributes of what changed, in a moment; to be called before it is said.
+
+        Should this server not live to see that moment, the next one does it.
+        """
+        self.admission.stale(record)
         self.catalog.set_foreign(record)
         self.notifier.send(fuse.invalidate_inode(self.catalog.node(record), 0, 0), delay)
         self.notifier.call(lambda: self.admission.purge(record), delay)
@@ -223,7 +235,9 @@ class Reader:
     def replaced(self, record: int) -> None:
         """The name of a file leads to another one, which has a record of its own."""
         self.counters.add("changed_files")
+        self.admission.stale(record)
         self.source.forget(record)
         self.admission.drop_file(record, self.catalog.size(record))
         parent, name = self.catalog.entry(record)
         self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
+        self.notifier.call(lambda: self.admission.purge(record))

@@ -255,6 +255,27 @@ def test_the_peer_server_and_the_server_are_killed(source: Path, nodes: Callable
     eventually(asks_again, 40)
 
 
+def test_a_restart_replaces_the_peer_server_too(source: Path, nodes: Callable[..., list[Mount]]) -> None:
+    names = write_files(source, 60, 100_000)
+    made = nodes(2)
+    for node in made:
+        _check(node, names)
+        node.settle()
+    before = made[1].stats()
+    done = coordlfs("restart", made[1].path, timeout=90)
+    assert done.stdout.startswith("server and 1 keepers and peer server replaced, ")
+    after = made[1].stats()
+    assert after["pinned_items"] == before["pinned_items"] > 0
+    for kind in ("server", "peer_server"):
+        assert after["processes"][kind] != before["processes"][kind]
+    assert after["processes"]["supervisor"] == before["processes"]["supervisor"]
+    made[1].processes = after["processes"]
+    _alive(*made, count=1)
+    for node in made:
+        drop_caches()
+        _check(node, names)
+
+
 @pytest.mark.timeout(120)
 def test_a_frozen_node_costs_a_bounded_delay_once(source: Path, nodes: Callable[..., list[Mount]]) -> None:
     names = write_files(source, 60, 100_000)
