@@ -16,7 +16,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -337,22 +336,20 @@ loader.reset()
     assert result["loaders"][0]["passes"][0]["iterations"] == 200
 
 
-if find_spec("coordlfs_loader.loader"):
-
-    def test_a_coordinated_loader(data: Path, script: Callable[[str], list[str]]) -> None:
-        job = script(
-            TRAINING
-            + f"""
+def test_a_coordinated_loader(data: Path, script: Callable[[str], list[str]]) -> None:
+    job = script(
+        TRAINING
+        + f"""
 from coordlfs_loader import CoordinatedLoader
 for x, index in CoordinatedLoader(Files(), 4, shuffle=True, num_workers=2, group="analyser-{os.getpid()}"):
     time.sleep(0.01)
 """
-        )
-        found = _analyse([*job, str(data)], f"--data={data}", "--rounds=1", "--iterations=5")
-        assert (found["job"]["kind"], found["job"]["workers"]) == ("CoordinatedLoader", 2)
-        assert 0 < found["rates"]["ingestion"] < 404
-        assert found["rates"]["prep"] > 0
-        assert SIZE <= found["job"]["sample_bytes"] <= 10 * SIZE
+    )
+    found = _analyse([*job, str(data)], f"--data={data}", "--rounds=1", "--iterations=5")
+    assert (found["job"]["kind"], found["job"]["workers"]) == ("CoordinatedLoader", 2)
+    assert 0 < found["rates"]["ingestion"] < 404
+    assert found["rates"]["prep"] > 0
+    assert SIZE <= found["job"]["sample_bytes"] <= 10 * SIZE
 
 
 # -- it changes nothing ---------------------------------------------------------------------------------------------
@@ -506,7 +503,6 @@ def test_no_command_and_too_many_iterations(data: Path) -> None:
 def test_interrupted_it_leaves_nothing(number: signal.Signals, data: Path, tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    shared = set(os.listdir("/dev/shm"))
     command = [sys.executable, "-m", "coordlfs", "analyze", f"--data={data}", f"--report={tmp_path / 'report.html'}"]
     process = subprocess.Popen(
         [*command, "--", *SYNTHETIC, str(data), "--step=100"],
@@ -517,6 +513,7 @@ def test_interrupted_it_leaves_nothing(number: signal.Signals, data: Path, tmp_p
     try:
         eventually(lambda: len(_hooked(temporary)) >= 3, what="the job and its workers")
         time.sleep(0.3)
+        pids = _hooked(temporary)
         process.send_signal(number)
         assert process.wait(30) == 128 + number
     finally:
@@ -525,7 +522,7 @@ def test_interrupted_it_leaves_nothing(number: signal.Signals, data: Path, tmp_p
     assert not _hooked(temporary)
     assert os.listdir(temporary) == []
     assert os.listdir(tmp_path) == ["tmp"]
-    assert {name for name in os.listdir("/dev/shm") if name.startswith("torch_")} <= shared
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("torch_") and name.split("_")[1] in pids]
 
 
 def test_it_needs_no_root(data: Path) -> None:

@@ -122,6 +122,9 @@ def test_advice() -> None:
     assert advice.cached == pytest.approx(0.36, abs=0.02)  # 60 % of the memory
     assert advice.gain > 1.1
     assert not advise(waits, memory=2000).helps  # the page cache holds everything
+    keeps_up = advise(replace(waits, ingestion=200.0, seconds_warm=1 / 200), memory=900)
+    assert not keeps_up.helps
+    assert "page cache finds" in keeps_up.why
     computes = advise(_ideal(10, 1000, 100), memory=500)
     assert not computes.helps
     assert "does not wait" in computes.why

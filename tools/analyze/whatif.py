@@ -154,6 +154,8 @@ def advise(job: Job, memory: int) -> Advice:
         why = "it does not wait for storage even when nothing is cached"
     elif _share(job, memory) >= 1 and gain < 1 + WORTH:
         why = "the dataset fits into memory, where the page cache keeps it as well"
+    elif gain < 1 + WORTH and now.fetch_share < WORTH:
+        why = f"the page cache finds {_hits(job, memory):.0%} of the bytes, and the job hardly waits for the rest"
     elif gain < 1 + WORTH:
         why = "the memory that is free would hold too little of the dataset to matter"
     else:

@@ -20,7 +20,7 @@ _CACHED = 0.35
 _SPARE = 32 << 20  # bytes of memory for the job beyond what it was seen to need
 _EPOCHS = 3
 _BYTES_PER_SECOND = 15_000_000  # of the disk, about what one of many nodes gets of a storage that they share
-_SAMPLES = {"images": 640, "detection": 240, "audio": 120}
+_SAMPLES = {"images": 512, "detection": 192, "audio": 96}
 _FEW = 4  # times fewer in a quick run
 
 

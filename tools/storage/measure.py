@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from coordlfs_tools.storage.files import Dropped, File, drop
+from coordlfs_tools.storage.files import Dropped, File, drop, resident_share
 
 from coordlfs.errors import UserError
 from coordlfs.kernel import pages
@@ -29,6 +29,8 @@ _REQUEST = 1 << 20  # of a read from storage
 _LINE = 4  # reads that a line can be drawn through
 _MANY = 4  # times the readers, to see what the storage gives at most
 _IDLE = 3  # times what a read takes of the storage's time that it is left alone between two
+_STAYS = 0.9  # of what was read must be in memory for C to be memory's
+_FORGOT = "what was read did not stay in memory, or somebody empties the page cache: C is too low"
 _ENOUGH = 0.05  # of all parts: when fewer are left, all are made cold again
 
 
@@ -203,6 +205,9 @@ def measure(
         value, left = latency(cold(), seconds / 2, _IDLE * mean / found.storage[-1], direct=direct)
         found.latency.append(value)
         rate(read, threads, seconds)
+        held = resident_share([File(part.path, part.length) for part in read if part.offset == 0])
+        if held is not None and held < _STAYS and _FORGOT not in notes:
+            notes.append(_FORGOT)
         value, _ = rate(read * max(1, min(64, int(256e6 / max(_bytes(read), 1)))), threads, seconds)
         found.cache.append(value)
     return found
