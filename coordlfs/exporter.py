@@ -81,6 +81,7 @@ COUNTERS = {
     "peers.bad_payloads": ("peer_bad_payloads", "Answers of other nodes whose checksum was wrong."),
     "peers.skipped": ("peer_skipped", "Questions not asked, since the other node failed before or was too busy."),
     "hints.messages": ("hint_messages", "Messages of loaders about what they will read."),
+    "hints.ignored_numbers": ("hint_ignored_numbers", "Numbers in them of no file that is known."),
     "hints.fetched_items": ("hint_fetched_items", "Items read ahead that were not to stay."),
     "epochs": ("epochs", "Epochs seen, the one that runs included."),
 }
@@ -91,6 +92,14 @@ EPOCH = {
     "expected_bytes": ("epoch_expected_bytes", "Bytes that were not pinned when it began."),
     "items": ("epoch_items", "Items in the dataset, as far as it was read."),
     "hit_rate": ("epoch_hit_ratio", "Share of hits by bytes, if it ended now."),
+}
+JOB = {
+    "epoch": ("job_epoch", "Epoch of a job that announces its order, as it counts."),
+    "files": ("job_files", "Files in it."),
+    "position": ("job_position_files", "Files of it that the job has asked for."),
+    "hits": ("job_hits", "Files of those that were cached."),
+    "misses": ("job_misses", "Files that were read from the source."),
+    "bytes_read": ("job_read_bytes", "Bytes of them that were read from the source."),
 }
 _LABELLED = re.compile(r'(\w+)(?:\{(\w+)="(\w+)"\})?')
 
@@ -184,6 +193,11 @@ class MountCollector:
             for which, epoch in shown.items():
                 if epoch is not None and epoch[key] is not None:
                     family.add_metric([mountpoint, which], epoch[key])
+            yield family
+        for key, (name, says) in JOB.items():
+            family = GaugeMetricFamily(f"coordlfs_{name}", says, labels=["mountpoint", "job", "user"])
+            for job in figures["hints"]["jobs"]:
+                family.add_metric([mountpoint, job["job"], str(job["user"])], job[key])
             yield family
 
 

@@ -22,8 +22,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from coordlfs import exporter
 from coordlfs.errors import UserError
 
-# Exported in a form of their own, or words:
-EXPLAINED = {"processes", "epoch", "epoch_history", "hits_known_by", "locked_memory.remedy", "umount_needs_coordlfs"}
+EXPLAINED = {
+    "processes",
+    "epoch",
+    "epoch_history",
+    "hits_known_by",
+    "hints.jobs",
+    "locked_memory.remedy",
+    "umount_needs_coordlfs",
+}  # exported in a form of their own, or words
 
 
 def scrape(url: str) -> dict[tuple[str, str], float]:
