@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from coordlfs import items
-from coordlfs.catalog import FOREIGN, Catalog
+from coordlfs.catalog import FOREIGN, STALE, Catalog
 from coordlfs.epochs import Epochs
 from coordlfs.kernel import cgroups, pages
 from coordlfs.metrics import Counters
@@ -71,6 +71,7 @@ class Link:
     sock: socket.socket
     asked: int = 0
     full: bool = False
+    purging: list[int] = field(default_factory=list)  # records
     threads: set[int] = field(default_factory=set)  # of the process, that read as well as its first
     backlog: deque[bytes] = field(default_factory=deque)
 
@@ -108,6 +109,8 @@ class Admission:
         self._asked_for_keeper = False
         self._recovering: set[int] = set()  # keepers that have not yet told what they hold
         self._orphans: dict[int, int] = {}  # records with pages that the last server knew to be pinned
+        self._stale: Counter[int] = Counter()  # records, and how often something of them has still to be let go
+        self._unpurged: list[int] = []  # records, for want of a keeper
         self._keeper_cgroups: set[bytes | None] = set()
         self._job_cgroups: dict[int, tuple[bytes | None, float]] = {}  # by pid; and until when that is believed
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -348,8 +351,26 @@ class Admission:
         with self.lock:
             self.catalog.set_foreign(record)  # from now on nothing of it is pinned as it lies there
             link = next(iter(self.links.values()), None)
-            if link is not None:
+            if link is None:
+                self._unpurged.append(record)
+            else:
+                link.purging.append(record)
                 self._send(link, Verb.PURGE, items.item_at(record, 0), 0)
+
+    def stale(self, record: int) -> None:
+        """Something of a version past is about to be let go, the last of it by `purge`: see `Catalog.set_stale`."""
+        with self.lock:
+            self._stale[record] += 1
+            self.catalog.set_stale(record)
+
+    def _purged(self, link: Link, record: int) -> None:
+        if record not in link.purging:
+            return  # a server before this one had asked
+        link.purging.remove(record)
+        self._stale[record] -= 1
+        if self._stale[record] <= 0:
+            del self._stale[record]
+            self.catalog.set_fresh(record)
 
     def drop_file(self, record: int, size: int) -> int:
         """`drop` every item of a file that had `size` bytes."""
@@ -402,6 +423,9 @@ class Admission:
             self.look_at_cgroups()
             self._asked_for_keeper = False
             self._ask_waiting()
+            unpurged, self._unpurged = self._unpurged, []
+            for record in unpurged:
+                self.purge(record)
         self._wake()
 
     def look_at_cgroups(self) -> None:
@@ -418,6 +442,9 @@ class Admission:
             self.keeper_pids -= {link.pid}
             self.keeper_threads -= {link.pid, *link.threads}
             link.sock.close()
+            self._asked_for_keeper = True  # the supervisor is about to replace it
+            for record in link.purging:
+                self.purge(record)
             for item in self.policy.held_by(index):
                 self.catalog.add_pinned_pages(items.record_of(item), -self.policy.unpin(item))
                 self._pending[item] = Pending(flags=How.KEEP)
@@ -566,7 +593,9 @@ class Admission:
                     continue
                 link.asked = max(0, link.asked - 1)
                 self._flush(link)
-                if outcome not in (Outcome.PURGED, Outcome.FETCHED, Outcome.GONE):
+                if outcome == Outcome.PURGED:
+                    self._purged(link, items.record_of(item))
+                elif outcome not in (Outcome.FETCHED, Outcome.GONE):
                     self._answered(link, outcome, code, item)
                 if self.ahead is not None:
                     self.ahead.go_on()
@@ -585,6 +614,8 @@ class Admission:
             wanted = items.items_of(record, self.catalog.size(record))
             if pinned != pages.count(self.catalog.size(record)):
                 continue  # which of its chunks it was is not known
+            if self.catalog.flags(record) & STALE:
+                continue
             for item in wanted:
                 room = pages.count(items.length(item, self.catalog.size(record)))
                 if item not in self._dropping and self.policy.admit(item, room):
@@ -594,7 +625,13 @@ class Admission:
 
     def _learn(self, link: Link, pins: list[tuple[int, int]]) -> None:
         for item, length in pins:
-            if items.record_of(item) < len(self.catalog) and self.policy.admit(item, pages.count(length)):
+            record = items.record_of(item)
+            if record >= len(self.catalog) or not self.policy.admit(item, pages.count(length)):
+                continue
+            if self.catalog.flags(record) & STALE:
+                self._dropping.add(item)
+                self._send(link, Verb.DROP, item, 0)
+            else:
                 self._pinned(link.index, item)
 
     def _pinned(self, holder: int, item: int) -> None:

@@ -51,10 +51,14 @@ def attach(source: str, mountpoint: bytes) -> int:
     return device
 
 
-def detach(mountpoint: bytes, *, lazy: bool = False) -> None:
-    """Unmount; `lazy` lets open files live on. Raises OSError: EBUSY, EPERM, EINVAL."""
+def detach(mountpoint: bytes, *, lazy: bool = False, abort: bool = False) -> None:
+    """Unmount; `lazy` lets open files live on. Raises OSError: EBUSY, EPERM, EINVAL.
+
+    `abort` ends the connection, so that nobody waits for an answer any more; for an ordinary user that happens when
+    the last process that holds /dev/fuse ends.
+    """
     if is_privileged():
-        mounts.unmount(mountpoint, lazy=lazy)
+        mounts.unmount(mountpoint, lazy=lazy, abort=abort)
     else:
         fusermount.unmount(mountpoint, lazy=lazy)
 

@@ -39,7 +39,10 @@ class MemoryWatch:
     async def run(self) -> None:
         """Look every so often, until cancelled."""
         while True:
-            self._look()
+            try:
+                self._look()
+            except OSError as e:  # no descriptor is left to look with: that passes, and must not end the server
+                log.warning("what memory is available cannot be told: %s", e)
             await trio.sleep(_INTERVAL)
 
     def _look(self) -> None:

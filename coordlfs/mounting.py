@@ -23,6 +23,7 @@ from coordlfs.errors import UserError
 from coordlfs.kernel import fusermount, mounts, process, systemd
 from coordlfs.kernel.memory import memory
 from coordlfs.residence import Residence
+from coordlfs.source import lies_elsewhere
 
 if TYPE_CHECKING:
     from coordlfs.peers.settings import Cluster
@@ -101,6 +102,7 @@ def _check_places(source: str, mountpoint: str) -> None:
 
 def _check_mountpoint(source: str, mountpoint: str) -> bool:
     """Make the mountpoint if it is missing; whether it was."""
+    clear_dead(mountpoint)
     for m in mounts.table():
         if m.fstype == FSTYPE and m.point == os.fsencode(mountpoint):
             raise UserError(f"{mountpoint} is a coordlfs mount already: `coordlfs umount {mountpoint}` first")
@@ -123,6 +125,17 @@ def _check_mountpoint(source: str, mountpoint: str) -> bool:
     if source != mountpoint and os.listdir(mountpoint):
         print(f"coordlfs: {mountpoint} is not empty; what it holds is hidden while mounted", file=sys.stderr)
     return False
+
+
+def clear_dead(mountpoint: str) -> None:
+    """Detach a coordlfs mount that all of its processes have left, as when they were killed at once."""
+    with suppress(UserError, OSError):
+        point = find(mountpoint).point
+        try:
+            os.getxattr(point, "user.coordl.control")
+        except OSError as e:
+            if e.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+                attachment.detach(point, lazy=True)
 
 
 def _check_log(log_file: str | None) -> None:
@@ -221,6 +234,8 @@ def mount(
                 "lockable": lockable,
                 "log": os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None,
                 "acl": _supports_acl(root),
+                "is_remote": lies_elsewhere(root),
+                "fstype": None if (fstype := mounts.fstype(root)) is None else os.fsdecode(fstype),
                 "revalidate": options.revalidate,
                 "root": root,
                 "metrics": None if metrics is None else metrics.fileno(),
@@ -294,6 +309,7 @@ def _start(config: dict[str, Any], foreground: bool) -> subprocess.Popen[bytes]:
         supervisor.terminate()
         with suppress(subprocess.TimeoutExpired):
             supervisor.wait(5)
+        clear_dead(config["mountpoint"])  # the supervisor does it, unless it was killed
         raise
     finally:
         os.close(report_in)

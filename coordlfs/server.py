@@ -6,6 +6,7 @@ belongs to the supervisor, which starts another.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -83,7 +84,9 @@ def serve(config: dict[str, Any]) -> None:
     catalog = Catalog(config["records"], config["names"])
     counters = Counters(catalog.counters)
     in_place = config["source"] == config["mountpoint"]
-    source = Source(config["root"], None if in_place else os.fsencode(config["source"]))
+    path = None if in_place else os.fsencode(config["source"])
+    fstype = None if config["fstype"] is None else os.fsencode(config["fstype"])
+    source = Source(config["root"], path, is_remote=config["is_remote"], fstype=fstype)
     epochs = Epochs(Epoch(counters["epochs_before"]))
     policy = MinIO(config["capacity"] // pages.PAGE)
     link = SupervisorLink(config["link"])
@@ -106,7 +109,9 @@ def serve(config: dict[str, Any]) -> None:
         ours, _theirs = _attach_pyfuse3(names, bytes.fromhex(config["init"]))
         if counters["server_starts"]:
             admission.recover()
-            os.write(device, fuse.resend())
+            reader.recover()
+            if config["resend"]:
+                os.write(device, fuse.resend())
         counters.add("server_starts")
         lane = ByteLane(device, ours, reader, namespace, ahead, counters)
         threads = [
@@ -115,6 +120,7 @@ def serve(config: dict[str, Any]) -> None:
         ]
         if sharing is not None:
             threads.append(threading.Thread(target=sharing.run, name="sharing"))
+            threads.append(threading.Thread(target=sharing.receive, name="receiver"))
         for thread in threads:
             thread.start()
             stack.callback(thread.join)
@@ -229,7 +235,9 @@ def main() -> None:
     threading.excepthook = _exit_with_thread
     try:
         serve(config)
-    except Exception:
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno == errno.ENODEV:
+            os._exit(0)  # it was unmounted while this server came up
         log.exception("the server ends")
         os._exit(1)
     os._exit(0)  # byte-lane threads may wait for a source that never answers

@@ -2,6 +2,8 @@
 
 It does nothing else, so that it has nothing to die of. When the mountpoint is gone, by whichever way it was unmounted,
 it lets the keepers go; then the kernel ends the connection as soon as no file is open any more, and with it the server.
+A kernel that cannot repeat what was unanswered (before Linux 6.9) gets a new connection with every new server: it is
+mounted again, and what was open fails.
 """
 
 from __future__ import annotations
@@ -30,9 +32,13 @@ log = logging.getLogger(__name__)
 # 400 MB at 0.4 of the disk's speed, 512 at 0.6, 4096 at all of it), and not so much that random faults read megabytes.
 _READAHEAD_KIB = (512, 4096)
 _LEAST_READAHEAD_KIB = 128  # what the kernel has unless it is told
-_RESTARTS = 5  # in a minute; what dies faster than that will not do better the next time
+_RESTARTS = 5  # in a minute, by itself; what dies faster than that will not do better the next time
 
 _PAUSE = 5.0  # seconds
+_LOOK_EVERY = 1.0  # seconds
+_LEAVING = 1.0  # seconds after which a process whose main thread has ended is held up by another thread
+_END_WITHIN = 5.0  # seconds that what was killed is waited for
+NO_RESEND = "COORDLFS_NO_RESEND"  # set in the environment: do as on a kernel before 6.9 (for tests)
 
 
 @dataclass(slots=True)
@@ -57,11 +63,14 @@ class Supervisor:
     records: int = -1
     names: int = -1
     init: bytes = b""
+    resend: bool = True  # the kernel repeats what was unanswered
     keepers: dict[int, _Keeper] = field(default_factory=dict)
     next_index: int = 1
     server: subprocess.Popen[bytes] | None = None
     link: socket.socket | None = None
     peer_server: _Keeper | None = None
+    leaving_since: float | None = None  # when the server's main thread was first seen to have ended
+    held_up: list[subprocess.Popen[bytes]] = field(default_factory=list)  # servers that a thread keeps from ending
     ending: bool = False
     keeper_deaths: list[float] = field(default_factory=list)  # of the last minute
     replaced: set[int] = field(default_factory=set)  # processes that were ended to be replaced
@@ -84,12 +93,16 @@ class Supervisor:
                 if m.point == mountpoint and m.fstype == attachment.FSTYPE.encode()
             )
             self._set_readahead()
-            self.records, self.names = memfds.allocate()
+            if self.records < 0:
+                self.records, self.names = memfds.allocate()
         except BaseException:
             self._unmount(lazy=True)
             raise
 
     def _set_readahead(self) -> None:
+        if self.records >= 0:  # mounted again: a source that went away since must not be asked by this process
+            mounts.set_readahead(self.mount_device, self.readahead)
+            return
         least, most = _READAHEAD_KIB
         wanted = min(most, max(least, mounts.readahead(os.fstat(self.root).st_dev) or 0))
         if mounts.set_readahead(self.mount_device, wanted):
@@ -105,6 +118,7 @@ class Supervisor:
         self.init = os.read(self.device, fuse.REQUEST_BUFFER)
         acl = self.config["acl"] and attachment.kernel_checks_access()
         reply, features = fuse.init_reply(self.init, acl=acl)
+        self.resend = features.resend and NO_RESEND not in os.environ
         if not (features.zero_message_open and features.zero_message_opendir):
             raise OSError(38, "this kernel's FUSE is too old: Linux 5.1 or newer is needed")
         os.write(self.device, reply)
@@ -203,6 +217,7 @@ class Supervisor:
                 "root": self.root,
                 "link": theirs.fileno(),
                 "init": self.init.hex(),
+                "resend": self.resend,
                 "keepers": [
                     {"index": k.index, "pid": k.process.pid, "socket": k.ours.fileno()} for k in self.keepers.values()
                 ],
@@ -249,7 +264,7 @@ class Supervisor:
                 poll.register(table, select.POLLPRI | select.POLLERR)
                 poll.register(wake_in, select.POLLIN)
                 poll.register(self.link, select.POLLIN)
-                events = dict(poll.poll(1000 if self.keepers_missing or self.peer_server_pause else None))
+                events = dict(poll.poll(int(_LOOK_EVERY * 1000)))
                 if wake_in in events:
                     signals = os.read(wake_in, 512)
                     if {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} & set(signals):
@@ -260,7 +275,8 @@ class Supervisor:
                     self._hear()
                 self._replace_keepers()
                 self._replace_peer_server()
-                status = self.server.poll()
+                self.held_up = [server for server in self.held_up if server.poll() is None]
+                status = self._server_status()
                 if status == 0:
                     return
                 if status is not None:
@@ -268,14 +284,61 @@ class Supervisor:
                     if self.server.pid in self.replaced:
                         log.info("server %d is replaced", self.server.pid)
                     else:
-                        restarts = [t for t in restarts if now - t < 60] + [now]
                         log.error("the server ended with status %d", status)
-                    if len(restarts) > _RESTARTS and status > 0:
+                    if status > 0:  # by a mistake of its own, which the next one may repeat
+                        restarts = [t for t in restarts if now - t < 60] + [now]
+                    if len(restarts) > _RESTARTS:
                         log.critical("the server cannot be kept running: unmounting")
                         self._unmount(lazy=True)
                         return
-                    self.link.close()
-                    self._start_server()
+                    if not self.resend and not self.ending:
+                        self._mount_again()
+                    self._restart_server()
+
+    def _server_status(self) -> int | None:
+        """How the server ended; None while it runs.
+
+        One whose main thread has ended answers nobody, but is there as long as a thread of it waits for a source that
+        does not answer, and no signal ends that: its successor does not wait for it.
+        """
+        assert self.server is not None
+        left = process.exit_status(self.server.pid)  # before it is waited for, which takes it out of /proc
+        status = self.server.poll()
+        if status is not None or left is None:
+            self.leaving_since = None
+            return status
+        now = time.monotonic()
+        self.leaving_since = self.leaving_since or now
+        if now - self.leaving_since < _LEAVING:
+            return None
+        log.warning("server %d has ended, but a thread of it waits for the source", self.server.pid)
+        self.held_up.append(self.server)
+        self.leaving_since = None
+        return left
+
+    def _restart_server(self) -> None:
+        """Start another server; where that cannot be done, as for want of memory, it is tried until it can."""
+        old = self.link
+        assert old is not None
+        while True:
+            try:
+                self._start_server()
+                old.close()
+                return
+            except OSError as e:
+                log.error("no server can be started: %s; trying again", e)
+                time.sleep(_LOOK_EVERY)
+
+    def _mount_again(self) -> None:
+        """Give the next server a connection of its own; what is open on the old one fails. Raises OSError."""
+        log.warning("this kernel cannot repeat what was unanswered: mounting again; files that are open fail")
+        self._unmount(lazy=True, abort=True)
+        clients = [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
+        self.replaced |= {client.process.pid for client in clients}
+        self._end_clients()
+        os.close(self.tree)
+        os.close(self.device)
+        self.mount()
 
     def _hear(self) -> None:
         assert self.link is not None
@@ -286,13 +349,14 @@ class Supervisor:
         if not received or self.ending:
             return
         if "want_keeper" in received[0]:
-            self._tell_keeper(self._start_keeper())
+            self.keepers_missing += 1  # started by `_replace_keepers`
         if isinstance(pid := received[0].get("replace"), int):
             self._replace(pid)
 
     def _replace(self, pid: int) -> None:
         """End a process as anything else may end it; its successor is of the version that is installed by now."""
-        for child in [self.server, *(keeper.process for keeper in self.keepers.values())]:
+        clients = [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
+        for child in [self.server, *(client.process for client in clients)]:
             if child is not None and child.pid == pid:
                 self.replaced.add(pid)
                 child.kill()
@@ -323,22 +387,33 @@ class Supervisor:
                 self.keeper_pause = now + _PAUSE
                 log.critical("keepers keep dying: is there too little memory? The next in %d s", _PAUSE)
         while self.keepers_missing and not self.ending and time.monotonic() >= self.keeper_pause:
-            self.keepers_missing -= 1
-            self._tell_keeper(self._start_keeper())
+            try:
+                self._tell_keeper(self._start_keeper())
+                self.keepers_missing -= 1
+            except OSError as e:
+                self.keeper_pause = time.monotonic() + _LOOK_EVERY
+                log.error("no keeper can be started: %s; trying again", e)
 
     def _replace_peer_server(self) -> None:
         old = self.peer_server
         if old is None or self.ending or old.process.poll() is None:
             return
         now = time.monotonic()
-        if not self.peer_server_pause:
+        if old.process.pid in self.replaced:
+            log.info("peer server %d is replaced", old.process.pid)
+        elif not self.peer_server_pause:
             log.error("the peer server %d ended with status %s", old.process.pid, old.process.returncode)
             self.peer_server_pause = now + 1.0
         if now < self.peer_server_pause:
             return
+        try:
+            new = self._start_peer_server()
+        except OSError as e:
+            self.peer_server_pause = now + _LOOK_EVERY
+            log.error("no peer server can be started: %s; trying again", e)
+            return
         self.peer_server_pause = 0.0
         old.ours.close()
-        new = self._start_peer_server()
         assert self.link is not None
         with suppress(OSError):
             wire.send(self.link, {"peer_server": new.process.pid}, (new.ours.fileno(),))
@@ -348,31 +423,36 @@ class Supervisor:
     def _is_mounted(self) -> bool:
         return any(m.device == self.mount_device for m in mounts.table())
 
-    def _unmount(self, *, lazy: bool) -> None:
+    def _unmount(self, *, lazy: bool, abort: bool = False) -> None:
         with suppress(OSError):
-            attachment.detach(os.fsencode(self.config["mountpoint"]), lazy=lazy)
+            attachment.detach(os.fsencode(self.config["mountpoint"]), lazy=lazy, abort=abort)
 
     def _let_go(self) -> None:
         """The mountpoint is gone: end the keepers, whose files are all that still holds the file system."""
         self.ending = True
         os.close(self.tree)
+        # Not waited for: one that waits for the server ends when that answers.
+        for client in [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]:
+            client.process.kill()
+
+    def _end_clients(self) -> None:
+        """Kill keepers and peer server; what the kernel does not let go ends later, by itself."""
         clients = [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
         for client in clients:
             client.process.kill()
         for client in clients:
-            client.process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                client.process.wait(_END_WITHIN)
 
     def close(self) -> None:
         """Leave nothing behind, whatever happened."""
-        for client in [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]:
-            client.process.kill()
-            client.process.wait()
-        if self.server is not None:
-            if self.server.poll() is None:
-                self.server.kill()
-            self.server.wait()
+        self._end_clients()
+        if self.server is not None and self.server not in self.held_up:
+            self.server.kill()
+            with suppress(subprocess.TimeoutExpired):
+                self.server.wait(_END_WITHIN)
         if self.mount_device and self._is_mounted():
-            self._unmount(lazy=True)
+            self._unmount(lazy=True, abort=True)
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 CAP_FOWNER, CAP_IPC_LOCK, CAP_SYS_ADMIN = 3, 14, 21
 _INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # its inode number (PROC_USER_INIT_INO)
 _CAPABILITY_VERSION = 0x20080522
+_EXIT_CODE = 49  # among the fields of /proc/PID/stat that follow the name
+_HEADLESS = 1.0  # seconds after which a process without a main thread is held up by another one
 
 
 def end_with_parent(parent: int, number: signal.Signals) -> None:
@@ -122,7 +124,10 @@ def forbid_mounting() -> None:
 
 
 def wait_gone(pids: list[int], timeout: float) -> bool:
-    """Wait until none of `pids` runs any more; False if one still does after `timeout` seconds."""
+    """Wait until none of `pids` runs any more; False if one still does after `timeout` seconds.
+
+    A process of which nothing is left but threads that no signal ends (see `exit_status`) does not run any more.
+    """
     import time
 
     deadline = time.monotonic() + timeout
@@ -132,12 +137,30 @@ def wait_gone(pids: list[int], timeout: float) -> bool:
         except ProcessLookupError:
             continue
         try:
-            left = max(0.0, deadline - time.monotonic())
-            if not select.select([pidfd], [], [], left)[0]:
-                return False
+            headless = False
+            while not select.select([pidfd], [], [], min(_HEADLESS, max(0.0, deadline - time.monotonic())))[0]:
+                if headless:
+                    break
+                if time.monotonic() >= deadline:
+                    return False
+                headless = exit_status(pid) is not None
         finally:
             os.close(pidfd)
     return True
+
+
+def exit_status(pid: int) -> int | None:
+    """With which status, negative for a signal, the main thread of a process has ended; None while it runs.
+
+    Other threads of it may be there still, as one that waits for a disk: no signal ends that. 0 for a process that is
+    gone, or of another user.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            fields = f.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return os.waitstatus_to_exitcode(int(fields[_EXIT_CODE])) if fields[0] in (b"Z", b"X") else None
 
 
 def open_of_thread(tid: int) -> int:
