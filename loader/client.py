@@ -49,17 +49,21 @@ class Connection:
         except OSError:
             pass  # the broker has gone, and its books with it
 
+    def close_in_child(self) -> None:
+        """The connection is the parent's."""
+        self.sock.close()
+
     def __del__(self) -> None:
         self.sock.close()
 
 
-_open: weakref.WeakSet[Connection] = weakref.WeakSet()
+_open: weakref.WeakSet[Connection | Client] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
     # A job's death is seen by its connection's end: no child may keep it open.
-    for connection in list(_open):
-        connection.sock.close()
+    for each in list(_open):
+        each.close_in_child()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -127,6 +131,7 @@ class Client:
         self._size = 0  # bytes of it
         self._asked = False  # for a task
         self._died = 0  # brokers, since the last batch
+        _open.add(self)
         self._join()
 
     # The connection
@@ -205,6 +210,10 @@ class Client:
         self._reader = None
         self._stage = -1
         self._orders.clear()
+
+    def close_in_child(self) -> None:
+        """The stage is the parent's."""
+        self._close_files()
 
     # Epochs
 
