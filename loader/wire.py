@@ -20,7 +20,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-MAX_PACKET = 1 << 16
+MAX_PACKET = 1 << 15
 _STARTING = 30.0  # seconds that a broker may take to start
 _CREDENTIALS = struct.Struct("3i")
 
