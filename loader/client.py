@@ -274,8 +274,10 @@ class Client:
         """Leave the group. What was handed over stays valid."""
         self.end()
         if self._connection is not None:
-            with suppress(OSError):
+            try:
                 self._connection.send({"verb": "leave"})
+            except OSError:
+                wire.sweep(self.group)
         self._connection = None  # and ends when the last slot is let go
         self._close_files()
 

@@ -446,6 +446,7 @@ def test_a_stranger_ends_only_its_own_connection(make: MakeLoader) -> None:
     assert broker_pid("test") is not None
 
 
+@pytest.mark.timeout(300)
 def test_ten_thousand_batches_leave_nothing_behind(make: MakeLoader) -> None:
     """Memory, descriptors and mappings of the job and of the broker are at the end what they were after a tenth."""
     shared = set(os.listdir("/dev/shm"))
