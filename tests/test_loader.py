@@ -212,6 +212,20 @@ def test_kinds_of_tensors_stay_what_they_are() -> None:
     assert torch.equal(other, parameter)
 
 
+def test_a_late_job_draws_the_same_whatever_generators_samplers_have(make: MakeLoader) -> None:
+    def loader() -> CoordinatedLoader:
+        inner = RandomSampler(range(21), generator=torch.Generator().manual_seed(5))
+        return make(Noise(21), batch_sampler=BatchSampler(inner, 5, False))
+
+    first = loader()
+    list(first), list(first)
+    batches = iter(first)
+    seen = [digest(next(batches))]
+    late = [digest(b) for b in loader()]
+    seen += [digest(b) for b in batches]
+    assert sorted(late) == sorted(seen)
+
+
 def test_it_goes_on_where_it_was(make: MakeLoader) -> None:
     wanted = [list(map(digest, plain(Noise(41), 0, e, batch_size=4, shuffle=True))) for e in range(3)]
     first = make(Noise(41), 4, shuffle=True, num_workers=1)
