@@ -9,7 +9,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from coordlfs_tools.bench import analyser, dataset, epochs, first_epoch, hits, misses, peers, startup, tree
+from coordlfs_tools.bench import (
+    analyser,
+    dataset,
+    epochs,
+    first_epoch,
+    handover,
+    hits,
+    loader,
+    misses,
+    peers,
+    startup,
+    tensorsocket,
+    tree,
+)
 from coordlfs_tools.bench.machine import BenchError
 from coordlfs_tools.bench.report import Context, Figure, table
 
@@ -22,7 +35,14 @@ _BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
     "tree": (tree.run, "listing a million files, and the server's memory for them"),
     "analyser": (analyser.run, "jobs whose truth is known, and predicted epochs against real ones on a mount"),
     "startup": (startup.run, "the command, and from mount to first byte"),
+    "loader": (
+        loader.measure,
+        "jobs that share their prep against jobs that do their own; one alone; one killed",
+    ),
+    "handover": (handover.measure, "batches that cost nothing to prepare, handed to 4 jobs, against memcpy"),
+    "tensorsocket": (tensorsocket.measure, "jobs that share their prep, against TensorSocket; what each survives"),
 }
+_WITHOUT_ROOT = {"loader", "handover", "tensorsocket"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if os.geteuid():
+    if os.geteuid() and arguments.name not in _WITHOUT_ROOT:
         raise BenchError("mounting, cgroups and emptying the page cache need root: run as root")
     context = Context(arguments.dir, quick=arguments.quick, rounds=arguments.rounds)
     if context.quick:
