@@ -13,7 +13,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -133,7 +133,7 @@ def _dataset(spec: Spec) -> Any:
     return Prebuilt(spec.samples, spec.batch_bytes, stamped=spec.work == STAMPED)
 
 
-def _loader(spec: Spec) -> Iterable[Any]:
+def _loader(spec: Spec) -> Any:
     import torch
     from torch.utils.data import DataLoader
 
@@ -143,7 +143,7 @@ def _loader(spec: Spec) -> Iterable[Any]:
     if spec.side == COORDINATED:
         loader = importlib.import_module("coordlfs_loader").CoordinatedLoader
         options = {"stage_bytes": spec.stage_bytes} if spec.stage_bytes else {}
-        return loader(  # type: ignore[no-any-return]
+        return loader(
             _dataset(spec),
             batch_size=spec.batch,
             group=spec.group,

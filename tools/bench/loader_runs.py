@@ -36,14 +36,14 @@ class Run:
 
     def samples_per_second(self) -> float:
         """Summed over the jobs."""
-        return self.batch * sum(self.batches_per_second())
+        return float(self.batch * sum(self.batches_per_second()))
 
     def cpu_per_sample(self) -> float:
         """Seconds of CPU for each sample that a job got, while all of them were at work."""
         start = max(job[self.skip - 1]["at"] for job in self.taken)
         end = min(job[-1]["at"] for job in self.taken)
         delivered = sum(start < batch["at"] <= end for job in self.taken for batch in job)
-        return self.clock.between(start, end) / (self.batch * delivered)
+        return float(self.clock.between(start, end) / (self.batch * delivered))
 
     def longest_wait(self) -> float:
         """Seconds between two batches of a job, the longest of all jobs'."""
