@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import warnings
+from contextlib import closing
 
 import lightning
 import torch
@@ -54,8 +55,8 @@ def trial(rate: float, samples: int, epochs: int) -> None:
         enable_model_summary=False,
     )
     # Every trial of the node gives the same group, data set, batch size and seed. Nothing else is needed to share.
-    with CoordinatedLoader(
-        Pictures(samples), batch_size=32, group=GROUP, num_workers=1, shuffle=True, seed=0
+    with closing(
+        CoordinatedLoader(Pictures(samples), batch_size=32, group=GROUP, num_workers=1, shuffle=True, seed=0)
     ) as loader:
         trainer.fit(model, loader)
     unseen = DataLoader(Pictures(200, first=1_000_000), 100)

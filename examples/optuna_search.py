@@ -12,6 +12,7 @@ import argparse
 import logging
 import multiprocessing
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -28,8 +29,8 @@ def objective(trial: optuna.Trial, *, samples: int, epochs: int) -> float:
     rate = trial.suggest_float("rate", 1e-3, 1, log=True)
     accuracy = 0.0
     # Every trial of the node gives the same group, data set, batch size and seed. Nothing else is needed to share.
-    with CoordinatedLoader(
-        Pictures(samples), batch_size=32, group=GROUP, num_workers=1, shuffle=True, seed=0
+    with closing(
+        CoordinatedLoader(Pictures(samples), batch_size=32, group=GROUP, num_workers=1, shuffle=True, seed=0)
     ) as loader:
         for epoch, accuracy in enumerate(train(loader, rate, epochs)):
             trial.report(accuracy, epoch)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from contextlib import closing
 from typing import Any
 
 import ray
@@ -25,8 +26,8 @@ def trial(config: dict[str, Any]) -> None:
     """One trial: it reports its accuracy after every epoch."""
     # Every trial of the node gives the same group, data set, batch size and seed. Nothing else is needed to share.
     # On several nodes, the trials of each node share.
-    with CoordinatedLoader(
-        Pictures(config["samples"]), batch_size=32, group=GROUP, num_workers=1, shuffle=True, seed=0
+    with closing(
+        CoordinatedLoader(Pictures(config["samples"]), batch_size=32, group=GROUP, num_workers=1, shuffle=True, seed=0)
     ) as loader:
         for accuracy in train(loader, config["rate"], config["epochs"]):
             tune.report({"accuracy": accuracy})
