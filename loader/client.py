@@ -1,0 +1,362 @@
+"""A job's connection to the broker: where the job is, what it is handed, and what follows when the broker dies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import select
+import socket
+import weakref
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from coordlfs_loader import stage, wire
+from coordlfs_loader.order import Order
+from coordlfs_loader.wire import Message
+
+log = logging.getLogger("coordlfs_loader")
+
+_BROKERS = 5  # that may die without having handed over a batch
+_HANDSHAKE = 30.0  # seconds
+
+
+class Connection:
+    """A socket to the broker, and the slots that are held by it: open as long as anything refers to it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._unsent: deque[Message] = deque()  # what a finalizer could not send
+        _open.add(self)
+
+    def send(self, message: Message, fd: int | None = None) -> None:
+        """Send a message, after what waits. Raises OSError."""
+        while self._unsent:
+            wire.send(self.sock, self._unsent.popleft())
+        wire.send(self.sock, message, fd)
+
+    def free(self, slot: int) -> None:
+        """Say that a slot is held no longer. From a finalizer: it waits for nothing and raises nothing."""
+        message = {"verb": "free", "slot": slot}
+        try:
+            wire.send(self.sock, message, flags=socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self._unsent.append(message)
+        except OSError:
+            pass  # the broker has gone, and its books with it
+
+    def __del__(self) -> None:
+        self.sock.close()
+
+
+_open: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    # A job's death is seen by its connection's end: no child may keep it open.
+    for connection in list(_open):
+        connection.sock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a job is in an epoch: what a new broker is told."""
+
+    order: Order
+    samples: int
+    run: int
+    start: int | None = None
+    received: int = 0  # handed over
+    taken: int = 0
+    queue: deque[tuple[Message, int | None]] = field(default_factory=deque)
+
+    def clear(self) -> None:
+        """Nothing of what was handed over is wanted."""
+        while self.queue:
+            _, fd = self.queue.popleft()
+            if fd is not None:
+                os.close(fd)
+
+
+class Client:
+    """Joins a group, and walks through epochs. Used by one thread at a time.
+
+    `on_task` is called with a descriptor of the order, epoch and number when a job without workers is to prepare a
+    batch while it waits; it returns the payload's size and buffers.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        profile: Message,
+        workers: int,
+        on_task: Callable[[int, int, int], tuple[int, list[Any]]] | None = None,
+    ) -> None:
+        self.group = group
+        self.name = secrets.token_hex(8)
+        self._profile = profile
+        self._workers = workers
+        self._on_task = on_task
+        self._connection: Connection | None = None
+        self._stage = -1
+        self._orders: dict[int, int] = {}
+        self._place: Place | None = None
+        self._runs = 0
+        self._payload: list[Any] | None = None  # prepared, and waits for room
+        self._asked = False  # for a task
+        self._died = 0  # brokers, since the last batch
+        self._join()
+
+    # The connection
+
+    def _join(self) -> None:
+        while True:
+            connection = Connection(wire.connect_or_start(self.group))
+            connection.sock.settimeout(_HANDSHAKE)
+            try:
+                message = {"verb": "join", "name": self.name, "profile": self._profile, "workers": self._workers}
+                connection.send(message)
+                _, fd = self._answer(connection, "joined")
+            except TimeoutError:
+                raise RuntimeError(f"the broker of group {self.group!r} does not answer") from None
+            except OSError:
+                continue  # it was about to end
+            connection.sock.settimeout(None)
+            assert fd is not None
+            self._close_files()
+            self._stage = fd
+            self._connection = connection
+            return
+
+    def _answer(self, connection: Connection, verb: str) -> tuple[Message, int | None]:
+        """Wait for the answer to a question; what is handed over before it is kept."""
+        while True:
+            received = wire.receive(connection.sock)
+            if received is None:
+                raise ConnectionResetError("the broker has gone")
+            message, fd = received
+            if message["verb"] == "refused":
+                raise wire.Refused(str(message.get("why")))
+            if message["verb"] == verb:
+                return message, fd
+            self._receive(message, fd)
+
+    def _again(self) -> None:
+        """The broker has died: find or start another, and tell it where this job is."""
+        self._died += 1
+        if self._died > _BROKERS:
+            raise RuntimeError(f"{self._died} brokers of group {self.group!r} died, one after another")
+        log.info("the broker of group %r has gone; going on with another", self.group)
+        self._asked, self._payload = False, None
+        while True:
+            self._join()
+            try:
+                if self._place is not None:
+                    self._begin(self._place)
+                return
+            except OSError:
+                continue
+
+    def _send(self, message: Message, fd: int | None = None) -> None:
+        assert self._connection is not None
+        try:
+            self._connection.send(message, fd)
+        except OSError:
+            self._drain()
+            self._again()
+
+    def _drain(self) -> None:
+        """Take what a dead broker had still sent."""
+        assert self._connection is not None
+        with suppress(OSError, ValueError):
+            while (received := wire.receive(self._connection.sock)) is not None:
+                if received[0]["verb"] == "batch":
+                    self._receive(*received)
+
+    def _close_files(self) -> None:
+        for fd in (self._stage, *self._orders.values()):
+            if fd >= 0:
+                os.close(fd)
+        self._stage = -1
+        self._orders.clear()
+
+    # Epochs
+
+    def enter(self, epoch: int | None) -> int:
+        """The epoch to begin: the one given, or else the one that the group is at."""
+        while True:
+            assert self._connection is not None
+            try:
+                self._connection.send({"verb": "enter", "epoch": epoch})
+                return wire.integer(self._answer(self._connection, "epoch")[0], "epoch")
+            except OSError:
+                self._again()
+
+    def begin(self, order: Order, samples: int, at: tuple[int, int] | None = None) -> Place:
+        """Begin an epoch, or go on in its midst: where the sequence starts, and how much of it was taken."""
+        self._runs += 1
+        place = Place(order, samples, self._runs)
+        if at is not None:
+            place.start, place.taken = at
+            place.received = place.taken
+        self._place = place
+        assert self._connection is not None
+        try:
+            self._begin(place)
+        except OSError:
+            self._again()
+        except BaseException:
+            self._place = None
+            raise
+        return place
+
+    def _begin(self, place: Place) -> None:
+        assert self._connection is not None
+        message = {
+            "verb": "begin",
+            "run": place.run,
+            "epoch": place.order.epoch,
+            "count": place.order.count,
+            "digest": place.order.digest,
+            "samples": place.samples,
+            "start": place.start,
+            "done": place.received,
+        }
+        self._connection.send(message, place.order.fd)
+        place.start = wire.integer(self._answer(self._connection, "begun")[0], "start")
+
+    def end(self) -> None:
+        """No more of this epoch is wanted."""
+        if self._place is None:
+            return
+        self._place.clear()
+        self._place = None
+        if self._connection is not None:
+            with suppress(OSError):
+                self._connection.send({"verb": "end"})
+
+    def close(self) -> None:
+        """Leave the group. What was handed over stays valid."""
+        self.end()
+        if self._connection is not None:
+            with suppress(OSError):
+                self._connection.send({"verb": "leave"})
+        self._connection = None  # and ends when the last slot is let go
+        self._close_files()
+
+    def lost(self, name: str, why: str) -> None:
+        """Tell of what a worker died."""
+        self._send({"verb": "lost", "name": name, "why": why})
+
+    # Batches
+
+    def fileno(self) -> int:
+        """Of the connection, to wait for."""
+        assert self._connection is not None
+        return self._connection.sock.fileno()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether nothing can be taken yet; what this job prepared meanwhile is to be got rid of first."""
+        return self._place is None or not self._place.queue or self._payload is not None
+
+    def work(self) -> None:
+        """Offer to prepare a batch, for a job without workers that has nothing to do but wait."""
+        if self._on_task is not None and not self._asked:
+            self._asked = True
+            self._send({"verb": "idle"})
+
+    def advance(self) -> None:
+        """Receive one message and act upon it. Called when there is one."""
+        assert self._connection is not None
+        try:
+            received = wire.receive(self._connection.sock)
+        except OSError:
+            received = None
+        if received is None:
+            self._again()
+        else:
+            self._receive(*received)
+
+    def _receive(self, message: Message, fd: int | None) -> None:
+        match message["verb"]:
+            case "batch":
+                place = self._place
+                if place is None or message.get("run") != place.run:  # of an epoch that was given up
+                    if fd is not None:
+                        os.close(fd)
+                    return
+                if self._payload is None:
+                    self._asked = False  # the broker counts on nobody who has something better to do
+                place.received += 1
+                place.queue.append((message, fd))
+                self._died = 0
+            case "task":
+                self._prepare(message, fd)
+            case "write":
+                assert self._payload is not None
+                stage.write(self._stage, self._payload, wire.integer(message, "slot"))
+                self._payload, self._asked = None, False
+                self._send({"verb": "wrote"})
+            case "drop":
+                self._payload, self._asked = None, False
+            case "notice":
+                log.warning("%s", wire.text(message, "text"))
+            case "refused":
+                raise wire.Refused(str(message.get("why")))
+            case verb:
+                raise RuntimeError(f"the broker said {verb!r}, which means nothing here")
+
+    def _prepare(self, message: Message, fd: int | None) -> None:
+        assert self._on_task is not None
+        if fd is not None:
+            keep_order(self._orders, wire.integer(message, "order"), fd)
+        order = self._orders[wire.integer(message, "order")]
+        size, self._payload = self._on_task(order, wire.integer(message, "epoch"), wire.integer(message, "number"))
+        self._send({"verb": "wants", "size": size})
+
+    def take(self) -> tuple[int, memoryview | None, str | None]:
+        """The next batch that was handed over: its number, its payload, or why it cannot be had."""
+        place = self._place
+        assert place is not None
+        assert self._connection is not None
+        message, fd = place.queue.popleft()
+        place.taken += 1
+        connection = self._connection
+        size = wire.integer(message, "size")
+        try:
+            if message.get("error") is not None:
+                return wire.integer(message, "number"), None, wire.text(message, "error")
+            if fd is not None:
+                payload = memoryview(bytearray(size))
+                stage.read(fd, payload)
+            else:
+                slot = wire.integer(message, "slot")
+                payload = stage.view(self._stage, slot, size, partial(connection.free, slot))
+        finally:
+            if fd is not None:
+                os.close(fd)
+        self._send({"verb": "take"})
+        return wire.integer(message, "number"), payload, None
+
+
+def keep_order(orders: dict[int, int], serial: int, fd: int) -> None:
+    """Keep a descriptor of an order, and as many as the broker expects."""
+    orders[serial] = fd
+    if len(orders) > 4:
+        os.close(orders.pop(next(iter(orders))))
+
+
+def wait(fds: list[int], timeout: float | None) -> list[int]:
+    """Wait until one of these can be read; which ones can."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)]

@@ -1,0 +1,282 @@
+"""CoordinatedLoader: a DataLoader whose batches are prepared once for all jobs of a group on this node."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from coordlfs_loader import payload, wire
+from coordlfs_loader.client import Client, Place, wait
+from coordlfs_loader.order import Order
+from coordlfs_loader.randomness import epoch_seed, set_seeds, undisturbed
+from coordlfs_loader.worker import Preparer
+from coordlfs_loader.workers import Workers
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader, IterableDataset
+
+STAGE_BYTES = 2 << 30
+_LOOK = 5.0  # seconds between looks at workers while a batch is waited for
+
+
+class CoordinatedLoader:
+    """Loads data as torch.utils.data.DataLoader does, sharing the work with the other jobs of its group on this node.
+
+    What the arguments before `group` mean is said there; they must be equal in all jobs of the group.
+
+    Args:
+        group: Name of the group; jobs of one user on one node with the same name share.
+        seed: What the order and the randomness of samples derive from, together with the epoch (and the index).
+        stage_bytes: Bound of the memory that the group's prepared batches take up, in bytes; at least twice the
+            largest batch.
+        patience: Seconds for which the others wait for a job that is slower than they, before it falls out and
+            prepares for itself until its next epoch. None: for ever.
+
+    Raises:
+        ValueError: Arguments that DataLoader would refuse, and iterable datasets.
+        coordlfs_loader.Refused: The jobs of the group have other settings or another order; the message says which.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int | None = 1,
+        shuffle: bool = False,
+        sampler: Iterable[Any] | None = None,
+        batch_sampler: Iterable[list[Any]] | None = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: torch.Generator | None = None,
+        *,
+        group: str,
+        seed: int = 0,
+        stage_bytes: int = STAGE_BYTES,
+        patience: float | None = None,
+    ) -> None:
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+            raise ValueError(
+                f"CoordinatedLoader needs a map-style dataset, whose samples have indices; {type(dataset).__name__} "
+                "is iterable, and which of its samples a batch has cannot be known before"
+            )
+        if num_workers < 0 or timeout < 0:
+            raise ValueError("num_workers and timeout must not be negative")
+        # It checks the arguments, makes samplers of them, and says how many batches there are.
+        self._like = DataLoader(
+            dataset,
+            batch_size,
+            shuffle,
+            sampler,
+            batch_sampler,
+            collate_fn=collate_fn,
+            drop_last=drop_last,
+            generator=generator,
+        )
+        self.dataset = dataset
+        self.batch_size = self._like.batch_size
+        self.sampler = self._like.sampler
+        self.batch_sampler = self._like.batch_sampler
+        self.collate_fn = self._like.collate_fn
+        self.drop_last = self._like.drop_last
+        self.generator = generator
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.timeout = timeout
+        self.worker_init_fn = worker_init_fn
+        self.multiprocessing_context = multiprocessing_context
+        self.group = group
+        self.seed = seed
+        self.stage_bytes = stage_bytes
+        self.patience = patience
+        self._epoch: int | None = None  # the next to begin
+        self._session: _Session | None = None
+        self._walk: _Walk | None = None
+        self._resume: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self._like)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Begin the next epoch. An iterator that was there before ends."""
+        if self._walk is not None:
+            self._walk.close()
+        if self._session is None or self._session.owner != os.getpid():
+            self._session = _Session(self)
+        resume, self._resume = self._resume, None
+        epoch = self._session.client.enter(self._epoch if resume is None else int(resume["epoch"]))
+        at = None if resume is None else (int(resume["start"]), int(resume["taken"]))
+        place = self._session.client.begin(self._order(epoch), len(self.dataset), at)
+        self._epoch = epoch + 1
+        self._walk = _Walk(self._session, place, self.timeout, len(self))
+        return self._walk
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is this epoch's. Without it a job begins with the epoch that its group is at."""
+        self._epoch = epoch
+        self._resume = None
+
+    def _order(self, epoch: int) -> Order:
+        """Draw the order of an epoch, as a DataLoader would whose generators are seeded with `epoch_seed`."""
+        drawn = epoch_seed(self.seed, epoch)
+        with undisturbed():
+            set_seeds(drawn)
+            for generator in (self.generator, getattr(self.sampler, "generator", None)):
+                if isinstance(generator, torch.Generator):
+                    generator.manual_seed(drawn)
+            for sampler in (self.sampler, self.batch_sampler):
+                set_epoch = getattr(sampler, "set_epoch", None)
+                if set_epoch is not None:
+                    set_epoch(epoch)
+            torch.empty((), dtype=torch.int64).random_(generator=self.generator)  # a DataLoader's seed for its workers
+            return Order(epoch, self._like._index_sampler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader is, to go on there: as torchdata's StatefulDataLoader does."""
+        if self._resume is not None:
+            return dict(self._resume)
+        walk = self._walk
+        if walk is None or walk.place.taken >= walk.place.order.count:
+            return {"epoch": self._epoch, "start": None, "taken": 0, "seed": self.seed}
+        place = walk.place
+        return {"epoch": place.order.epoch, "start": place.start, "taken": place.taken, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there with the next iteration. Raises ValueError for another seed's state."""
+        if state["seed"] != self.seed:
+            raise ValueError(f"the state is of seed {state['seed']}, and this loader has seed {self.seed}")
+        if self._walk is not None:
+            self._walk.close()
+            self._walk = None
+        self._epoch = state["epoch"]
+        self._resume = dict(state) if state["taken"] else None
+
+    def close(self) -> None:
+        """End the workers and leave the group. Batches that were handed over stay valid."""
+        if self._walk is not None:
+            self._walk.close()
+            self._walk = None
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_session": None, "_walk": None}
+
+    def _profile(self) -> dict[str, Any]:
+        """What the jobs of a group must agree on."""
+
+        def name(thing: object) -> str:
+            kind = thing if hasattr(thing, "__qualname__") else type(thing)
+            return f"{kind.__module__}.{kind.__qualname__}"
+
+        return {
+            "dataset": name(self.dataset),
+            "dataset_length": len(self.dataset),
+            "batch_size": self.batch_size,
+            "drop_last": self.drop_last,
+            "sampler": name(self.sampler),
+            "batch_sampler": name(self.batch_sampler),
+            "collate_fn": name(self.collate_fn),
+            "seed": self.seed,
+            "stage_bytes": self.stage_bytes,
+            "patience": self.patience,
+            "torch": torch.__version__,
+        }
+
+
+class _Session:
+    """A loader's place in its group: the connection and the workers, ended with the loader at the latest."""
+
+    def __init__(self, loader: CoordinatedLoader) -> None:
+        self.owner = os.getpid()
+        like = loader._like
+        preparer = Preparer(loader.dataset, like.collate_fn, like._auto_collation, loader.seed)
+        where = "in the process of the job itself"
+
+        def prepare(fd: int, epoch: int, number: int) -> tuple[int, list[Any]]:
+            with undisturbed():
+                return preparer.prepare(fd, epoch, number, where)
+
+        alone = loader.num_workers == 0
+        self.client = Client(loader.group, loader._profile(), loader.num_workers, prepare if alone else None)
+        context = loader.multiprocessing_context
+        if context is None or isinstance(context, str):
+            context = torch.multiprocessing.get_context(context)
+        self.workers = Workers(
+            loader.num_workers,
+            context,
+            preparer,
+            loader.dataset,
+            loader.worker_init_fn,
+            wire.socket_path(loader.group),
+            self.client.name,
+        )
+        self._finalizer = weakref.finalize(loader, _end, self.client, self.workers, self.owner)
+
+    def close(self) -> None:
+        """Leave the group and end the workers."""
+        self._finalizer()
+
+
+def _end(client: Client, workers: Workers, owner: int) -> None:
+    if os.getpid() == owner:
+        client.close()
+        workers.close()
+
+
+class _Walk(Iterator[Any]):
+    """One epoch of one job."""
+
+    def __init__(self, session: _Session, place: Place, timeout: float, length: int) -> None:
+        self._session: _Session | None = session
+        self.place = place
+        self._timeout = timeout
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __next__(self) -> Any:
+        session, place = self._session, self.place
+        if session is None or place.taken >= place.order.count:
+            self.close()
+            raise StopIteration
+        self._wait(session)
+        number, data, error = session.client.take()
+        if data is None:
+            raise RuntimeError(f"batch {number} of epoch {place.order.epoch} cannot be had: {error}")
+        batch = payload.decode(data)
+        if isinstance(batch, ExceptionWrapper):
+            batch.reraise()
+        return batch
+
+    def _wait(self, session: _Session) -> None:
+        client, workers = session.client, session.workers
+        deadline = time.monotonic() + self._timeout if self._timeout else None
+        while client.waiting:
+            client.work()
+            ready = wait([client.fileno(), *workers.filenos()], _LOOK)
+            if client.fileno() in ready:
+                client.advance()
+            elif ready:
+                for name, why in workers.look():
+                    client.lost(name, why)
+            if deadline is not None and client.waiting and time.monotonic() > deadline:
+                raise RuntimeError(f"CoordinatedLoader timed out after {self._timeout} seconds")
+
+    def close(self) -> None:
+        """Want no more of it."""
+        session, self._session = self._session, None
+        if session is not None and session.owner == os.getpid():
+            session.client.end()
+
+    def __del__(self) -> None:
+        self.close()

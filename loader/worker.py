@@ -1,0 +1,161 @@
+"""A worker: a process of a job that prepares batches for its whole group."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+from typing import Any
+
+import torch
+from coordlfs_loader import order, payload, stage, wire
+from coordlfs_loader.client import keep_order
+from coordlfs_loader.randomness import Seeded
+from torch._utils import ExceptionWrapper
+from torch.utils.data._utils import worker as torch_worker
+
+_RETRY = 0.02  # seconds between looks for a broker that the job is to start
+
+
+class Preparer:
+    """Prepares batches as a DataLoader does: samples of a dataset, put together by `collate`, or one sample alone."""
+
+    def __init__(self, dataset: Any, collate: Callable[[Any], Any], batched: bool, seed: int) -> None:
+        self._dataset = Seeded(dataset, seed)
+        self._collate = collate
+        self._batched = batched
+
+    def prepare(self, fd: int, epoch: int, number: int, where: str) -> tuple[int, list[Any]]:
+        """The payload of a batch, or of the exception that preparing it raised: its size and buffers."""
+        try:
+            self._dataset.set_epoch(epoch)
+            wanted = order.indices(fd, number)
+            found = self._dataset.__getitems__(wanted) if self._batched else self._dataset[wanted]
+            return payload.encode(self._collate(found))
+        except Exception:
+            failure = ExceptionWrapper(where=where)
+        try:
+            return payload.encode(failure)
+        except Exception:  # of a class that cannot be pickled
+            failure.exc_type = RuntimeError
+            return payload.encode(failure)
+
+
+def main(
+    preparer: Preparer,
+    dataset: Any,
+    init: Callable[[int], None] | None,
+    number: int,
+    workers: int,
+    seed: int,
+    path: Path,
+    name: str,
+    job: int,
+    pipe: Pipe,
+) -> None:
+    """Prepare batches until the job says stop or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the job decides what becomes of it
+    torch.set_num_threads(1)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed & 0xFFFFFFFF)
+    torch_worker._worker_info = torch_worker.WorkerInfo(id=number, num_workers=workers, seed=seed, dataset=dataset)
+    try:
+        if init is not None:
+            init(number)
+    except Exception:
+        failure = ExceptionWrapper(where=f"in CoordinatedLoader worker process {number}")
+        try:
+            pipe.send(failure)
+        except Exception:
+            failure.exc_type = RuntimeError
+            pipe.send(failure)
+        return
+    try:
+        parent = os.pidfd_open(job)
+    except OSError:
+        return
+    with suppress(EOFError):
+        _Worker(preparer, f"in CoordinatedLoader worker process {number} (pid {os.getpid()})", parent, pipe).run(
+            path, name
+        )
+
+
+class _Worker:
+    """Takes tasks from one broker after the other. Raises EOFError when the job has ended or says stop."""
+
+    def __init__(self, preparer: Preparer, where: str, parent: int, pipe: Pipe) -> None:
+        self._preparer = preparer
+        self._where = where
+        self._stops = (parent, pipe.fileno())
+
+    def run(self, path: Path, name: str) -> None:
+        """Work for whichever broker is there."""
+        while True:
+            with suppress(OSError, ValueError):
+                sock = wire.connect(path)
+                try:
+                    self._work(sock, name)
+                finally:
+                    sock.close()
+            self._pause()
+
+    def _pause(self) -> None:
+        poll = select.poll()
+        for fd in self._stops:
+            poll.register(fd, select.POLLIN)
+        if poll.poll(_RETRY * 1000):
+            raise EOFError
+        time.sleep(0)
+
+    def _work(self, sock: Any, name: str) -> None:
+        poll = select.poll()
+        for fd in (sock.fileno(), *self._stops):
+            poll.register(fd, select.POLLIN)
+
+        def receive() -> tuple[wire.Message, int | None]:
+            ready = {fd for fd, _ in poll.poll()}
+            if ready.intersection(self._stops):
+                raise EOFError
+            received = wire.receive(sock)
+            if received is None:
+                raise ConnectionResetError
+            return received
+
+        wire.send(sock, {"verb": "work", "name": name})
+        answer, area = receive()
+        if answer["verb"] != "joined" or area is None:
+            return
+        orders: dict[int, int] = {}
+        try:
+            wire.send(sock, {"verb": "idle"})
+            buffers: list[Any] = []
+            while True:
+                message, fd = receive()
+                match message["verb"]:
+                    case "task":
+                        serial = wire.integer(message, "order")
+                        if fd is not None:
+                            keep_order(orders, serial, fd)
+                        epoch, batch = wire.integer(message, "epoch"), wire.integer(message, "number")
+                        size, buffers = self._preparer.prepare(orders[serial], epoch, batch, self._where)
+                        wire.send(sock, {"verb": "wants", "size": size})
+                    case "write":
+                        stage.write(area, buffers, wire.integer(message, "slot"))
+                        wire.send(sock, {"verb": "wrote", "idle": True})
+                        buffers = []
+                    case "drop":
+                        buffers = []
+                    case _:
+                        return
+        finally:
+            for fd in (area, *orders.values()):
+                os.close(fd)

@@ -1,0 +1,114 @@
+"""A job's own workers: started with it, replaced when they die, ended with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+from typing import Any
+
+import torch
+from coordlfs_loader import deaths, worker
+from coordlfs_loader.worker import Preparer
+from torch._utils import ExceptionWrapper
+
+log = logging.getLogger("coordlfs_loader")
+
+_MOST_DEATHS, _WITHIN = 10, 60.0  # so many in so many seconds are too many
+_GOODBYE = 5.0  # seconds for a worker to end by itself
+
+
+class Workers:
+    """The processes. Used by one thread at a time."""
+
+    def __init__(
+        self,
+        count: int,
+        context: Any,
+        preparer: Preparer,
+        dataset: Any,
+        init: Callable[[int], None] | None,
+        path: Path,
+        name: str,
+    ) -> None:
+        self._context = context
+        self._arguments = (preparer, dataset, init)
+        self._path = path
+        self._name = name
+        self._count = count
+        self._seed = int(torch.initial_seed())
+        self._oom = deaths.oom_kills()
+        self._deaths: deque[float] = deque()
+        self._started = 0
+        self._processes: dict[int, tuple[Any, Pipe, str]] = {}
+        for number in range(count):
+            self._start(number)
+
+    def _start(self, number: int) -> None:
+        ours, theirs = self._context.Pipe()
+        preparer, dataset, init = self._arguments
+        name = f"{self._name}-{self._started}"
+        self._started += 1
+        seed = self._seed + number
+        process = self._context.Process(
+            target=worker.main,
+            args=(preparer, dataset, init, number, self._count, seed, self._path, name, os.getpid(), theirs),
+            daemon=True,
+        )
+        process.start()
+        theirs.close()
+        self._processes[number] = (process, ours, name)
+
+    def filenos(self) -> list[int]:
+        """What to wait for: each can be read when `look` has something to see."""
+        return [fd for process, pipe, _ in self._processes.values() for fd in (process.sentinel, pipe.fileno())]
+
+    def pids(self) -> list[int]:
+        """Their process ids."""
+        return [process.pid for process, _, _ in self._processes.values()]
+
+    def look(self) -> list[tuple[str, str]]:
+        """Replace those that died; names and causes of death. Raises what a worker could not begin for."""
+        lost = []
+        for number, (process, pipe, name) in list(self._processes.items()):
+            with suppress(EOFError, OSError):
+                if pipe.poll():
+                    failure = pipe.recv()
+                    if isinstance(failure, ExceptionWrapper):
+                        failure.reraise()
+            if process.is_alive():
+                continue
+            process.join()
+            pipe.close()
+            now = deaths.oom_kills()
+            why = f"worker {number} (pid {process.pid}) {deaths.describe(process.exitcode or 0, self._oom, now)}"
+            self._oom = now
+            log.warning("%s; another takes its place", why)
+            lost.append((name, why))
+            self._start(number)
+            self._deaths.append(time.monotonic())
+            while self._deaths[0] < time.monotonic() - _WITHIN:
+                self._deaths.popleft()
+            if len(self._deaths) > _MOST_DEATHS:
+                raise RuntimeError(f"{len(self._deaths)} workers died within {_WITHIN:g} s, the last: {why}")
+        return lost
+
+    def close(self) -> None:
+        """End them, and wait until they have ended."""
+        for _, pipe, _ in self._processes.values():
+            with suppress(OSError):
+                pipe.send("stop")
+        deadline = time.monotonic() + _GOODBYE
+        for process, pipe, _ in self._processes.values():
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+            process.close()
+            pipe.close()
+        self._processes.clear()
