@@ -26,10 +26,11 @@ _HANDSHAKE = 30.0  # seconds
 
 
 class Connection:
-    """A socket to the broker, and the slots that are held by it: open as long as anything refers to it."""
+    """A socket to a broker, its stage, and the slots that are held by it: open as long as anything refers to it."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.stage = -1  # descriptor
         self._unsent: deque[Message] = deque()  # what a finalizer could not send
         _open.add(self)
 
@@ -49,8 +50,15 @@ class Connection:
         except OSError:
             pass  # the broker has gone, and its books with it
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """Close the descriptors; what was mapped stays."""
         self.sock.close()
+        area, self.stage = self.stage, -1
+        if area >= 0:
+            os.close(area)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 _open: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -59,7 +67,7 @@ _open: weakref.WeakSet[Connection] = weakref.WeakSet()
 def _close_in_child() -> None:
     # A job's death is seen by its connection's end: no child may keep it open.
     for connection in list(_open):
-        connection.sock.close()
+        connection.close()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -75,12 +83,12 @@ class Place:
     start: int | None = None
     received: int = 0  # handed over
     taken: int = 0
-    queue: deque[tuple[Message, int | None]] = field(default_factory=deque)
+    queue: deque[tuple[Message, int | None, Connection]] = field(default_factory=deque)  # and who handed it over
 
     def clear(self) -> None:
         """Nothing of what was handed over is wanted."""
         while self.queue:
-            _, fd = self.queue.popleft()
+            _, fd, _ = self.queue.popleft()
             if fd is not None:
                 os.close(fd)
 
@@ -105,7 +113,6 @@ class Client:
         self._workers = workers
         self._on_task = on_task
         self._connection: Connection | None = None
-        self._stage = -1
         self._orders: dict[int, int] = {}
         self._place: Place | None = None
         self._runs = 0
@@ -130,8 +137,8 @@ class Client:
                 continue  # it was about to end
             connection.sock.settimeout(None)
             assert fd is not None
-            self._close_files()
-            self._stage = fd
+            self._forget_orders()
+            connection.stage = fd
             self._connection = connection
             return
 
@@ -180,11 +187,9 @@ class Client:
                 if received[0]["verb"] == "batch":
                     self._receive(*received)
 
-    def _close_files(self) -> None:
-        for fd in (self._stage, *self._orders.values()):
-            if fd >= 0:
-                os.close(fd)
-        self._stage = -1
+    def _forget_orders(self) -> None:
+        for fd in self._orders.values():
+            os.close(fd)
         self._orders.clear()
 
     # Epochs
@@ -249,7 +254,7 @@ class Client:
             with suppress(OSError):
                 self._connection.send({"verb": "leave"})
         self._connection = None  # and ends when the last slot is let go
-        self._close_files()
+        self._forget_orders()
 
     def lost(self, name: str, why: str) -> None:
         """Tell of what a worker died."""
@@ -296,13 +301,15 @@ class Client:
                 if self._payload is None:
                     self._asked = False  # the broker counts on nobody who has something better to do
                 place.received += 1
-                place.queue.append((message, fd))
+                assert self._connection is not None
+                place.queue.append((message, fd, self._connection))
                 self._died = 0
             case "task":
                 self._prepare(message, fd)
             case "write":
                 assert self._payload is not None
-                stage.write(self._stage, self._payload, wire.integer(message, "slot"))
+                assert self._connection is not None
+                stage.write(self._connection.stage, self._payload, wire.integer(message, "slot"))
                 self._payload, self._asked = None, False
                 self._send({"verb": "wrote"})
             case "drop":
@@ -326,10 +333,9 @@ class Client:
         """The next batch that was handed over: its number, its payload, or why it cannot be had."""
         place = self._place
         assert place is not None
-        assert self._connection is not None
-        message, fd = place.queue.popleft()
+        # What a broker that died meanwhile had handed over lies in its stage, and no other broker knows of it.
+        message, fd, connection = place.queue.popleft()
         place.taken += 1
-        connection = self._connection
         size = wire.integer(message, "size")
         try:
             if message.get("error") is not None:
@@ -339,11 +345,12 @@ class Client:
                 stage.read(fd, payload)
             else:
                 slot = wire.integer(message, "slot")
-                payload = stage.view(self._stage, slot, size, partial(connection.free, slot))
+                payload = stage.view(connection.stage, slot, size, partial(connection.free, slot))
         finally:
             if fd is not None:
                 os.close(fd)
-        self._send({"verb": "take"})
+        if connection is self._connection:
+            self._send({"verb": "take"})
         return wire.integer(message, "number"), payload, None
 
 
