@@ -72,6 +72,7 @@ class Broker:
         self._group: Group | None = None
         self._profile: Message = {}
         self._stage = -1
+        self._length = 0  # bytes of the stage's file
         self._epochs: dict[int, Epoch] = {}
         self._dead: dict[str, tuple[int, int]] = {}  # worker → what it died of, until its job says how
         self._causes: dict[str, str] = {}  # the other way round
@@ -103,6 +104,7 @@ class Broker:
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         alone_since, patience = time.monotonic(), _FIRST
+        ticked = alone_since
         while True:
             for key, _ in self._selector.select(_TICK):
                 if key.data is None:
@@ -114,9 +116,11 @@ class Broker:
                 else:
                     self._serve(key.data)
             now = time.monotonic()
-            if self._group is not None:
-                self._act(self._group.tick(now))
-            self._measure(now)
+            if now - ticked >= _TICK:
+                ticked = now
+                if self._group is not None:
+                    self._act(self._group.tick(now))
+                self._measure(now)
             if any(c.role == "job" and not c.left for c in self._clients.values()):
                 alone_since, patience = now, LINGER
             elif now - alone_since > patience:
@@ -225,7 +229,7 @@ class Broker:
         if self._group is None:
             self._group = Group(stage_bytes, patience)
             self._group.now = time.monotonic()
-            self._profile, self._stage = profile, stage.create("coordlfs-stage")
+            self._profile, self._stage, self._length = profile, stage.create("coordlfs-stage"), 0
         different = [
             f"{key.replace('_', ' ')} is {profile.get(key)!r} here and {self._profile.get(key)!r} there"
             for key in {**self._profile, **profile}
@@ -321,7 +325,7 @@ class Broker:
 
     def _wrote(self, client: Client, message: Message, fd: int | None) -> None:
         assert self._group is not None
-        actions = self._group.wrote(client.id)
+        actions = self._group.wrote(client.id, integer(message, "size"))
         self._samples["prepared"] += self._batch_samples()
         if message.get("idle") is True:
             actions += self._group.idle(client.id)
@@ -337,10 +341,11 @@ class Broker:
             match action:
                 case Deliver():
                     self._deliver(action)
-                case Task(worker, epoch, number):
-                    self._give_task(self._clients[worker], epoch, number)
-                case Write(worker, slot):
-                    self._send(self._clients[worker], {"verb": "write", "slot": slot})
+                case Task():
+                    self._give_task(action)
+                case Write(worker, slot, room):
+                    self._extend(slot + room)
+                    self._send(self._clients[worker], {"verb": "write", "slot": slot, "room": room})
                 case Drop(worker) if worker in self._clients:
                     self._send(self._clients[worker], {"verb": "drop"})
                 case Discard(slot, size):
@@ -349,23 +354,32 @@ class Broker:
                     self._send(self._clients[job], {"verb": "notice", "text": said})
 
     def _deliver(self, d: Deliver) -> None:
-        message: Message = {"verb": "batch", "run": d.run, "number": d.number, "slot": d.slot, "size": d.size}
+        message: Message = {"verb": "batch", "run": d.run, "number": d.number, "size": d.size}
+        if not d.copied:
+            message |= {"slot": d.slot, "room": d.room}
         if d.error is not None:
             message["error"] = d.error
         copied = stage.copy(self._stage, d.slot, d.size) if d.copied else None
-        message["copied"] = d.copied
         self._send(self._clients[d.job], message, copied)
         if copied is not None:
             os.close(copied)
 
-    def _give_task(self, client: Client, epoch: int, number: int) -> None:
-        order = self._epochs[epoch]
+    def _extend(self, length: int) -> None:
+        if length > self._length:
+            self._length = length
+            os.ftruncate(self._stage, length)
+
+    def _give_task(self, task: Task) -> None:
+        client, order = self._clients[task.worker], self._epochs[task.epoch]
         has = order.serial in client.orders
         if not has:
             client.orders[order.serial] = None
             if len(client.orders) > _ORDERS:
                 client.orders.popitem(last=False)
-        message = {"verb": "task", "epoch": epoch, "number": number, "order": order.serial}
+        message = {"verb": "task", "epoch": task.epoch, "number": task.number, "order": order.serial}
+        if task.room:
+            self._extend(task.slot + task.room)
+            message |= {"slot": task.slot, "room": task.room}
         self._send(client, message, None if has else order.fd)
 
     def _forget_epochs(self) -> None:

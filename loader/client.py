@@ -30,7 +30,8 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.stage = -1  # descriptor
+        self._stage = -1  # descriptor
+        self.reader, self.writer = stage.Reader(-1), stage.Writer(-1)
         self._unsent: deque[Message] = deque()  # what a finalizer could not send
         _open.add(self)
 
@@ -50,15 +51,20 @@ class Connection:
         except OSError:
             pass  # the broker has gone, and its books with it
 
+    def joined(self, area: int) -> None:
+        """The broker sent its stage, a descriptor."""
+        self._stage, self.reader, self.writer = area, stage.Reader(area), stage.Writer(area)
+
     def close(self) -> None:
-        """Close the descriptors; what was mapped stays."""
+        """Close the descriptors; what was handed over stays."""
         self.sock.close()
-        area, self.stage = self.stage, -1
+        area, self._stage = self._stage, -1
         if area >= 0:
             os.close(area)
 
     def __del__(self) -> None:
         self.close()
+        self.writer.close()
 
 
 _open: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -117,6 +123,7 @@ class Client:
         self._place: Place | None = None
         self._runs = 0
         self._payload: list[Any] | None = None  # prepared, and waits for room
+        self._size = 0  # bytes of it
         self._asked = False  # for a task
         self._died = 0  # brokers, since the last batch
         self._join()
@@ -138,7 +145,7 @@ class Client:
             connection.sock.settimeout(None)
             assert fd is not None
             self._forget_orders()
-            connection.stage = fd
+            connection.joined(fd)
             self._connection = connection
             return
 
@@ -307,11 +314,7 @@ class Client:
             case "task":
                 self._prepare(message, fd)
             case "write":
-                assert self._payload is not None
-                assert self._connection is not None
-                stage.write(self._connection.stage, self._payload, wire.integer(message, "slot"))
-                self._payload, self._asked = None, False
-                self._send({"verb": "wrote"})
+                self._write(message)
             case "drop":
                 self._payload, self._asked = None, False
             case "notice":
@@ -327,7 +330,18 @@ class Client:
             keep_order(self._orders, wire.integer(message, "order"), fd)
         order = self._orders[wire.integer(message, "order")]
         size, self._payload = self._on_task(order, wire.integer(message, "epoch"), wire.integer(message, "number"))
-        self._send({"verb": "wants", "size": size})
+        self._size = size
+        if size <= message.get("room", 0):
+            self._write(message)
+        else:
+            self._send({"verb": "wants", "size": size})
+
+    def _write(self, message: Message) -> None:
+        assert self._payload is not None
+        assert self._connection is not None
+        self._connection.writer.write(slot_of(message), self._payload)
+        self._payload, self._asked = None, False
+        self._send({"verb": "wrote", "size": self._size})
 
     def take(self) -> tuple[int, memoryview | None, str | None]:
         """The next batch that was handed over: its number, its payload, or why it cannot be had."""
@@ -344,14 +358,20 @@ class Client:
                 payload = memoryview(bytearray(size))
                 stage.read(fd, payload)
             else:
-                slot = wire.integer(message, "slot")
-                payload = stage.view(connection.stage, slot, size, partial(connection.free, slot))
+                slot = slot_of(message)
+                payload = connection.reader.view(slot, partial(connection.free, slot[0]))[:size]
+                connection.reader.trim()
         finally:
             if fd is not None:
                 os.close(fd)
         if connection is self._connection:
             self._send({"verb": "take"})
         return wire.integer(message, "number"), payload, None
+
+
+def slot_of(message: Message) -> stage.Slot:
+    """The slot that a message tells of."""
+    return wire.integer(message, "slot"), wire.integer(message, "room", 1)
 
 
 def keep_order(orders: dict[int, int], serial: int, fd: int) -> None:

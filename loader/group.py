@@ -37,17 +37,20 @@ class Deliver(NamedTuple):
     epoch: int
     number: int
     slot: int
-    size: int
+    room: int  # the slot's size
+    size: int  # the batch's
     copied: bool
     error: str | None
 
 
 class Task(NamedTuple):
-    """Have a worker prepare a batch."""
+    """Have a worker prepare a batch, and write it where there is room already (0: nowhere), if it fits in there."""
 
     worker: int
     epoch: int
     number: int
+    slot: int
+    room: int
 
 
 class Write(NamedTuple):
@@ -55,6 +58,7 @@ class Write(NamedTuple):
 
     worker: int
     slot: int
+    room: int
 
 
 class Drop(NamedTuple):
@@ -163,6 +167,7 @@ class Worker:
     task: tuple[int, int] | None = None
     size: int | None = None  # bytes that it wants to write, and waits for room
     slot: int | None = None  # where it writes
+    reserved: int = 0  # bytes of that slot, if it was given with the task
 
 
 class Group:
@@ -184,6 +189,7 @@ class Group:
         self._fresh: dict[tuple[int, int], Batch] = {}  # staged, and nobody has received them
         self._wanting: dict[int, Worker] = {}  # workers that wait for room
         self._kept_bytes = 0
+        self._reserved = 0
         self._largest = 0
         self._usual = 0.0  # seconds that a batch takes
         self._deaths: dict[tuple[int, int], list[str]] = {}
@@ -282,34 +288,32 @@ class Group:
     def wants(self, worker: int, size: int) -> list[Action]:
         """It has prepared its batch, and wants room for so many bytes."""
         one = self.workers[worker]
-        if one.task is None or one.size is not None or size < 0:
+        if one.task is None or one.size is not None or (one.slot is not None and not one.reserved) or size < 0:
             raise ValueError("a worker wants room out of turn")
+        self._give_back(one)
         one.size = size
         batch = self._mine(one)
-        if batch is not None:
-            batch.size = size
-            self._largest = max(self._largest, min(size, self.slots.capacity // 2))
-            self._usual += ((self.now - batch.since) - self._usual) / (10 if self.prepared else 1)
-            if size > self.slots.capacity // 2:
-                self._fail(
-                    batch,
-                    f"stage_bytes={self.slots.capacity} is too small for a batch of {size} bytes: "
-                    f"it must be at least {2 * size}",
-                )
+        if batch is not None and size > self.slots.capacity // 2:
+            least = -(-size // UNIT) * UNIT * 2
+            self._fail(batch, f"stage_bytes={self.slots.capacity} is too small for it: it must be at least {least}")
         self._wanting[worker] = one
         return self._advance()
 
-    def wrote(self, worker: int) -> list[Action]:
-        """It has written its batch, and is not idle before it says so."""
+    def wrote(self, worker: int, size: int) -> list[Action]:
+        """It has written its batch of so many bytes, and is not idle before it says so."""
         one = self.workers[worker]
-        if one.slot is None:
+        if one.slot is None or not 0 < size <= self.slots.size(one.slot):
             raise ValueError("a worker wrote what it was not asked to")
         batch, slot = self._mine(one), one.slot
+        self._reserved -= one.reserved
         one.task = one.size = one.slot = None
+        one.reserved = 0
         if batch is None:
             self.slots.release(slot)
         else:
-            batch.worker, batch.slot = None, slot
+            batch.worker, batch.slot, batch.size = None, slot, size
+            self._largest = max(self._largest, size)
+            self._usual += ((self.now - batch.since) - self._usual) / (10 if self.prepared else 1)
             self.prepared += 1
             self._fresh[batch.key] = batch
             self._classify(batch)
@@ -382,8 +386,9 @@ class Group:
         self.copied += copied
         batch.fresh = False
         self._fresh.pop(batch.key, None)
-        slot = -1 if batch.slot is None else batch.slot
-        self._actions.append(Deliver(job.id, job.run, batch.epoch, batch.number, slot, batch.size, copied, batch.error))
+        slot, room = (-1, 0) if batch.slot is None else (batch.slot, self.slots.size(batch.slot))
+        what = (slot, room, batch.size, copied, batch.error)
+        self._actions.append(Deliver(job.id, job.run, batch.epoch, batch.number, *what))
         self._classify(batch)
 
     def _hold(self, job: Job, batch: Batch) -> None:
@@ -435,7 +440,7 @@ class Group:
                 continue
             worker.slot, discarded = allocated
             self._actions += [Discard(*slot) for slot in discarded]
-            self._actions.append(Write(worker.id, worker.slot))
+            self._actions.append(Write(worker.id, worker.slot, self.slots.size(worker.slot)))
             del self._wanting[worker.id]
             done = True
         return done
@@ -506,9 +511,29 @@ class Group:
             else:  # whoever had it is stuck
                 old.worker, old.since = worker.id, self.now
             worker.task, worker.idle = task, False
-            self._actions.append(Task(worker.id, *task))
+            self._reserve(worker)
+            slot = -1 if worker.slot is None else worker.slot
+            self._actions.append(Task(worker.id, *task, slot, worker.reserved))
             done = True
         return done
+
+    def _reserve(self, worker: Worker) -> None:
+        """Where there is ample room, a worker need not ask for it."""
+        if not self._largest or self._reserved + 2 * self._largest > self.slots.capacity // 4:
+            return
+        allocated = self.slots.allocate(self._largest) if self._make_room(self._largest, []) else None
+        if allocated is not None:
+            worker.slot, discarded = allocated
+            worker.reserved = self.slots.size(worker.slot)
+            self._reserved += worker.reserved
+            self._actions += [Discard(*slot) for slot in discarded]
+
+    def _give_back(self, worker: Worker) -> None:
+        """What was reserved is not needed, or not enough."""
+        if worker.slot is not None:
+            self.slots.release(worker.slot)
+        self._reserved -= worker.reserved
+        worker.slot, worker.reserved = None, 0
 
     def _most_urgent(self, worker: Worker) -> tuple[int, int] | None:
         depth = 2 * len(self.workers) + CREDIT
@@ -667,7 +692,6 @@ class Group:
         batch = self._mine(worker)
         if batch is not None:
             self._remove(batch)
-        if worker.slot is not None:
-            self.slots.release(worker.slot)
+        self._give_back(worker)
         self._wanting.pop(worker.id, None)
         del self.workers[worker.id]

@@ -1,7 +1,9 @@
 """The staging area's memory: a memfd, so that nothing can stay behind whoever dies.
 
-Workers write with pwritev(2), which reuses pages without faulting them in. Jobs map a slot when they take its batch,
-privately: a tensor is theirs to write into, and what they write is seen by no other job (copy on write).
+Workers and jobs map a slot when they first use it and keep the mapping, since slots are reused and faulting in pages
+costs as much as copying them. Jobs map privately: a tensor is theirs to write into, and what they write no other job
+sees (copy on write). Before a slot is used again, /proc/self/pagemap tells whether the job has written, and only then
+the mapping is cleared.
 """
 
 from __future__ import annotations
@@ -10,7 +12,10 @@ import ctypes
 import mmap
 import os
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -20,9 +25,14 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-_POPULATE_READ = 22  # Linux 5.14
-_IOV_MAX = 1024
+_DONTNEED, _POPULATE_READ, _POPULATE_WRITE = 4, 22, 23  # the latter two: Linux 5.14
 _GIGABYTE = 1 << 30
+_MAPPINGS = 1024  # that a process keeps
+
+# In /proc/self/pagemap, of a private mapping of a file: a page that is there but not the file's is a copy.
+_PRESENT, _FILE = np.uint64(3 << 62), np.uint64(1 << 61)
+
+Slot = tuple[int, int]  # offset and size
 
 
 def create(name: str) -> int:
@@ -35,21 +45,6 @@ def discard(fd: int, offset: int, size: int) -> None:
     if _libc.fallocate(fd, _PUNCH_HOLE, offset, size):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-
-
-def write(fd: int, buffers: Sequence[memoryview | bytes], offset: int) -> None:
-    """Write buffers there, one after the other."""
-    left = [memoryview(b).cast("B") for b in buffers if len(memoryview(b).cast("B"))]
-    left.reverse()
-    while left:
-        done = os.pwritev(fd, left[: -_IOV_MAX - 1 : -1], offset)
-        offset += done
-        while done:
-            first = left.pop()
-            if len(first) > done:
-                left.append(first[done:])
-                break
-            done -= len(first)
 
 
 def read(fd: int, into: memoryview) -> None:
@@ -77,27 +72,96 @@ def copy(fd: int, offset: int, size: int) -> int:
     return private
 
 
-def view(fd: int, offset: int, size: int, released: Callable[[], None] | None = None) -> memoryview:
-    """A private, writable view of a part. `released` is called when the last that refers to its bytes has gone.
-
-    That may happen in any thread and at any moment, in the middle of anything.
-    """
-    if not size:
-        raise ValueError("nothing to view")
-    prot, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE
-    address = _libc.mmap(None, size, prot, flags, fd, offset)
-    if address in (None, _MAP_FAILED):
+def _map(fd: int, slot: Slot, sharing: int, populate: int) -> int:
+    offset, size = slot
+    address: int | None = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, sharing, fd, offset)
+    if address is None or address == _MAP_FAILED:
         code = ctypes.get_errno()
         raise OSError(code, f"mmap of {size} bytes: {os.strerror(code)}")
-    # Fault it in at once: page by page costs more. Where the kernel is too old for it, faults do.
-    _libc.madvise(address, size, _POPULATE_READ)
-    array = (ctypes.c_ubyte * size).from_address(address)
-    finalizer = weakref.finalize(array, _unmap, address, size, os.getpid(), released)
-    finalizer.atexit = False  # at the end of the process tensors may still be in use
-    return memoryview(array).cast("B")
+    _libc.madvise(address, size, populate)  # where the kernel is too old for it, pages come one by one
+    return address
 
 
-def _unmap(address: int, size: int, owner: int, released: Callable[[], None] | None) -> None:
-    _libc.munmap(address, size)
-    if released is not None and os.getpid() == owner:  # a forked child holds nothing of its parent's
+class Writer:
+    """A worker's view of the area."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._mapped: OrderedDict[Slot, int] = OrderedDict()
+
+    def write(self, slot: Slot, buffers: Sequence[memoryview | bytes]) -> None:
+        """Write buffers into a slot, one after the other."""
+        address = self._mapped.get(slot)
+        if address is None:
+            address = self._mapped[slot] = _map(self._fd, slot, mmap.MAP_SHARED, _POPULATE_WRITE)
+        self._mapped.move_to_end(slot)
+        into = np.frombuffer(memoryview((ctypes.c_ubyte * slot[1]).from_address(address)), np.uint8)
+        position = 0
+        for buffer in buffers:
+            data = np.frombuffer(buffer, np.uint8) if len(buffer) else into[:0]
+            into[position : position + len(data)] = data
+            position += len(data)
+        if len(self._mapped) > _MAPPINGS:
+            (_, size), gone = self._mapped.popitem(last=False)
+            _libc.munmap(gone, size)
+
+    def close(self) -> None:
+        """Unmap all."""
+        while self._mapped:
+            (_, size), address = self._mapped.popitem()
+            _libc.munmap(address, size)
+
+
+class Reader:
+    """A job's view of the area, which remains as long as anything that was viewed does."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._idle: OrderedDict[Slot, int] = OrderedDict()
+
+    def view(self, slot: Slot, released: Callable[[], None]) -> memoryview:
+        """A private, writable view of a slot. `released` is called when the last that refers to its bytes has gone.
+
+        That may happen in any thread and at any moment, in the middle of anything.
+        """
+        address = self._idle.pop(slot, None)
+        if address is None:
+            address = _map(self._fd, slot, mmap.MAP_PRIVATE, _POPULATE_READ)
+        elif _written(address, slot[1]):
+            _libc.madvise(address, slot[1], _DONTNEED)
+            _libc.madvise(address, slot[1], _POPULATE_READ)
+        array = (ctypes.c_ubyte * slot[1]).from_address(address)
+        finalizer = weakref.finalize(array, self._release, slot, address, os.getpid(), released)
+        finalizer.atexit = False  # at the end of the process tensors may still be in use
+        return memoryview(array).cast("B")
+
+    def _release(self, slot: Slot, address: int, owner: int, released: Callable[[], None]) -> None:
+        if os.getpid() != owner:
+            return  # a forked child holds nothing of its parent's
+        if self._idle.setdefault(slot, address) != address:
+            _libc.munmap(address, slot[1])
         released()
+
+    def trim(self) -> None:
+        """Unmap what was not used for longest."""
+        while len(self._idle) > _MAPPINGS:
+            (_, size), address = self._idle.popitem(last=False)
+            _libc.munmap(address, size)
+
+    def __del__(self) -> None:
+        while self._idle:
+            (_, size), address = self._idle.popitem()
+            _libc.munmap(address, size)
+
+
+def _written(address: int, size: int) -> bool:
+    """Whether pages of a private mapping are copies by now; also if that cannot be known."""
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            entries = os.pread(file.fileno(), size // mmap.PAGESIZE * 8, address // mmap.PAGESIZE * 8)
+    except OSError:
+        return True
+    if len(entries) != size // mmap.PAGESIZE * 8:
+        return True
+    pages = np.frombuffer(entries, np.uint64)
+    return bool(np.any((pages & _PRESENT != 0) & (pages & _FILE == 0)))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from coordlfs_loader import order, payload, stage, wire
-from coordlfs_loader.client import keep_order
+from coordlfs_loader.client import keep_order, slot_of
 from coordlfs_loader.randomness import Seeded
 from torch._utils import ExceptionWrapper
 from torch.utils.data._utils import worker as torch_worker
@@ -135,9 +135,18 @@ class _Worker:
         if answer["verb"] != "joined" or area is None:
             return
         orders: dict[int, int] = {}
+        writer = stage.Writer(area)
+        size = 0
+        buffers: list[Any] = []
+
+        def write(message: wire.Message) -> None:
+            nonlocal buffers
+            writer.write(slot_of(message), buffers)
+            buffers = []
+            wire.send(sock, {"verb": "wrote", "size": size, "idle": True})
+
         try:
             wire.send(sock, {"verb": "idle"})
-            buffers: list[Any] = []
             while True:
                 message, fd = receive()
                 match message["verb"]:
@@ -147,15 +156,17 @@ class _Worker:
                             keep_order(orders, serial, fd)
                         epoch, batch = wire.integer(message, "epoch"), wire.integer(message, "number")
                         size, buffers = self._preparer.prepare(orders[serial], epoch, batch, self._where)
-                        wire.send(sock, {"verb": "wants", "size": size})
+                        if size <= message.get("room", 0):
+                            write(message)
+                        else:
+                            wire.send(sock, {"verb": "wants", "size": size})
                     case "write":
-                        stage.write(area, buffers, wire.integer(message, "slot"))
-                        wire.send(sock, {"verb": "wrote", "idle": True})
-                        buffers = []
+                        write(message)
                     case "drop":
                         buffers = []
                     case _:
                         return
         finally:
+            writer.close()
             for fd in (area, *orders.values()):
                 os.close(fd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
 from typing import Any
 
 from coordlfs_loader.group import CREDIT, DEATHS, Deliver, Discard, Drop, Group, Notice, Task, Write
@@ -38,7 +39,9 @@ class GroupMachine(RuleBasedStateMachine):
         self.jobs: dict[int, JobModel] = {}
         self.tasks: dict[int, tuple[int, int]] = {}  # worker → what it prepares
         self.wants: set[int] = set()
-        self.writes: dict[int, int] = {}  # worker → slot
+        self.writes: dict[int, tuple[int, int]] = {}  # worker → slot and its size
+        self.reserved: dict[int, tuple[int, int]] = {}
+        self.sizes: dict[int, int] = {}
         self.owner: dict[int, int] = {}
         self.retired: set[int] = set()
         self.idle: set[int] = set()
@@ -48,7 +51,7 @@ class GroupMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.counts: dict[int, int] = {}
 
-    @initialize(pages=st.integers(8, 40), patience=st.sampled_from([None, 2.0]))
+    @initialize(pages=st.integers(8, 100), patience=st.sampled_from([None, 2.0]))
     def make(self, pages: int, patience: float | None) -> None:
         self.group = Group(pages * UNIT, patience)
 
@@ -67,19 +70,18 @@ class GroupMachine(RuleBasedStateMachine):
                         assert (a.epoch, a.number) in self.failed
                     job.queue.append(a)
                     assert len(job.queue) <= CREDIT
-                case Task(worker, epoch, number):
+                case Task(worker, epoch, number, slot, room):
                     assert worker in self.idle
                     assert worker not in self.retired
                     self.idle.discard(worker)
                     self.tasks[worker] = (epoch, number)
-                case Write(worker, slot):
+                    if room:
+                        self.may_write(slot)
+                        self.reserved[worker] = (slot, room)
+                case Write(worker, slot, room):
                     self.wants.discard(worker)
-                    self.memory.pop(slot, None)
-                    for job in self.jobs.values():  # nobody else may be reading there, or writing
-                        assert slot not in [s for s, _ in job.held]
-                        assert slot not in [d.slot for d in job.queue if not d.copied]
-                    assert slot not in self.writes.values()
-                    self.writes[worker] = slot
+                    self.may_write(slot)
+                    self.writes[worker] = (slot, room)
                 case Drop(worker):
                     if worker in self.tasks:
                         self.wants.discard(worker)
@@ -90,6 +92,14 @@ class GroupMachine(RuleBasedStateMachine):
                     self.memory.pop(slot, None)
                 case Notice():
                     pass
+
+    def may_write(self, slot: int) -> None:
+        """Nobody else may be reading there, or writing."""
+        self.memory.pop(slot, None)
+        for job in self.jobs.values():
+            assert slot not in [s for s, _ in job.held]
+            assert slot not in [d.slot for d in job.queue if not d.copied]
+        assert slot not in [s for s, _ in [*self.writes.values(), *self.reserved.values()]]
 
     @property
     def inline(self) -> set[int]:
@@ -143,6 +153,7 @@ class GroupMachine(RuleBasedStateMachine):
         self.owner.pop(worker)
         self.tasks.pop(worker, None)
         self.writes.pop(worker, None)
+        self.reserved.pop(worker, None)
         self.wants.discard(worker)
         self.idle.discard(worker)
         self.retired.discard(worker)
@@ -229,13 +240,18 @@ class GroupMachine(RuleBasedStateMachine):
             self.idle.add(job)
             self.act(self.group.idle(job))
 
-    @rule(data=st.data(), size=st.integers(1, LARGEST))
+    @rule(data=st.data(), size=st.sampled_from([1, UNIT, LARGEST]))
     def finish(self, data: st.DataObject, size: int) -> None:
         worker = self.pick(data, [w for w in self.tasks if w not in self.wants and w not in self.writes])
         if worker is not None:
             self.finish_one(worker, size)
 
     def finish_one(self, worker: int, size: int) -> None:
+        self.sizes[worker] = size
+        slot, room = self.reserved.pop(worker, (0, 0))
+        if size <= room:
+            self.writes[worker] = (slot, room)
+            return
         self.wants.add(worker)
         if size > self.group.slots.capacity // 2:
             self.failed.add(self.tasks[worker])
@@ -248,9 +264,9 @@ class GroupMachine(RuleBasedStateMachine):
             self.write_one(worker)
 
     def write_one(self, worker: int) -> None:
-        slot = self.writes.pop(worker)
+        slot, _ = self.writes.pop(worker)
         self.memory[slot] = self.tasks.pop(worker)
-        actions = self.group.wrote(worker)
+        actions = self.group.wrote(worker, self.sizes[worker])
         if worker not in self.jobs and worker not in self.retired:
             self.idle.add(worker)
             actions += self.group.idle(worker)
@@ -337,7 +353,7 @@ class GroupMachine(RuleBasedStateMachine):
                 if worker in self.writes:
                     self.write_one(worker)
                     moved = True
-                elif worker not in self.wants:
+                elif worker in self.tasks and worker not in self.wants:  # others' news may have sent it away
                     self.finish_one(worker, LARGEST)
                     moved = True
             if not moved:
@@ -375,7 +391,7 @@ class SlotsMachine(RuleBasedStateMachine):
         self.known[offset] = self.live[offset] = self.slots.size(offset)
         assert self.live[offset] >= size
         spans = sorted((o, o + s) for o, s in self.known.items())
-        assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
 
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
