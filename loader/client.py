@@ -26,12 +26,10 @@ _HANDSHAKE = 30.0  # seconds
 
 
 class Connection:
-    """A socket to a broker, its stage, and the slots that are held by it: open as long as anything refers to it."""
+    """A socket to the broker, and the slots that are held by it: open as long as anything refers to it."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self._stage = -1  # descriptor
-        self.reader, self.writer = stage.Reader(-1), stage.Writer(-1)
         self._unsent: deque[Message] = deque()  # what a finalizer could not send
         _open.add(self)
 
@@ -51,20 +49,8 @@ class Connection:
         except OSError:
             pass  # the broker has gone, and its books with it
 
-    def joined(self, area: int) -> None:
-        """The broker sent its stage, a descriptor."""
-        self._stage, self.reader, self.writer = area, stage.Reader(area), stage.Writer(area)
-
-    def close(self) -> None:
-        """Close the descriptors; what was handed over stays."""
-        self.sock.close()
-        area, self._stage = self._stage, -1
-        if area >= 0:
-            os.close(area)
-
     def __del__(self) -> None:
-        self.close()
-        self.writer.close()
+        self.sock.close()
 
 
 _open: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -73,10 +59,20 @@ _open: weakref.WeakSet[Connection] = weakref.WeakSet()
 def _close_in_child() -> None:
     # A job's death is seen by its connection's end: no child may keep it open.
     for connection in list(_open):
-        connection.close()
+        connection.sock.close()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
+
+
+@dataclass(slots=True)
+class Handed:
+    """A batch that was handed over, of the stage that it lies in: not another broker's."""
+
+    message: Message
+    copy: int | None  # descriptor of a copy
+    connection: Connection
+    reader: stage.Reader
 
 
 @dataclass(slots=True)
@@ -89,14 +85,14 @@ class Place:
     start: int | None = None
     received: int = 0  # handed over
     taken: int = 0
-    queue: deque[tuple[Message, int | None, Connection]] = field(default_factory=deque)  # and who handed it over
+    queue: deque[Handed] = field(default_factory=deque)
 
     def clear(self) -> None:
         """Nothing of what was handed over is wanted."""
         while self.queue:
-            _, fd, _ = self.queue.popleft()
-            if fd is not None:
-                os.close(fd)
+            handed = self.queue.popleft()
+            if handed.copy is not None:
+                os.close(handed.copy)
 
 
 class Client:
@@ -119,6 +115,9 @@ class Client:
         self._workers = workers
         self._on_task = on_task
         self._connection: Connection | None = None
+        self._stage = -1
+        self._reader: stage.Reader | None = None
+        self._writer = stage.Writer(-1)
         self._orders: dict[int, int] = {}
         self._place: Place | None = None
         self._runs = 0
@@ -144,8 +143,8 @@ class Client:
                 continue  # it was about to end
             connection.sock.settimeout(None)
             assert fd is not None
-            self._forget_orders()
-            connection.joined(fd)
+            self._close_files()
+            self._stage, self._reader, self._writer = fd, stage.Reader(fd), stage.Writer(fd)
             self._connection = connection
             return
 
@@ -193,10 +192,16 @@ class Client:
             while (received := wire.receive(self._connection.sock)) is not None:
                 if received[0]["verb"] == "batch":
                     self._receive(*received)
+                elif received[1] is not None:
+                    os.close(received[1])
 
-    def _forget_orders(self) -> None:
-        for fd in self._orders.values():
-            os.close(fd)
+    def _close_files(self) -> None:
+        for fd in (self._stage, *self._orders.values()):
+            if fd >= 0:
+                os.close(fd)
+        self._writer.close()
+        self._reader = None
+        self._stage = -1
         self._orders.clear()
 
     # Epochs
@@ -261,7 +266,7 @@ class Client:
             with suppress(OSError):
                 self._connection.send({"verb": "leave"})
         self._connection = None  # and ends when the last slot is let go
-        self._forget_orders()
+        self._close_files()
 
     def lost(self, name: str, why: str) -> None:
         """Tell of what a worker died."""
@@ -309,7 +314,8 @@ class Client:
                     self._asked = False  # the broker counts on nobody who has something better to do
                 place.received += 1
                 assert self._connection is not None
-                place.queue.append((message, fd, self._connection))
+                assert self._reader is not None
+                place.queue.append(Handed(message, fd, self._connection, self._reader))
                 self._died = 0
             case "task":
                 self._prepare(message, fd)
@@ -338,8 +344,7 @@ class Client:
 
     def _write(self, message: Message) -> None:
         assert self._payload is not None
-        assert self._connection is not None
-        self._connection.writer.write(slot_of(message), self._payload)
+        self._writer.write(slot_of(message), self._payload)
         self._payload, self._asked = None, False
         self._send({"verb": "wrote", "size": self._size})
 
@@ -347,26 +352,24 @@ class Client:
         """The next batch that was handed over: its number, its payload, or why it cannot be had."""
         place = self._place
         assert place is not None
-        # What a broker that died meanwhile had handed over lies in its stage, and no other broker knows of it.
-        message, fd, connection = place.queue.popleft()
+        handed = place.queue.popleft()
         place.taken += 1
-        size = wire.integer(message, "size")
-        try:
-            if message.get("error") is not None:
-                return wire.integer(message, "number"), None, wire.text(message, "error")
-            if fd is not None:
-                payload = memoryview(bytearray(size))
-                stage.read(fd, payload)
-            else:
-                slot = slot_of(message)
-                payload = connection.reader.view(slot, partial(connection.free, slot[0]))[:size]
-                connection.reader.trim()
-        finally:
-            if fd is not None:
-                os.close(fd)
-        if connection is self._connection:
+        message, fd = handed.message, handed.copy
+        number, size = wire.integer(message, "number"), wire.integer(message, "size")
+        if handed.connection is self._connection:  # another broker did not hand it over
             self._send({"verb": "take"})
-        return wire.integer(message, "number"), payload, None
+        if message.get("error") is not None:
+            return number, None, wire.text(message, "error")
+        if fd is None:
+            slot = slot_of(message)
+            handed.reader.trim()
+            return number, handed.reader.view(slot, partial(handed.connection.free, slot[0]))[:size], None
+        try:
+            payload = memoryview(bytearray(size))
+            stage.read(fd, payload)
+        finally:
+            os.close(fd)
+        return number, payload, None
 
 
 def slot_of(message: Message) -> stage.Slot:

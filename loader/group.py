@@ -345,9 +345,8 @@ class Group:
     # What follows from what
 
     def _advance(self) -> list[Action]:
-        while self._deliver() or self._grant() or self._assign() or self._unblock():
+        while self._deliver() or self._grant() or self._assign() or self._unblock() or self._lose_patience():
             pass
-        self._lose_patience()
         actions, self._actions = self._actions, []
         return actions
 
@@ -592,9 +591,10 @@ class Group:
                 return True
         return False
 
-    def _lose_patience(self) -> None:
+    def _lose_patience(self) -> bool:
+        """Whether the slowest job falls out now, because a faster one has waited for long enough."""
         if self.patience is None:
-            return
+            return False
         for job in self.jobs.values():
             if job.blocked_since is None or self.now - job.blocked_since < self.patience:
                 continue
@@ -612,8 +612,8 @@ class Group:
                 assert slowest.epoch is not None
                 self._sort_out(slowest.epoch)
                 job.blocked_since = None
-                self._actions += self._advance()
-                return
+                return True
+        return False
 
     # Bookkeeping
 

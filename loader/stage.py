@@ -113,10 +113,10 @@ class Writer:
 
 
 class Reader:
-    """A job's view of the area, which remains as long as anything that was viewed does."""
+    """A job's view of the area, which it keeps open as long as anything that was viewed lives."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self._fd = os.dup(fd)
         self._idle: OrderedDict[Slot, int] = OrderedDict()
 
     def view(self, slot: Slot, released: Callable[[], None]) -> memoryview:
@@ -152,6 +152,7 @@ class Reader:
         while self._idle:
             (_, size), address = self._idle.popitem()
             _libc.munmap(address, size)
+        os.close(self._fd)
 
 
 def _written(address: int, size: int) -> bool:

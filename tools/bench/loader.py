@@ -17,7 +17,7 @@ from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratio
 _PHOTOS = 400
 _BATCH = 64
 _JOBS = (2, 4, 8)
-_BATCHES = 96  # of an epoch of jobs that share; each of J independent ones takes the J-th part
+_BATCHES = 64  # of an epoch of jobs that share; each of J independent ones takes the J-th part
 _ROUNDS = 3
 _KILLED = 4  # jobs, of which one is killed
 
@@ -85,7 +85,7 @@ def _alone(context: Context, spec: Spec) -> Figure:
     alone = epoch_of(replace(spec, workers=2), _BATCHES, quick=context.quick, least=6)
     cpu: dict[str, list[float]] = {COORDINATED: [], PLAIN: []}
     sides = {side: measured(side, alone, 1, 4, cpu[side]) for side in cpu}
-    rates = alternate(context, context.rounds(_ROUNDS + 2), sides)
+    rates = alternate(context, context.rounds(_ROUNDS), sides)
     ours, theirs = rates[COORDINATED], rates[PLAIN]
     return Figure(
         "one job alone, 2 workers: samples/s ÷ a plain DataLoader's",
