@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from coordlfs_loader.hints import Hints  # needs no torch
 
 try:
     from nvidia.dali import fn, pipeline_def, types
 except ImportError:
     sys.exit("this example needs DALI: pip install nvidia-dali-cuda120")
+
+from coordlfs_loader.hints import Hints  # needs no torch
 
 
 class Files:
