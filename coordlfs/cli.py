@@ -115,6 +115,10 @@ def _parser(asked: str | None = None) -> argparse.ArgumentParser:
     restart = commands.add_parser("restart", help="replace the mount's processes by the installed version, in use")
     restart.add_argument("mountpoint", metavar="MNT")
 
+    groups = commands.add_parser("groups", help="jobs on this node that share a loader: epochs, stage, what is saved")
+    groups.add_argument("--json", action="store_true", help="stable figures, for programs")
+    groups.add_argument("--watch", action="store_true", help="tables that live")
+
     doctor = commands.add_parser("doctor", help="examine the machine: what is missing, what that costs, how to mend it")
     doctor.add_argument("--json", action="store_true", help="for programs")
 
@@ -233,6 +237,15 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if doctor.show(as_json=arguments.json) else 1
 
 
+def _groups(arguments: argparse.Namespace) -> int:
+    try:
+        groups = importlib.import_module("coordlfs_loader.groups")
+    except ModuleNotFoundError as e:
+        raise UserError(f"groups needs {e.name}, which is not installed: pip install 'coordlfs[loader]'") from None
+    groups.show(as_json=arguments.json, watch=arguments.watch)
+    return 0
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from coordlfs import mounting
 
@@ -252,6 +265,7 @@ _COMMANDS = {
     "refresh": _refresh,
     "restart": _restart,
     "doctor": _doctor,
+    "groups": _groups,
     "run": _run,
 }
 

@@ -14,6 +14,7 @@ import selectors
 import socket
 import sys
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -76,7 +77,7 @@ class Broker:
         self._epochs: dict[int, Epoch] = {}
         self._dead: dict[str, tuple[int, int]] = {}  # worker → what it died of, until its job says how
         self._causes: dict[str, str] = {}  # the other way round
-        self._samples = {"prepared": 0, "delivered": 0}
+        self._delivered = 0  # batches, to jobs that have gone
         self._rate = 0.0
         self._mark = (time.monotonic(), 0)
         self._verbs: dict[tuple[str | None, str], Callable[[Client, Message, int | None], None]] = {
@@ -189,6 +190,7 @@ class Broker:
             for worker in [c for c in self._clients.values() if c.role == "worker" and c.name.startswith(client.name)]:
                 with suppress(OSError):
                     worker.sock.shutdown(socket.SHUT_WR)  # it ends, or looks for its job anew
+            self._delivered += group.jobs[client.id].delivered
             actions = group.remove_job(client.id)
             if client.inline:
                 actions += group.remove_worker(client.id)
@@ -212,6 +214,7 @@ class Broker:
         self._group, self._stage, self._profile = None, -1, {}
         for worker in [c for c in self._clients.values() if c.role == "worker"]:
             self._close(worker)
+        self._delivered = 0
         self._dead.clear()
         self._causes.clear()
 
@@ -326,7 +329,6 @@ class Broker:
     def _wrote(self, client: Client, message: Message, fd: int | None) -> None:
         assert self._group is not None
         actions = self._group.wrote(client.id, integer(message, "size"))
-        self._samples["prepared"] += self._batch_samples()
         if message.get("idle") is True:
             actions += self._group.idle(client.id)
         self._act(actions)
@@ -404,8 +406,50 @@ class Broker:
         self._send(client, {"verb": "stats", "stats": self.figures()})
 
     def figures(self) -> dict[str, Any]:
-        """What is going on, as plain values."""
-        return {"group": self._name, "pid": os.getpid()}
+        """What is going on, as plain values: counts, bytes, samples and seconds."""
+        found: dict[str, Any] = {"group": self._name, "pid": os.getpid(), "jobs": []}
+        group = self._group
+        if group is None:
+            return found
+        size = self._batch_samples()
+        delivered = self._delivered + sum(j.delivered for j in group.jobs.values())
+        furthest = max((j.progress[:2] for j in group.jobs.values() if j.active), default=(0, 0))
+        for client in [c for c in self._clients.values() if c.role == "job"]:
+            job = group.jobs[client.id]
+            behind = furthest[1] - job.pushed if job.active and job.epoch == furthest[0] else None
+            found["jobs"].append(
+                {
+                    "pid": client.pid,
+                    "workers": client.workers,
+                    "epoch": job.epoch,
+                    "batches": job.count if job.epoch is not None else None,
+                    "taken": job.pushed - len(job.untaken) if job.epoch is not None else None,
+                    "start": job.start,
+                    "lag": behind,
+                    "held_bytes": job.charge,
+                    "waits": job.starving,
+                    "fallen_out": job.fallen,
+                    "left": client.left,
+                    "joined": client.joined,
+                }
+            )
+        return found | {
+            "stage": {
+                "bytes": group.slots.capacity,
+                "used_bytes": group.slots.used,
+                "held_bytes": group.held_bytes,
+                "idle_bytes": group.slots.idle,
+                "batches": sum(b.slot is not None for b in group.batches.values()),
+            },
+            "workers": len(group.workers),
+            "preparing": sum(w.task is not None for w in group.workers.values()),
+            "samples_prepared": group.prepared * size,
+            "samples_delivered": delivered * size,
+            "samples_saved": max(0, delivered - group.prepared) * size,
+            "samples_per_second": round(self._rate, 1),
+            "batches_copied": group.copied,
+            "batches_evicted": group.evicted,
+        }
 
 
 def _lock(path: str) -> int | None:
@@ -443,6 +487,10 @@ def main(path: str, name: str) -> None:
     os.close(null)
     try:
         Broker(listener, name).run()
+    except Exception:
+        with open(f"{path}.log", "a") as file:  # the jobs start another broker; somebody should know why
+            traceback.print_exc(file=file)
+        raise
     finally:
         for leftover in (path, f"{path}.lock"):
             with suppress(FileNotFoundError):

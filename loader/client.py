@@ -108,12 +108,14 @@ class Client:
         profile: Message,
         workers: int,
         on_task: Callable[[int, int, int], tuple[int, list[Any]]] | None = None,
+        pins: stage.Pins | None = None,
     ) -> None:
         self.group = group
         self.name = secrets.token_hex(8)
         self._profile = profile
         self._workers = workers
         self._on_task = on_task
+        self._pins = pins
         self._connection: Connection | None = None
         self._stage = -1
         self._reader: stage.Reader | None = None
@@ -144,7 +146,7 @@ class Client:
             connection.sock.settimeout(None)
             assert fd is not None
             self._close_files()
-            self._stage, self._reader, self._writer = fd, stage.Reader(fd), stage.Writer(fd)
+            self._stage, self._reader, self._writer = fd, stage.Reader(fd, self._pins), stage.Writer(fd)
             self._connection = connection
             return
 
@@ -283,6 +285,13 @@ class Client:
     def waiting(self) -> bool:
         """Whether nothing can be taken yet; what this job prepared meanwhile is to be got rid of first."""
         return self._place is None or not self._place.queue or self._payload is not None
+
+    def settle(self) -> bool:
+        """Let go what a device has copied by now; whether it is still copying."""
+        if self._pins is None or self._reader is None:
+            return False
+        self._reader.trim()
+        return self._reader.fenced
 
     def work(self) -> None:
         """Offer to prepare a batch, for a job without workers that has nothing to do but wait."""

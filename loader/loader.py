@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from coordlfs_loader import payload, wire
+from coordlfs_loader import payload, pinned, wire
 from coordlfs_loader.client import Client, Place, wait
 from coordlfs_loader.order import Order
 from coordlfs_loader.randomness import epoch_seed, set_seeds, undisturbed
@@ -19,7 +19,8 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, IterableDataset
 
 STAGE_BYTES = 2 << 30
-_LOOK = 5.0  # seconds between looks at workers while a batch is waited for
+_LOOK = 5.0  # seconds between looks at the clock while a batch is waited for
+_COPIED = 0.002  # seconds between looks at what a device copies
 
 
 class CoordinatedLoader:
@@ -30,6 +31,8 @@ class CoordinatedLoader:
     Args:
         group: Name of the group; jobs of one user on one node with the same name share.
         seed: What the order and the randomness of samples derive from, together with the epoch (and the index).
+        pin_memory: Register the stage with CUDA, so that `.to(device, non_blocking=True)` is asynchronous; does nothing
+            where there is no CUDA. The tensors are then the stage itself: writing into them ends the process.
         stage_bytes: Bound of the memory that the group's prepared batches take up, in bytes; at least twice the
             largest batch.
         patience: Seconds for which the others wait for a job that is slower than they, before it falls out and
@@ -206,7 +209,8 @@ class _Session:
                 return preparer.prepare(fd, epoch, number, where)
 
         alone = loader.num_workers == 0
-        self.client = Client(loader.group, loader._profile(), loader.num_workers, prepare if alone else None)
+        pins = pinned.pins(loader.pin_memory)
+        self.client = Client(loader.group, loader._profile(), loader.num_workers, prepare if alone else None, pins)
         context = loader.multiprocessing_context
         if context is None or isinstance(context, str):
             context = torch.multiprocessing.get_context(context)
@@ -262,8 +266,9 @@ class _Walk(Iterator[Any]):
         client, workers = session.client, session.workers
         deadline = time.monotonic() + self._timeout if self._timeout else None
         while client.waiting:
+            copying = client.settle()
             client.work()
-            ready = wait([client.fileno(), *workers.filenos()], _LOOK)
+            ready = wait([client.fileno(), *workers.filenos()], _COPIED if copying else _LOOK)
             if client.fileno() in ready:
                 client.advance()
             elif ready:

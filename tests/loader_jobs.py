@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,25 +74,28 @@ class Job:
 
     def __init__(self, group: str, **arguments: Any) -> None:
         self.arguments = arguments
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps({"group": group, **arguments})],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        ends = [os.pipe() for _ in range(3)]
+        # Forked, since importing torch takes longer than most of these tests.
+        self.process = multiprocessing.get_context("fork").Process(
+            target=_be, args=({"group": group, **arguments}, ends[0][0], ends[1][1], ends[2][1])
         )
+        self.process.start()
+        for fd in (ends[0][0], ends[1][1], ends[2][1]):
+            os.close(fd)
+        self.stdin, self.stdout = os.fdopen(ends[0][1], "w"), os.fdopen(ends[1][0])
+        self.stderr = os.fdopen(ends[2][0])
         self.batches: dict[int, list[Batch]] = {}
         self.events: list[dict[str, Any]] = []
 
     @property
     def pid(self) -> int:
         """The process."""
+        assert self.process.pid is not None
         return self.process.pid
 
     def until(self, event: str, count: int = 1) -> dict[str, Any]:
         """Read on until so many events of a kind have come; the last."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self.stdout:
             found: dict[str, Any] = json.loads(line)
             self.events.append(found)
             if found["event"] == "batch":
@@ -99,26 +104,23 @@ class Job:
                 count -= 1
                 if not count:
                     return found
-        assert self.process.stderr is not None
-        said = self.process.stderr.read()
-        raise AssertionError(f"the job ended with status {self.process.wait(30)}: {said}")
+        raise AssertionError(f"the job ended: {self.stderr.read()}")
 
     def go_on(self, steps: int = 1) -> None:
         """Let it take so many batches more."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("x\n" * steps)
-        self.process.stdin.flush()
+        self.stdin.write("x\n" * steps)
+        self.stdin.flush()
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
         """Send it a signal."""
-        self.process.send_signal(signum)
+        os.kill(self.pid, signum)
 
     def finish(self) -> str:
         """Read to the end, which must be a good one; what it logged."""
         self.until("end")
-        assert self.process.stderr is not None
-        said = self.process.stderr.read()
-        assert self.process.wait(30) == 0, said
+        said = self.stderr.read()
+        self.process.join()
+        assert self.process.exitcode == 0, said
         return said
 
     def check(self, *epochs: int) -> None:
@@ -132,9 +134,10 @@ class Job:
     def end(self) -> None:
         """Whatever it does, it ends."""
         self.process.kill()
-        self.process.wait()
-        for file in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if file is not None:
+        self.process.join()
+        self.process.close()
+        for file in (self.stdin, self.stdout, self.stderr):
+            with suppress(BrokenPipeError):
                 file.close()
 
 
@@ -232,5 +235,15 @@ def main(arguments: dict[str, Any]) -> None:
     tell(event="end")
 
 
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+def _be(arguments: dict[str, Any], *fds: int) -> None:
+    for number, fd in enumerate(fds):
+        os.dup2(fd, number)
+        os.close(fd)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    for handler in logging.root.handlers[:]:
+        logging.root.removeHandler(handler)  # pytest's
+    torch.set_num_threads(1)
+    if "cgroup" in arguments:
+        Path(arguments["cgroup"], "cgroup.procs").write_text("0")
+    main(arguments)
+    sys.stdout.flush()

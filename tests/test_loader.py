@@ -1,0 +1,572 @@
+"""CoordinatedLoader against a plain DataLoader, to the byte; what it refuses; what it says of itself."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import json
+import os
+import random
+import re
+import signal
+import time
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coordlfs_loader import CoordinatedLoader, Refused, payload, stage, wire
+from loader_jobs import Noise, broker_pid, digest, eventually, plain
+from mounts import coordlfs
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    WeightedRandomSampler,
+    default_collate,
+    get_worker_info,
+)
+
+Pair = namedtuple("Pair", "image label")
+MakeLoader = Callable[..., CoordinatedLoader]
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A runtime directory of the test's own."""
+    path = tmp_path / "run"
+    monkeypatch.setenv("COORDLFS_RUNTIME_DIR", str(path))
+    return path
+
+
+@pytest.fixture
+def make() -> Iterator[MakeLoader]:
+    """Makes loaders, and closes them."""
+    with ExitStack() as stack:
+
+        def loader(dataset: Any, *args: Any, **arguments: Any) -> CoordinatedLoader:
+            made = CoordinatedLoader(dataset, *args, **{"group": "test", **arguments})
+            stack.callback(made.close)
+            return made
+
+        yield loader
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two batches are of the same types and have the same bytes."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride()) and equal(a.numpy(), b.numpy())
+    if isinstance(a, np.ndarray):
+        return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+def mixed_collate(samples: list[Any]) -> Any:
+    """A batch of everything, random itself."""
+    images, about = default_collate(samples)
+    return Pair(images + torch.rand(1) + np.random.rand(), {"names": about["name"], "array": np.random.rand(100, 3)})
+
+
+class Alternating(torch.utils.data.Sampler[int]):
+    """An order of its own for each epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(21)[:: 1 if self.epoch % 2 else -1])
+
+    def __len__(self) -> int:
+        return 21
+
+
+class Fetching(Noise):
+    """Fetches whole batches."""
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        shared = torch.rand(3, 8, 8)
+        return [(shared + i, {"index": i, "name": str(i)}) for i in indices]
+
+
+ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "in order": lambda: {"batch_size": 4},
+    "shuffled": lambda: {"batch_size": 4, "shuffle": True},
+    "without the last": lambda: {"batch_size": 4, "shuffle": True, "drop_last": True},
+    "with a generator": lambda: {"batch_size": 4, "shuffle": True, "generator": torch.Generator()},
+    "with a sampler": lambda: {"batch_size": 4, "sampler": WeightedRandomSampler([1.0] * 21, 30)},
+    "with a sampler of epochs": lambda: {"batch_size": 4, "sampler": Alternating()},
+    "with a batch sampler": lambda: {"batch_sampler": BatchSampler(RandomSampler(range(21)), 5, False)},
+    "with a collate function": lambda: {"batch_size": 4, "shuffle": True, "collate_fn": mixed_collate},
+    "with lists": lambda: {"batch_size": 4, "collate_fn": list},
+    "one by one": lambda: {"batch_size": None, "shuffle": True},
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("what", ARGUMENTS)
+def test_it_gives_the_bytes_that_a_dataloader_gives(make: MakeLoader, what: str, workers: int) -> None:
+    """Two jobs, three epochs; and the job's own randomness is left alone."""
+    dataset = Noise(21)
+    arguments = ARGUMENTS[what]()
+    loaders = [make(dataset, num_workers=workers, **ARGUMENTS[what]()) for _ in range(2)]
+    for epoch in range(3):
+        state = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()
+        found = [list(batches) for batches in zip(*loaders, strict=True)]
+        assert torch.equal(torch.get_rng_state(), state[0])
+        assert (repr(np.random.get_state()), random.getstate()) == state[1:]
+        if isinstance(arguments.get("sampler"), Alternating):
+            arguments["sampler"].set_epoch(epoch)
+        wanted = plain(dataset, 0, epoch, **arguments)
+        assert len(found) == len(wanted) == len(loaders[0])
+        assert all(equal(a, w) and equal(b, w) for (a, b), w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dataset", [Fetching(21), Subset(Noise(50), range(10, 31)), Subset(Fetching(50), range(21))])
+def test_datasets_that_fetch_batches_and_subsets(make: MakeLoader, dataset: Any) -> None:
+    loader = make(dataset, 4, shuffle=True, num_workers=2)
+    wanted = plain(dataset, 0, 0, batch_size=4, shuffle=True)
+    assert all(map(equal, loader, wanted))
+
+
+def test_seeds_make_a_difference(make: MakeLoader) -> None:
+    a, b = make(Noise(21), 4, seed=1, group="a"), make(Noise(21), 4, seed=2, group="b")
+    assert not any(map(equal, a, b))
+    again = make(Noise(21), 4, seed=1, group="c")
+    again.set_epoch(1)
+    assert all(map(equal, list(a), again))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.arange(1000.0),
+        torch.rand(40, 50, dtype=torch.float64).t(),
+        torch.rand(2, 3, 16, 16).to(memory_format=torch.channels_last),
+        torch.rand(20, 30).to(torch.bfloat16).view(torch.int16),
+        torch.zeros(0, 5),
+        torch.tensor(3),
+        torch.rand(1, 20).expand(30, 20),
+        torch.rand(100, 100)[::2, 3:50],
+        torch.randn(300, dtype=torch.complex64),
+        torch.rand(1000) > 0.5,
+        np.arange(1000).reshape(10, 100),
+        np.asfortranarray(np.random.rand(30, 40)),
+        np.array([{"a": 1}, "b", None], dtype=object),
+        {"nested": [{"deep": (torch.rand(500), "text", 3.5, None, b"bytes")}], "more": Pair(np.zeros(0), {1, 2})},
+        ["text"] * 1000,
+        b"x" * 10000,
+    ],
+    ids=lambda batch: type(batch).__name__,
+)
+def test_batches_survive_the_way(batch: Any) -> None:
+    """As they come out of a pickle; tensors and arrays can be written to."""
+    size, buffers = payload.encode(batch)
+    raw = bytearray().join(memoryview(b).cast("B") for b in buffers)
+    assert len(raw) == size
+    found = payload.decode(memoryview(raw))
+    if isinstance(batch, torch.Tensor):
+        assert torch.equal(found, batch)
+        assert (found.dtype, found.shape) == (batch.dtype, batch.shape)
+        if batch.is_contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch.is_contiguous():
+            assert found.stride() == batch.stride()
+        found.fill_(1)
+    elif isinstance(batch, np.ndarray):
+        assert np.array_equal(found, batch)
+        assert found.flags.writeable
+    else:
+        assert equal(found, batch)
+
+
+class Labelled(torch.Tensor):
+    """A kind of tensor."""
+
+    label = "none"
+
+
+def test_kinds_of_tensors_stay_what_they_are() -> None:
+    batch = torch.rand(100, 10).as_subclass(Labelled)
+    batch.label = "cat"
+    parameter = torch.nn.Parameter(torch.rand(1000))
+    found, other = payload.decode(memoryview(bytearray().join(payload.encode((batch, parameter))[1])))
+    assert type(found) is Labelled
+    assert found.label == "cat"
+    assert torch.equal(found, batch)
+    assert type(other) is torch.nn.Parameter
+    assert other.requires_grad
+    assert torch.equal(other, parameter)
+
+
+def test_it_goes_on_where_it_was(make: MakeLoader) -> None:
+    wanted = [list(map(digest, plain(Noise(41), 0, e, batch_size=4, shuffle=True))) for e in range(3)]
+    first = make(Noise(41), 4, shuffle=True, num_workers=1)
+    list(first)
+    batches = iter(first)
+    seen = [digest(next(batches)) for _ in range(5)]
+    state = json.loads(json.dumps(first.state_dict()))
+    first.close()
+    second = make(Noise(41), 4, shuffle=True, num_workers=2, group="another")
+    second.load_state_dict(state)
+    assert second.state_dict() == state
+    assert seen + [digest(b) for b in second] == wanted[1]
+    assert [digest(b) for b in second] == wanted[2]
+    third = make(Noise(41), 4, shuffle=True, group="a third")
+    third.load_state_dict(second.state_dict())
+    assert third.state_dict()["epoch"] == 3
+    with pytest.raises(ValueError, match="seed 0, and this loader has seed 1"):
+        make(Noise(41), 4, seed=1).load_state_dict(state)
+
+
+def test_epochs_can_be_chosen_and_given_up(make: MakeLoader) -> None:
+    wanted = [list(map(digest, plain(Noise(41), 0, e, batch_size=4, shuffle=True))) for e in range(6)]
+    loader = make(Noise(41), 4, shuffle=True, num_workers=1)
+    loader.set_epoch(5)
+    batches = iter(loader)
+    assert [digest(next(batches)) for _ in range(3)] == wanted[5][:3]
+    loader.set_epoch(2)
+    assert [digest(b) for b in loader] == wanted[2]
+    assert list(batches) == []  # it ended when another began
+    assert [digest(b) for b in loader] == wanted[3]
+
+
+def test_what_was_handed_over_outlives_the_loader(make: MakeLoader) -> None:
+    loader = make(Noise(40), 4, shuffle=True, stage_bytes=1 << 20)
+    wanted = plain(Noise(40), 0, 0, batch_size=4, shuffle=True)
+    kept = list(loader)
+    loader.close()
+    other = make(Noise(40), 4, shuffle=True, stage_bytes=1 << 20)
+    for _ in range(5):
+        list(other)
+    assert all(map(equal, kept, wanted))
+
+
+def _told(number: int) -> None:
+    os.environ["WORKER"] = str(number)
+
+
+class Worker(Dataset[Any]):
+    """Says who prepared it."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[int, ...]:
+        time.sleep(0.01)
+        info = get_worker_info()
+        assert info is not None
+        assert isinstance(info.dataset, Worker)
+        assert torch.get_num_threads() == 1
+        return info.id, info.num_workers, int(os.environ["WORKER"]), os.getpid()
+
+
+@pytest.mark.parametrize("context", [None, "spawn"])
+def test_workers_are_as_they_are_used_to_be(make: MakeLoader, context: str | None) -> None:
+    loader = make(Worker(), 1, num_workers=2, worker_init_fn=_told, multiprocessing_context=context)
+    found = torch.cat([torch.stack(batch, 1) for batch in loader])
+    assert (found[:, 0] == found[:, 2]).all()
+    assert (found[:, 1] == 2).all()
+    assert os.getpid() not in found[:, 3]
+
+
+def _fails(number: int) -> None:
+    raise FileNotFoundError("no such disk")
+
+
+def test_a_worker_that_cannot_begin_says_why(make: MakeLoader) -> None:
+    with pytest.raises(FileNotFoundError, match="no such disk"):
+        next(iter(make(Noise(20), 4, num_workers=1, worker_init_fn=_fails)))
+
+
+class Strange(Exception):
+    """Cannot be made of a text alone."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__(a, b)
+
+
+class Raising(Noise):
+    """Raises all kinds of things."""
+
+    def __getitem__(self, index: int) -> Any:
+        class Local(Exception):
+            pass
+
+        if index == 3:
+            raise KeyError("no key")
+        if index == 5:
+            raise Strange(1, 2)
+        if index == 7:
+            raise Local("nobody else knows this class")
+        if index == 9:
+            return lambda: "which cannot be pickled"
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_exceptions_are_raised_as_a_dataloader_would(make: MakeLoader, workers: int) -> None:
+    dataset = Raising(12)
+    batches = iter(make(dataset, 1, num_workers=workers, collate_fn=lambda samples: samples[0]))
+    plain_batches = iter(DataLoader(dataset, 1, num_workers=1, collate_fn=lambda samples: samples[0]))
+    for index in range(12):
+        if index not in (3, 5, 7, 9):
+            next(batches)
+            next(plain_batches)
+            continue
+        with pytest.raises(Exception) as ours:
+            next(batches)
+        if index in (3, 5):
+            with pytest.raises(Exception) as theirs:
+                next(plain_batches)
+            assert type(ours.value) is type(theirs.value)
+            assert "in __getitem__" in str(ours.value)
+            # The same traceback from the dataset on.
+            assert str(ours.value).splitlines()[-3:] == str(theirs.value).splitlines()[-3:]
+        elif index == 7:
+            assert isinstance(ours.value, RuntimeError)
+            assert "nobody else knows this class" in str(ours.value)
+            plain_batches = iter(DataLoader(Noise(12), 1))
+        else:
+            assert "pickle" in str(ours.value)
+    assert list(batches) == []
+
+
+class Endless(IterableDataset[int]):
+    """Has no indices."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(10))
+
+
+def test_what_cannot_be_is_refused(make: MakeLoader) -> None:
+    with pytest.raises(ValueError, match=r"map-style dataset.*Endless is iterable"):
+        make(Endless())
+    with pytest.raises(ValueError, match="mutually exclusive"):
+        make(Noise(10), shuffle=True, sampler=SequentialSampler(range(10)))
+    with pytest.raises(ValueError, match="must not be negative"):
+        make(Noise(10), num_workers=-1)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"batch_size": 8}, "batch size is 8 here and 4 there"),
+        ({"seed": 1}, "seed is 1 here and 0 there"),
+        ({"dataset": Noise(22)}, "dataset length is 22 here and 21 there"),
+        ({"drop_last": True, "patience": 3}, "drop last is True here and False there; patience is 3 here and None"),
+        ({"stage_bytes": 1 << 20}, "stage bytes is 1048576 here and"),
+        ({"collate_fn": list}, "collate fn is 'builtins.list' here and"),
+        ({"dataset": Worker()}, r"dataset is 'test_loader\.Worker' here and 'loader_jobs\.Noise' there"),
+    ],
+)
+def test_jobs_that_disagree_are_told_in_what(make: MakeLoader, other: dict[str, Any], named: str) -> None:
+    first = make(Noise(21), 4)
+    batches = iter(first)
+    next(batches)
+    with pytest.raises(Refused, match=named):
+        iter(make(**{"dataset": Noise(21), "batch_size": 4, **other}))
+    assert len(list(batches)) == 5  # which nobody else needs to know
+
+
+def test_jobs_with_other_orders_are_refused(make: MakeLoader) -> None:
+    class Private(SequentialSampler):
+        def __init__(self, first: int) -> None:
+            super().__init__(range(21))
+            self.first = first
+
+        def __iter__(self) -> Iterator[int]:
+            return iter([self.first, *range(20)])
+
+    batches = iter(make(Noise(21), 4, sampler=Private(20)))
+    next(batches)
+    with pytest.raises(Refused, match=r"the order of epoch 0 .* is not the one that the other jobs"):
+        iter(make(Noise(21), 4, sampler=Private(19)))
+    assert len(list(batches)) == 5
+
+
+def test_the_directory_must_be_the_users_own(make: MakeLoader, runtime: Path) -> None:
+    runtime.mkdir(mode=0o755)
+    runtime.chmod(0o755)
+    with pytest.raises(RuntimeError, match="nobody else may enter"):
+        iter(make(Noise(10)))
+
+
+def test_the_broker_ends_with_the_last_job_and_leaves_nothing(make: MakeLoader, runtime: Path) -> None:
+    a, b = make(Noise(10)), make(Noise(10))
+    list(a), list(b)
+    pid = broker_pid("test")
+    assert pid is not None
+    a.close()
+    time.sleep(1.5)
+    assert broker_pid("test") == pid
+    b.close()
+    eventually(lambda: not Path(f"/proc/{pid}").exists() or broker_pid("test") is None)
+    eventually(lambda: list(runtime.iterdir()) == [])
+
+
+def test_a_stranger_ends_only_its_own_connection(make: MakeLoader) -> None:
+    loader = make(Noise(21), 4, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    path = wire.socket_path("test")
+    for packet in (
+        b"nonsense",
+        b"[" * 60000,
+        b"{}",
+        b'{"verb": "begin"}',
+        b'{"verb": "join", "name": 3, "profile": {"stage_bytes": 1}}',
+        b'{"verb": "join", "name": "x", "workers": 0, "profile": {"stage_bytes": 1e99}}',
+        b'{"verb": "work", "name": ""}',
+        b'{"verb": "work", "name": "nobody"}',
+        b'{"verb": "stats"}',
+        os.urandom(5000),
+    ):
+        for repeated in (1, 50):
+            with wire.connect(path) as sock:
+                try:
+                    for _ in range(repeated):
+                        sock.send(packet)
+                except OSError:
+                    pass
+    assert len(list(batches)) == 5
+    assert broker_pid("test") is not None
+
+
+def test_ten_thousand_batches_leave_nothing_behind(make: MakeLoader) -> None:
+    """Memory, descriptors and mappings of the job and of the broker are at the end what they were after a tenth."""
+    shared = set(os.listdir("/dev/shm"))
+    loader = make(Noise(1000, side=16), 2, shuffle=True, num_workers=1, stage_bytes=1 << 20)
+
+    def used() -> tuple[list[int], list[int]]:
+        gc.collect()
+        broker = broker_pid("test")
+        assert broker is not None
+        fds = [len(os.listdir(f"/proc/{pid}/fd")) for pid in (os.getpid(), broker)]
+        fds.append(len(Path("/proc/self/maps").read_text().splitlines()))
+        status = [Path(f"/proc/{pid}/status").read_text() for pid in (os.getpid(), broker)]
+        return fds, [int(re.search(r"VmRSS:\s+(\d+)", text)[1]) for text in status]  # type: ignore[index]
+
+    count = 0
+    before: tuple[list[int], list[int]] | None = None
+    kept = []
+    for epoch in range(20):
+        for batch in loader:
+            count += 1
+            if count % 100 == 0:
+                kept.append(batch)
+            kept = kept[-10:]
+        del batch
+        if epoch == 1:
+            before = used()
+    after = used()
+    assert count == 10_000
+    assert before is not None
+    assert all(abs(a - b) <= 40 for a, b in zip(after[0], before[0], strict=True))
+    assert all(a - b < 8 << 10 for a, b in zip(after[1], before[1], strict=True))  # KiB
+    with wire.connect(wire.socket_path("test")) as sock:
+        wire.send(sock, {"verb": "stats"})
+        answer = wire.receive(sock)
+    assert answer is not None
+    stage = answer[0]["stats"]["stage"]
+    assert stage["used_bytes"] + stage["idle_bytes"] <= stage["bytes"] == 1 << 20
+    kept.clear()
+    loader.close()
+    eventually(lambda: set(os.listdir("/dev/shm")) <= shared)  # other processes of this machine use it as well
+
+
+class Recorder:
+    """Pins nothing, and tells what it was asked to pin."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[int, int] = {}
+        self.registered = 0
+        self.copying = False
+
+    def register(self, address: int, size: int) -> None:
+        """Pin."""
+        assert address not in self.pinned
+        self.pinned[address] = size
+        self.registered += 1
+
+    def unregister(self, address: int) -> None:
+        """Pin no longer."""
+        del self.pinned[address]
+
+    def fence(self) -> Callable[[], bool]:
+        """What is under way."""
+        return lambda: not self.copying
+
+
+def test_slots_are_pinned_once_and_not_freed_while_they_are_copied() -> None:
+    """But for CUDA itself, which is not here."""
+    area = stage.create("test")
+    os.ftruncate(area, 1 << 20)
+    writer, recorder = stage.Writer(area), Recorder()
+    reader = stage.Reader(area, recorder)
+    slot, freed = (8192, 8192), []
+    for turn in range(5):
+        writer.write(slot, [bytes([turn]) * 8192])
+        view = reader.view(slot, lambda: freed.append(1))
+        assert bytes(view) == bytes([turn]) * 8192
+        recorder.copying = True
+        del view
+        reader.trim()
+        assert len(freed) == turn
+        recorder.copying = False
+        reader.trim()
+        assert len(freed) == turn + 1
+    assert (recorder.registered, list(recorder.pinned.values())) == (1, [8192])
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        faulthandler.disable()
+        reader.view(slot, lambda: None)[0] = 1
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV  # rather than spoil another's batch
+    del reader
+    assert recorder.pinned == {}
+    writer.close()
+    os.close(area)
+
+
+def test_pinning_does_nothing_without_cuda(make: MakeLoader) -> None:
+    assert not torch.cuda.is_available()
+    loader = make(Noise(21), 4, shuffle=True, num_workers=1, pin_memory=True)
+    assert all(map(equal, loader, plain(Noise(21), 0, 0, batch_size=4, shuffle=True)))
+
+
+def test_groups_are_shown(make: MakeLoader, runtime: Path) -> None:
+    assert json.loads(coordlfs("groups", "--json").stdout) == []
+    assert "no group is at work" in coordlfs("groups").stdout
+    loaders = [make(Noise(40), 4, num_workers=n, group="lr sweep") for n in (0, 1)]
+    for batches in [iter(loader) for loader in loaders]:
+        for _ in range(3):
+            batch = next(batches)
+    found = json.loads(coordlfs("groups", "--json").stdout)
+    assert [f["group"] for f in found] == ["lr sweep"]
+    (group,) = found
+    assert [j["pid"] for j in group["jobs"]] == [os.getpid()] * 2
+    assert [j["workers"] for j in group["jobs"]] == [0, 1]
+    assert [(j["epoch"], j["batches"]) for j in group["jobs"]] == [(0, 10)] * 2
+    assert all(j["taken"] >= 3 for j in group["jobs"])
+    assert group["samples_delivered"] >= 24
+    assert group["samples_prepared"] + group["samples_saved"] == group["samples_delivered"]
+    shown = coordlfs("groups").stdout
+    assert "lr sweep" in shown
+    assert str(os.getpid()) in shown
+    assert "0: " in shown
+    del batch
