@@ -49,17 +49,21 @@ class Connection:
         except OSError:
             pass  # the broker has gone, and its books with it
 
+    def close_in_child(self) -> None:
+        """The connection is the parent's."""
+        self.sock.close()
+
     def __del__(self) -> None:
         self.sock.close()
 
 
-_open: weakref.WeakSet[Connection] = weakref.WeakSet()
+_open: weakref.WeakSet[Connection | Client] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
     # A job's death is seen by its connection's end: no child may keep it open.
-    for connection in list(_open):
-        connection.sock.close()
+    for each in list(_open):
+        each.close_in_child()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -127,6 +131,7 @@ class Client:
         self._size = 0  # bytes of it
         self._asked = False  # for a task
         self._died = 0  # brokers, since the last batch
+        _open.add(self)
         self._join()
 
     # The connection
@@ -206,6 +211,10 @@ class Client:
         self._stage = -1
         self._orders.clear()
 
+    def close_in_child(self) -> None:
+        """The stage is the parent's."""
+        self._close_files()
+
     # Epochs
 
     def enter(self, epoch: int | None) -> int:
@@ -265,8 +274,10 @@ class Client:
         """Leave the group. What was handed over stays valid."""
         self.end()
         if self._connection is not None:
-            with suppress(OSError):
+            try:
                 self._connection.send({"verb": "leave"})
+            except OSError:
+                wire.sweep(self.group)
         self._connection = None  # and ends when the last slot is let go
         self._close_files()
 

@@ -162,7 +162,6 @@ class Worker:
     id: int
     job: int
     inline: bool = False
-    idle: bool = False
     retired: bool = False  # its job has gone, and so will it
     task: tuple[int, int] | None = None
     size: int | None = None  # bytes that it wants to write, and waits for room
@@ -187,6 +186,7 @@ class Group:
         self.prepared = self.delivered = self.copied = self.evicted = 0
         self._kept: dict[tuple[int, int], Batch] = {}  # staged, not held, and nobody needs them: the first to go
         self._fresh: dict[tuple[int, int], Batch] = {}  # staged, and nobody has received them
+        self._idle: dict[int, Worker] = {}
         self._wanting: dict[int, Worker] = {}  # workers that wait for room
         self._kept_bytes = 0
         self._reserved = 0
@@ -206,7 +206,7 @@ class Group:
         """It has died. Its workers will as well: until one has, it may write where it was told to."""
         for worker in [w for w in self.workers.values() if w.job == job]:
             worker.retired = True
-            worker.idle = False
+            self._idle.pop(worker.id, None)
             batch = self._mine(worker)
             if batch is not None:
                 self._remove(batch)
@@ -282,7 +282,8 @@ class Group:
         one = self.workers[worker]
         if one.task is not None:
             raise ValueError("a worker has a task and wants another")
-        one.idle = not one.retired
+        if not one.retired:
+            self._idle[worker] = one
         return self._advance()
 
     def wants(self, worker: int, size: int) -> list[Action]:
@@ -421,6 +422,8 @@ class Group:
     def _grant(self) -> bool:
         """Give room to workers that wait for it, the most urgent first."""
         done = False
+        if not self._wanting:
+            return done
         for worker in sorted(self._wanting.values(), key=self._urgency):
             batch = self._mine(worker)
             needed = [] if batch is None else [j for j in self.jobs.values() if j.active and j.distance(batch) >= 0]
@@ -461,7 +464,8 @@ class Group:
         if batch is not None and batch.error is None:
             self._remove(batch)
         worker.task = worker.size = None
-        worker.idle = not worker.inline and not worker.retired
+        if not worker.inline and not worker.retired:
+            self._idle[worker.id] = worker
         self._wanting.pop(worker.id, None)
         self._actions.append(Drop(worker.id))
 
@@ -497,19 +501,25 @@ class Group:
     def _assign(self) -> bool:
         """Give tasks to idle workers, the most urgent first."""
         done = False
-        for worker in [w for w in self.workers.values() if w.idle]:
+        if not self._idle:
+            return done
+        alike = all(not j.fallen for j in self.jobs.values())  # what one worker may have, any may
+        exhausted = False
+        for worker in list(self._idle.values()):
             if worker.inline and not self.jobs[worker.job].starving:
-                worker.idle = False
+                del self._idle[worker.id]
                 continue
-            task = self._most_urgent(worker)
+            task = None if exhausted else self._most_urgent(worker)
             if task is None:
+                exhausted = alike
                 continue
             old = self.batches.get(task)
             if old is None:
                 self.batches[task] = Batch(*task, worker=worker.id, since=self.now)
             else:  # whoever had it is stuck
                 old.worker, old.since = worker.id, self.now
-            worker.task, worker.idle = task, False
+            worker.task = task
+            del self._idle[worker.id]
             self._reserve(worker)
             slot = -1 if worker.slot is None else worker.slot
             self._actions.append(Task(worker.id, *task, slot, worker.reserved))
@@ -583,7 +593,7 @@ class Group:
             if not job.starving or (job.epoch or 0, job.number(job.pushed)) in self.batches:
                 continue
             helpers = [w for w in self._wanting.values() if not job.fallen or w.job == job.id]
-            if not helpers or any(w.idle for w in self.workers.values() if not job.fallen or w.job == job.id):
+            if not helpers or any(not job.fallen or w.job == job.id for w in self._idle.values()):
                 continue
             least = max(helpers, key=self._urgency)
             if self._urgency(least) > (0, job.progress):
@@ -694,4 +704,5 @@ class Group:
             self._remove(batch)
         self._give_back(worker)
         self._wanting.pop(worker.id, None)
+        self._idle.pop(worker.id, None)
         del self.workers[worker.id]

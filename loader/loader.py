@@ -269,11 +269,12 @@ class _Walk(Iterator[Any]):
             copying = client.settle()
             client.work()
             ready = wait([client.fileno(), *workers.filenos()], _COPIED if copying else _LOOK)
-            if client.fileno() in ready:
-                client.advance()
-            elif ready:
+            broker = client.fileno()
+            if any(fd != broker for fd in ready):
                 for name, why in workers.look():
                     client.lost(name, why)
+            elif ready:
+                client.advance()
             if deadline is not None and client.waiting and time.monotonic() > deadline:
                 raise RuntimeError(f"CoordinatedLoader timed out after {self._timeout} seconds")
 

@@ -138,6 +138,7 @@ class Reader:
         self._pins = pins
         self._idle: OrderedDict[Slot, int] = OrderedDict()
         self._fenced: list[tuple[Callable[[], bool], Slot, int, Callable[[], None]]] = []
+        _readers.add(self)
 
     def view(self, slot: Slot, released: Callable[[], None]) -> memoryview:
         """A private, writable view of a slot. `released` is called when the last that refers to its bytes has gone.
@@ -199,11 +200,32 @@ class Reader:
             (_, size), address = self._idle.popitem(last=False)
             self._unmap(address, size)
 
+    def close_in_child(self) -> None:
+        """What nobody refers to, no child may keep: the area would be there as long as it."""
+        os.close(self._fd)
+        self._fd = -1
+        while self._idle:
+            (_, size), address = self._idle.popitem()
+            _libc.munmap(address, size)
+
     def __del__(self) -> None:
+        if self._fd < 0:
+            return
         while self._idle:
             (_, size), address = self._idle.popitem()
             self._unmap(address, size)
         os.close(self._fd)
+
+
+_readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for reader in list(_readers):
+        reader.close_in_child()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _written(address: int, size: int) -> bool:

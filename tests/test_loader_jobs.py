@@ -23,7 +23,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "run"
     monkeypatch.setenv("COORDLFS_RUNTIME_DIR", str(path))
     yield path
-    eventually(lambda: not path.exists() or not [p for p in path.iterdir() if not p.name.endswith(".lock")])
+    eventually(lambda: not path.exists() or list(path.iterdir()) == [])
     eventually(lambda: set(os.listdir("/dev/shm")) <= shared)  # other processes of this machine use it as well
 
 
@@ -73,14 +73,19 @@ def test_a_killed_job_holds_nobody_up(job: MakeJob, after: int) -> None:
 
 @pytest.mark.parametrize("whose", ["one", "all", "again"])
 def test_killed_workers_are_replaced(job: MakeJob, whose: str) -> None:
-    jobs = [job(epochs=2, num_workers=2, prepare=0.01) for _ in range(2)]
+    jobs = [job(epochs=2, num_workers=2, prepare=0.01, step=True) for _ in range(2)]
     for j in jobs:
+        j.until("begin")
+        j.go_on(2)
         j.until("batch", 2)
-    for _ in range(3 if whose == "again" else 1):
+    for _ in range(2 if whose == "again" else 1):  # a third time, and the batch is given up
         pids = [pid for j in jobs for pid in workers_of(j.pid)]
         for pid in pids[:1] if whose == "one" else pids:
             os.kill(pid, signal.SIGKILL)
+        jobs[0].go_on()
         jobs[0].until("batch")
+    for j in jobs:
+        j.go_on(1000)
     said = [j.finish() for j in jobs]
     assert "was killed by signal: Killed; another takes its place" in said[0]
     for j in jobs:
@@ -89,27 +94,33 @@ def test_killed_workers_are_replaced(job: MakeJob, whose: str) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_killed_brokers_are_replaced(job: MakeJob, workers: int) -> None:
-    jobs = [job(epochs=2, num_workers=workers, prepare=0.005, keep=True) for _ in range(3)]
+    jobs = [job(epochs=2, num_workers=workers, prepare=0.005, keep=True, step=True) for _ in range(3)]
+    for j in jobs:
+        j.until("begin")
     for batches in (1, 3, 6):
         for j in jobs:
+            j.go_on(batches)
             j.until("batch", batches)
         os.kill(eventually(lambda: broker_pid("test")), signal.SIGKILL)
     for j in jobs:
-        j.finish()
+        j.go_on(1000)
     for j in jobs:
+        j.finish()
         j.check(*j.batches)
 
 
 def test_everything_killed_at_once(job: MakeJob) -> None:
     """Broker, workers and a job: the one that is left goes on."""
-    arguments = {"epochs": 2, "num_workers": 1, "prepare": 0.005}
+    arguments = {"epochs": 2, "num_workers": 1, "prepare": 0.005, "step": True}
     victim, survivor = job(**arguments), job(**arguments)
-    victim.until("batch", 3)
-    survivor.until("batch", 3)
-    pid = broker_pid("test")
-    assert pid is not None
-    for doomed in (pid, victim.pid, *workers_of(victim.pid), *workers_of(survivor.pid)):
+    for j in (victim, survivor):
+        j.until("begin")
+        j.go_on(3)
+        j.until("batch", 3)
+    broker = eventually(lambda: broker_pid("test"))
+    for doomed in (broker, victim.pid, *workers_of(victim.pid), *workers_of(survivor.pid)):
         os.kill(doomed, signal.SIGKILL)
+    survivor.go_on(1000)
     survivor.finish()
     survivor.check(*survivor.batches)
 
