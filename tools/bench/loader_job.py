@@ -178,6 +178,7 @@ def _produce(spec: Spec) -> None:
     )
     while len(producer.hb.consumers) < spec.consumers:
         time.sleep(0.02)
+    time.sleep(1)  # what is said before a consumer's subscription is through is lost to it
     while True:
         for _ in producer:
             pass
@@ -224,12 +225,13 @@ def main() -> None:
     Thread(target=_end_with_stdin, daemon=True).start()
     if spec.side == PRODUCER:
         _produce(spec)
-    taken = []
+    taken: list[dict[str, Any]] = []
     for each in _take(spec):
+        if not taken:
+            _say("first")
         if spec.tell:
             _say("batch", **each)
-        else:
-            taken.append(each)
+        taken.append(each)
     _say("done", taken=taken)
     while True:
         signal.pause()

@@ -15,9 +15,12 @@ from itertools import count, pairwise
 
 from coordlfs_tools.bench.jobs import CpuClock, Job, Message, Node, node
 from coordlfs_tools.bench.loader_job import CONSUMER, COORDINATED, PLAIN, PRODUCER, Spec
+from coordlfs_tools.bench.machine import BenchError
 
 MODULE = "coordlfs_tools.bench.loader_job"
 LIMIT = 200.0  # seconds that a run may take
+_BEGINNING = 40.0  # seconds until every job has its first batch
+_TRIES = 3  # to begin
 _groups = count(1)
 
 
@@ -64,11 +67,34 @@ def started(specs: Sequence[Spec]) -> Iterator[tuple[Node, list[Job], CpuClock]]
             yield here, jobs, clock
 
 
+def takers(specs: Sequence[Spec], jobs: Sequence[Job]) -> list[Job]:
+    """The jobs that train: all but a producer."""
+    return [job for job, spec in zip(jobs, specs, strict=True) if spec.side != PRODUCER]
+
+
+@contextmanager
+def begun(specs: Sequence[Spec]) -> Iterator[tuple[Node, list[Job], CpuClock]]:
+    """`started`, when every job has had a batch.
+
+    A TensorSocket consumer may miss what the producer says once, and then waits for ever: it is given three tries.
+    """
+    for number in range(_TRIES):
+        with started(specs) as (here, jobs, clock):
+            try:
+                for job in takers(specs, jobs):
+                    job.wait("first", _BEGINNING)
+            except BenchError:
+                if number + 1 == _TRIES or specs[0].side != PRODUCER:
+                    raise
+                continue
+            yield here, jobs, clock
+            return
+
+
 def run(specs: Sequence[Spec], skip: int) -> Run:
     """Let the jobs take all that they have to take. Raises BenchError if one fails."""
-    with started(specs) as (_, jobs, clock):
-        takers = [job for job, spec in zip(jobs, specs, strict=True) if spec.side != PRODUCER]
-        taken = [job.wait("done", LIMIT)["taken"] for job in takers]
+    with begun(specs) as (_, jobs, clock):
+        taken = [job.wait("done", LIMIT)["taken"] for job in takers(specs, jobs)]
     return Run(taken, clock, specs[0].batch, skip)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from coordlfs_tools.bench.jobs import Job, Message, Node
 from coordlfs_tools.bench.loader_job import CONSUMER, COORDINATED, NUMBERED, Spec
-from coordlfs_tools.bench.loader_runs import LIMIT, MODULE, specs_of, started
+from coordlfs_tools.bench.loader_runs import LIMIT, MODULE, begun, specs_of
 from rich import box
 from rich.table import Table
 
@@ -43,7 +43,7 @@ def table() -> Table:
 
 def _found(side: str, event: _Event) -> str:
     specs = specs_of(side, _SPEC, _JOBS)
-    with started(specs) as (here, jobs, _):
+    with begun(specs) as (here, jobs, _):
         _wait_for_batch(jobs[-1], _BATCHES // 3)
         expected = event(here, specs, jobs)
         _wait_for_ends(expected)
@@ -101,7 +101,7 @@ def _command(pid: int) -> bytes:
 
 
 def _wait_for_batch(job: Job, number: int) -> None:
-    job.wait_until(lambda said: said[number] if len(said) > number else None, LIMIT, f"batch {number}")
+    job.wait_until(lambda said: said[number + 1] if len(said) > number + 1 else None, LIMIT, f"batch {number}")
 
 
 def _wait_for_ends(jobs: Sequence[Job]) -> None:
