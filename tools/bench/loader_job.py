@@ -137,7 +137,8 @@ def _loader(spec: Spec) -> Any:
     import torch
     from torch.utils.data import DataLoader
 
-    collate = _only if spec.work in (PREBUILT, STAMPED) else None
+    # Torch's own makes a batch in shared memory, without which a worker would hand the same over again and again.
+    collate = _only if spec.work in (PREBUILT, STAMPED) and spec.side == COORDINATED else None
     if spec.side == CONSUMER:
         return _consumer(spec)
     if spec.side == COORDINATED:
@@ -192,7 +193,7 @@ def _take(spec: Spec) -> Iterator[dict[str, Any]]:
             now = time.monotonic()
             taken: dict[str, Any] = {"epoch": epoch, "at": now}
             if spec.work == STAMPED:
-                taken["late"] = now - float(batch[0])
+                taken["late"] = now - float(batch.flatten()[0])
             elif spec.work == NUMBERED:
                 taken["samples"] = batch[0].tolist()
             yield taken
