@@ -23,6 +23,7 @@ from coordlfs_loader.slots import UNIT, Slots
 
 CREDIT = 2  # batches that are handed to a job before it takes them
 DEATHS = 3  # workers that may die of a batch before it is given up
+_JOINING = 10.0  # seconds after a job joined within which others are likely to
 _STUCK, _STUCK_TIMES = (
     5.0,
     10.0,
@@ -189,6 +190,7 @@ class Group:
         self._idle: dict[int, Worker] = {}
         self._wanting: dict[int, Worker] = {}  # workers that wait for room
         self._kept_bytes = 0
+        self._joined = 0.0  # when the last job did
         self._reserved = 0
         self._largest = 0
         self._usual = 0.0  # seconds that a batch takes
@@ -200,6 +202,7 @@ class Group:
     def add_job(self, job: int) -> list[Action]:
         """A job joined."""
         self.jobs[job] = Job(job)
+        self._joined = self.now
         return self._advance()
 
     def remove_job(self, job: int) -> list[Action]:
@@ -341,6 +344,8 @@ class Group:
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
         self.now = now
+        for batch in [b for b in self._kept.values() if not self._may_keep(b.epoch)]:
+            self._evict(batch)
         return self._advance()
 
     # What follows from what
@@ -476,6 +481,7 @@ class Group:
             victim = self._victim(starving)
             if victim is None:
                 return False
+            self.evicted += victim.key not in self._kept
             self._evict(victim)
         return True
 
@@ -661,11 +667,20 @@ class Group:
             if not any(j.active and j.distance(batch) >= 0 for j in self.jobs.values()):
                 self._remove(batch)
         elif batch.slot is not None and not batch.holders and not needed:
-            if batch.key not in self._kept:
+            if not self._may_keep(batch.epoch):
+                self._evict(batch)
+            elif batch.key not in self._kept:
                 self._kept[batch.key] = batch
                 self._kept_bytes += self.slots.size(batch.slot)
+                while self._kept_bytes > self.slots.capacity // 4:
+                    self._evict(next(iter(self._kept.values())))
         else:
             self._keep_no_longer(batch)
+
+    def _may_keep(self, epoch: int) -> bool:
+        """Whether somebody is likely to begin this epoch yet. Otherwise the fewer slots, the warmer they are."""
+        late = (j.latest is not None and (j.latest < epoch or j.entered) for j in self.jobs.values())
+        return self.now - self._joined < _JOINING or any(late)
 
     def _keep_no_longer(self, batch: Batch) -> None:
         if self._kept.pop(batch.key, None) is not None and batch.slot is not None:
@@ -675,7 +690,6 @@ class Group:
         assert batch.slot is not None
         assert not batch.holders
         self.slots.release(batch.slot)
-        self.evicted += 1
         self._remove(batch)
 
     def _remove(self, batch: Batch) -> None:

@@ -227,6 +227,7 @@ def test_the_oom_killer_is_named(job: MakeJob, cgroup: Callable[[int], Cgroup]) 
         raised = [e["text"] for e in j.events if e["event"] == "raised"]
         assert len(j.batches[0]) + len(raised) == 15
         assert all("was killed by the OOM killer" in text for text in raised)
+    eventually(lambda: broker_pid("test") is None)  # before the cgroup is taken down, which it may be in
 
 
 def test_a_stage_that_is_too_small_says_what_it_needs(job: MakeJob) -> None:
