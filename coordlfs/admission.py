@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from coordlfs import items
-from coordlfs.catalog import FOREIGN, Catalog
+from coordlfs.catalog import FOREIGN, STALE, Catalog
 from coordlfs.epochs import Epochs
 from coordlfs.kernel import cgroups, pages
 from coordlfs.metrics import Counters
@@ -33,20 +33,24 @@ from coordlfs.stash import Stash
 from coordlfs.wire import MAX_PACKET, REQUEST, How, Outcome, Verb, parse_reply
 
 if TYPE_CHECKING:
+    from coordlfs.fetch_ahead import FetchAhead
+    from coordlfs.memory_cache import MemoryCache
     from coordlfs.peers.sharing import Sharing
 
 log = logging.getLogger(__name__)
 
 _WINDOW = 64  # requests that a keeper has not answered
-_IDLE = 0.05  # seconds without a READ after which an item that was read in part is pinned whole
-_RETRY = (0.002, 0.02, 0.2, 1.0, 4.0)  # seconds between attempts while somebody uses the pages
+IDLE = 0.05  # seconds without a READ after which an item that was read in part is pinned whole
+RETRY = (0.002, 0.02, 0.2, 1.0, 4.0)  # seconds between attempts while somebody uses the pages
+_ENOUGH = 48  # of them, and items on their way, above which nothing is fetched ahead
+_PENDING = 256
 _UNKNOWN, _NEVER_MISSED = (0, 0), (0, 0xFFFFFFFF)  # instead of the epoch and page of a last miss
 _CGROUP_KNOWN = 1.0  # seconds that a process is believed to stay in its cgroup
 _FORCE_FROM = 2  # the attempt from which pages are dropped even where a job maps them
 
 
 @dataclass(slots=True)
-class _Pending:
+class Pending:
     """An item on its way to be pinned."""
 
     due: float = 0.0  # when it is asked for, while it is not with a keeper
@@ -67,17 +71,22 @@ class Link:
     sock: socket.socket
     asked: int = 0
     full: bool = False
+    purging: list[int] = field(default_factory=list)  # records
+    threads: set[int] = field(default_factory=set)  # of the process, that read as well as its first
     backlog: deque[bytes] = field(default_factory=deque)
 
 
 class Admission:
     """The cache's books. Every method may be called from any thread; `run` is the thread of its own."""
 
+    served_from = "stash_bytes"  # the counter of bytes that `stashed` finds
+    _verb = Verb.PIN  # what keepers are asked to do with an item
+
     def __init__(
         self,
         catalog: Catalog,
         policy: MinIO,
-        stash: Stash,
+        stash: Stash | MemoryCache,
         epochs: Epochs,
         counters: Counters,
         more_keepers: Callable[[], None],
@@ -89,9 +98,10 @@ class Admission:
         self.counters = counters
         self.links: dict[int, Link] = {}
         self.keeper_pids: frozenset[int] = frozenset()
+        self.keeper_threads: frozenset[int] = frozenset()  # by which the kernel names who reads
         self._more_keepers = more_keepers
-        self._lock = threading.RLock()
-        self._pending: dict[int, _Pending] = {}
+        self.lock = threading.RLock()
+        self._pending: dict[int, Pending] = {}
         self._clock: list[tuple[float, int]] = []  # when items are due; stale where `due` says otherwise
         self._chunk_misses: dict[int, tuple[int, int]] = {}  # of files of several items
         self._dropping: set[int] = set()
@@ -99,11 +109,14 @@ class Admission:
         self._asked_for_keeper = False
         self._recovering: set[int] = set()  # keepers that have not yet told what they hold
         self._orphans: dict[int, int] = {}  # records with pages that the last server knew to be pinned
+        self._stale: Counter[int] = Counter()  # records, and how often something of them has still to be let go
+        self._unpurged: list[int] = []  # records, for want of a keeper
         self._keeper_cgroups: set[bytes | None] = set()
         self._job_cgroups: dict[int, tuple[bytes | None, float]] = {}  # by pid; and until when that is believed
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
         self.sharing: Sharing | None = None  # with other nodes, each of which caches what it owns
+        self.ahead: FetchAhead | None = None  # of readers that say what they will read
 
     # -- called by the byte lane --------------------------------------------------------------------------------
 
@@ -111,9 +124,9 @@ class Admission:
         """`Stash.parts` of an item of a file that ends at `end`, for process `pid`: it need not be read again."""
         if item not in self._pending:
             return [size]
-        with self._lock:
+        with self.lock:
             pending = self._pending.get(item)
-            if pending is not None and pid not in self.keeper_pids:
+            if pending is not None and pid not in self.keeper_threads:
                 pending.at_home = self._at_home(items.record_of(item), pid)
                 pending.contended = not pending.at_home
             return self.stash.parts(item, offset, min(size, end - offset))
@@ -135,7 +148,7 @@ class Admission:
         was another node that wanted it, and no epoch of this one.
         """
         record, file_size = items.record_of(item), st.st_size
-        with self._lock:
+        with self.lock:
             if not self.catalog.shows(record, st):
                 return  # another thread has seen a newer version meanwhile
             if direct:
@@ -147,41 +160,47 @@ class Admission:
                 return
             state = self.policy.state(item)
             if state is State.PINNED:
-                self.drop([item])  # the kernel dropped pages of it, as it does when a file changes: pin it anew
-            if state is State.PINNED or item in self._dropping:
+                self._missed_though_pinned(item)
+            elif item not in self._dropping:
+                self._take(item, offset, data, st, pid)
+
+    def _missed_though_pinned(self, item: int) -> None:
+        self.drop([item])  # the kernel dropped pages of it, as it does when a file changes: pin it anew
+
+    def _take(self, item: int, offset: int, data: memoryview, st: os.stat_result, pid: int) -> None:
+        """Take on an item that is absent and has room, or add to one that is on its way."""
+        record, length = items.record_of(item), items.length(item, st.st_size)
+        pending = self._pending.get(item)
+        if pending is None:
+            if not length or not self._admits(item, pages.count(length)):
                 return
-            length = items.length(item, file_size)
-            if state is State.ABSENT:
-                if not length or not self._admits(item, pages.count(length)):
-                    return
-                at_home = self._at_home(record, pid)
-                if at_home and len(data) == length:
-                    self._ask(item, self._pending.setdefault(item, _Pending(at_home=True)))
-                    return
-                if not self.stash.reserve(item, length):
-                    self.policy.release(item)
-                    self.counters.add("not_admitted")
-                    return
-                pending = self._pending[item] = _Pending(at_home=at_home)
-                self.stash.put(item, offset, data)
-            else:
-                pending = self._pending[item]
-                pending.at_home = self._at_home(record, pid)
-                self.stash.put(item, offset, data)
-                if pending.keeper is not None:
-                    pending.contended = not pending.at_home
-                    return
-                if pending.attempts:
-                    return
-            if self.stash.held(item) < length:
-                self._later(item, _IDLE)
+            at_home = self._at_home(record, pid)
+            if at_home and len(data) == length:
+                self._ask(item, self._pending.setdefault(item, Pending(at_home=True)))
                 return
-            self._ask(item, pending)
+            if not self.stash.reserve(item, length):
+                self.policy.release(item)
+                self.counters.add("not_admitted")
+                return
+            pending = self._pending[item] = Pending(at_home=at_home)
+            self.stash.put(item, offset, data)
+        else:
+            pending.at_home = self._at_home(record, pid)
+            self.stash.put(item, offset, data)
+            if pending.keeper is not None:
+                pending.contended = not pending.at_home
+                return
+            if pending.attempts:
+                return
+        if self.stash.held(item) < length:
+            self._later(item, IDLE)
+            return
+        self._ask(item, pending)
 
     def shared(self, item: int, offset: int, nbytes: int, direct: bool) -> None:
         """A READ brought bytes from another node: count them as read in this epoch, though not from the source."""
         record = items.record_of(item)
-        with self._lock:
+        with self.lock:
             file_size = self.catalog.size(record)
             if direct:
                 self._know(record, file_size)
@@ -191,7 +210,7 @@ class Admission:
 
     def has_room(self, npages: int) -> bool:
         """Whether so much more could be admitted now. If not, what belongs to other nodes begins to give way."""
-        with self._lock:
+        with self.lock:
             if self.policy.used + npages <= self.policy.capacity:
                 return True
             self._give_way(npages)
@@ -211,10 +230,21 @@ class Admission:
             self.drop(self.sharing.displaced(npages))
 
     def keep(self, item: int, offset: int, data: memoryview, st: os.stat_result) -> None:
-        """The keeper's READ brought `data` from the source: should the item have to be pinned again, it is here."""
-        with self._lock:
-            if item in self._pending and self.catalog.shows(items.record_of(item), st):
-                self.stash.put(item, offset, data)
+        """The keeper's READ brought `data` from the source: should the item have to be pinned again, it is here.
+
+        Ahead of a reader it is that reader's miss.
+        """
+        record = items.record_of(item)
+        with self.lock:
+            if not self.catalog.shows(record, st):
+                return
+            if self.ahead is not None and self.ahead.wants(record):
+                self._count_miss(record, item, offset, len(data), st.st_size)
+            if item in self._pending:
+                self._add(item, offset, data)
+
+    def _add(self, item: int, offset: int, data: memoryview) -> None:
+        self.stash.put(item, offset, data)
 
     def _at_home(self, record: int, pid: int) -> bool:
         """Whether every process that has read of the file so far, `pid` too, is charged where the keepers are."""
@@ -234,9 +264,11 @@ class Admission:
 
     def _count_miss(self, record: int, item: int, offset: int, nbytes: int, file_size: int) -> None:
         self._know(record, file_size)
+        if self.ahead is not None:
+            self.ahead.missed(record, nbytes)
         whole = file_size <= items.CHUNK
         last = self.catalog.last_miss(record) if whole else self._chunk_misses.get(item, _NEVER_MISSED)
-        remember = self.epochs.miss(last, offset // pages.PAGE, nbytes, self._unpinned())
+        remember = self.epochs.miss(last, offset // pages.PAGE, nbytes, self.unpinned())
         if remember is None:
             return
         if nbytes and self.catalog.last_miss(record)[0] != remember[0]:
@@ -252,7 +284,7 @@ class Admission:
             self.counters.add("dataset_items", len(items.items_of(record, file_size)))
             self.counters.add("dataset_bytes", file_size)
 
-    def _unpinned(self) -> int:
+    def unpinned(self) -> int:
         """Bytes that were ever read and are not pinned: what an epoch that begins now will read."""
         return max(0, self.counters["dataset_bytes"] - self.policy.pinned_pages * pages.PAGE)
 
@@ -261,21 +293,21 @@ class Admission:
     def admit(self, wanted: Iterable[int]) -> int:
         """Have items pinned that nobody has read; how many were taken on. What does not fit is left out."""
         taken = 0
-        with self._lock:
+        with self.lock:
             for item in wanted:
                 size = self.catalog.size(items.record_of(item))
                 room = pages.count(items.length(item, size))
                 if item not in self._dropping and self._admits(item, room):
                     self._know(items.record_of(item), size)
                     self.stash.reserve(item, items.length(item, size))  # for `keep`; without room it goes without
-                    self._ask(item, self._pending.setdefault(item, _Pending()))
+                    self._ask(item, self._pending.setdefault(item, Pending()))
                     taken += 1
         return taken
 
     def drop(self, unwanted: Iterable[int]) -> int:
         """Have items let go, pinned or on their way; how many there were."""
         dropped = 0
-        with self._lock:
+        with self.lock:
             for item in unwanted:
                 if item in self._dropping or self.policy.state(item) is State.ABSENT:
                     continue
@@ -295,7 +327,7 @@ class Admission:
 
     def limit(self, capacity: int) -> int:
         """Have no more than `capacity` pages from now on; how many are let go for it, of items drawn at random."""
-        with self._lock:
+        with self.lock:
             self.policy.capacity = capacity
             if self.policy.used <= capacity:
                 return 0
@@ -316,11 +348,29 @@ class Admission:
         A notification alone leaves pages that a processor was still collecting for the kernel's LRU lists (seen: the
         first 8 of a file, once in 8 runs); DONTNEED empties these collections first.
         """
-        with self._lock:
+        with self.lock:
             self.catalog.set_foreign(record)  # from now on nothing of it is pinned as it lies there
             link = next(iter(self.links.values()), None)
-            if link is not None:
+            if link is None:
+                self._unpurged.append(record)
+            else:
+                link.purging.append(record)
                 self._send(link, Verb.PURGE, items.item_at(record, 0), 0)
+
+    def stale(self, record: int) -> None:
+        """Something of a version past is about to be let go, the last of it by `purge`: see `Catalog.set_stale`."""
+        with self.lock:
+            self._stale[record] += 1
+            self.catalog.set_stale(record)
+
+    def _purged(self, link: Link, record: int) -> None:
+        if record not in link.purging:
+            return  # a server before this one had asked
+        link.purging.remove(record)
+        self._stale[record] -= 1
+        if self._stale[record] <= 0:
+            del self._stale[record]
+            self.catalog.set_fresh(record)
 
     def drop_file(self, record: int, size: int) -> int:
         """`drop` every item of a file that had `size` bytes."""
@@ -328,39 +378,76 @@ class Admission:
             return 0
         return self.drop(items.items_of(record, size))
 
+    def is_absent(self, item: int) -> bool:
+        """Whether an item is neither pinned nor on its way in or out."""
+        return self.policy.state(item) is State.ABSENT and item not in self._dropping
+
+    def is_pending(self, item: int) -> bool:
+        """Whether an item is on its way to be pinned."""
+        return item in self._pending
+
     def settled(self, wanted: Iterable[int]) -> bool:
         """Whether none of the items is on its way in or out."""
         return not any(item in self._pending or item in self._dropping for item in wanted)
+
+    def is_busy(self) -> bool:
+        """Whether the keepers have enough to do for now, or there is none (then one is asked for)."""
+        with self.lock:
+            if not self.links and not self._asked_for_keeper:
+                self._asked_for_keeper = True
+                self._more_keepers()
+            asked = sum(link.asked + len(link.backlog) for link in self.links.values())
+            enough = asked >= _ENOUGH or len(self._pending) >= _PENDING
+            return not self.links or bool(self._recovering) or enough or not self.stash.has_room(items.CHUNK)
+
+    def fetch(self, item: int) -> None:
+        """Have a keeper read an item that is not to be pinned into the page cache."""
+        with self.lock:
+            self._send(next(iter(self.links.values())), Verb.FETCH, item, 0)
+
+    def let_go(self, item: int) -> None:
+        """Have what is resident of an item dropped, unless it is pinned."""
+        with self.lock:
+            if self.links:
+                self._send(next(iter(self.links.values())), Verb.LET_GO, item, 0)
 
     # -- keepers ------------------------------------------------------------------------------------------------
 
     def add_keeper(self, index: int, pid: int, sock: socket.socket) -> None:
         """A keeper joins, a new one or one that a server before this one had."""
         sock.setblocking(False)
-        with self._lock:
+        with self.lock:
             self.links[index] = Link(index, pid, sock)
             self.keeper_pids |= {pid}
+            self.keeper_threads |= {pid}
             self.look_at_cgroups()
             self._asked_for_keeper = False
             self._ask_waiting()
+            unpurged, self._unpurged = self._unpurged, []
+            for record in unpurged:
+                self.purge(record)
         self._wake()
 
     def look_at_cgroups(self) -> None:
         """See where the keepers are charged for memory: somebody may have moved them."""
-        with self._lock:
+        with self.lock:
             self._keeper_cgroups = {cgroups.of_memory(pid) for pid in self.keeper_pids}
 
     def lose_keeper(self, index: int) -> None:
         """A keeper died, and its pins with it. What it held is pinned again as it is, as long as it is resident."""
-        with self._lock:
+        with self.lock:
             link = self.links.pop(index, None)
             if link is None:
                 return
             self.keeper_pids -= {link.pid}
+            self.keeper_threads -= {link.pid, *link.threads}
             link.sock.close()
+            self._asked_for_keeper = True  # the supervisor is about to replace it
+            for record in link.purging:
+                self.purge(record)
             for item in self.policy.held_by(index):
                 self.catalog.add_pinned_pages(items.record_of(item), -self.policy.unpin(item))
-                self._pending[item] = _Pending(flags=How.KEEP)
+                self._pending[item] = Pending(flags=How.KEEP)
                 self._waiting.append(item)
             for item, pending in self._pending.items():
                 if pending.keeper == index:
@@ -374,7 +461,7 @@ class Admission:
 
     def recover(self) -> None:
         """Ask the keepers what they hold: for a server that takes over from one that died."""
-        with self._lock:
+        with self.lock:
             self._orphans = self.catalog.clear_pinned_pages()
             for link in self.links.values():
                 self._recovering.add(link.index)
@@ -389,7 +476,7 @@ class Admission:
         poll.register(self._wake_fd, select.POLLIN)
         polled: dict[int, Link] = {}
         while not self._closing:
-            with self._lock:
+            with self.lock:
                 current = {link.sock.fileno(): link for link in self.links.values()}
                 timeout = self._run_due()
             for fd in polled.keys() - current.keys():
@@ -403,7 +490,7 @@ class Admission:
                     os.eventfd_read(fd)
                 else:
                     self._receive(polled[fd])
-            with self._lock:
+            with self.lock:
                 for link in self.links.values():
                     self._flush(link)
 
@@ -433,7 +520,7 @@ class Admission:
                 self._ask(item, pending)
         return max(1, int((self._clock[0][0] - now) * 1000)) if self._clock else None
 
-    def _ask(self, item: int, pending: _Pending) -> None:
+    def _ask(self, item: int, pending: Pending) -> None:
         pending.due = 0.0
         link = next((link for link in self.links.values() if not link.full), None)
         if link is None:
@@ -448,7 +535,7 @@ class Admission:
         if pending.at_home:
             # Every page was allocated by a READ that was charged where the keeper is: they are pinned as they are.
             flags |= How.KEEP
-        self._send(link, Verb.PIN, item, flags)
+        self._send(link, self._verb, item, flags)
 
     def _ask_waiting(self) -> None:
         waiting, self._waiting = self._waiting, deque()
@@ -487,7 +574,7 @@ class Admission:
             except ValueError as e:
                 log.warning("keeper %d: %s", link.pid, e)
                 continue
-            with self._lock:
+            with self.lock:
                 if outcome == Outcome.LISTED:
                     self._learn(link, pins)
                     if not pins:
@@ -497,13 +584,21 @@ class Admission:
                 if outcome == Outcome.WATCHED:
                     self.epochs.watch(item)
                     continue
+                if outcome == Outcome.THREAD:
+                    link.threads.add(item)
+                    self.keeper_threads |= {item}
+                    continue
                 if outcome == Outcome.OPENED:
-                    self.epochs.opened(item, time.monotonic(), self._unpinned())
+                    self.epochs.opened(item, time.monotonic(), self.unpinned())
                     continue
                 link.asked = max(0, link.asked - 1)
                 self._flush(link)
-                if outcome != Outcome.PURGED:
+                if outcome == Outcome.PURGED:
+                    self._purged(link, items.record_of(item))
+                elif outcome not in (Outcome.FETCHED, Outcome.GONE):
                     self._answered(link, outcome, code, item)
+                if self.ahead is not None:
+                    self.ahead.go_on()
 
     def _recovered(self, index: int) -> None:
         """A keeper has told what it holds, or will not."""
@@ -519,20 +614,28 @@ class Admission:
             wanted = items.items_of(record, self.catalog.size(record))
             if pinned != pages.count(self.catalog.size(record)):
                 continue  # which of its chunks it was is not known
+            if self.catalog.flags(record) & STALE:
+                continue
             for item in wanted:
                 room = pages.count(items.length(item, self.catalog.size(record)))
                 if item not in self._dropping and self.policy.admit(item, room):
-                    self._pending[item] = _Pending(flags=How.KEEP)
+                    self._pending[item] = Pending(flags=How.KEEP)
                     self._waiting.append(item)
         self._ask_waiting()
 
     def _learn(self, link: Link, pins: list[tuple[int, int]]) -> None:
         for item, length in pins:
-            if items.record_of(item) < len(self.catalog) and self.policy.admit(item, pages.count(length)):
-                self._pinned(link, item)
+            record = items.record_of(item)
+            if record >= len(self.catalog) or not self.policy.admit(item, pages.count(length)):
+                continue
+            if self.catalog.flags(record) & STALE:
+                self._dropping.add(item)
+                self._send(link, Verb.DROP, item, 0)
+            else:
+                self._pinned(link.index, item)
 
-    def _pinned(self, link: Link, item: int) -> None:
-        self.policy.pin(item, link.index)
+    def _pinned(self, holder: int, item: int) -> None:
+        self.policy.pin(item, holder)
         self.catalog.add_pinned_pages(items.record_of(item), self.policy.pages(item))
 
     def _answered(self, link: Link, outcome: Outcome, code: int, item: int) -> None:
@@ -554,21 +657,21 @@ class Admission:
         elif outcome is Outcome.PINNED and not pending.contended:
             del self._pending[item]
             self.stash.remove(item)
-            self._pinned(link, item)
+            self._pinned(link.index, item)
         elif outcome is Outcome.FAILED:
             self.counters.add("pin_errors")
             errors = self.counters["pin_errors"]
             if errors & errors - 1 == 0:  # the first, the second, the fourth …
                 log.warning("%d not cached, last %s: %s", errors, self._name(item), os.strerror(code))
             self._forget(item)
-        elif pending.attempts >= len(_RETRY):
+        elif pending.attempts >= len(RETRY):
             self.counters.add("not_admitted")
             self._abandon(link, item)
         else:
             # Pages of it are, or may be, charged to a job: not now.
             self.counters.add("pin_retries")
             pending.flags &= ~How.KEEP
-            self._later(item, _RETRY[pending.attempts])
+            self._later(item, RETRY[pending.attempts])
             pending.attempts += 1
 
     def _abandon(self, link: Link, item: int) -> None:
@@ -592,5 +695,5 @@ class Admission:
 
     def outcomes(self) -> Counter[str]:
         """How many items are in which state, for `status`."""
-        with self._lock:
+        with self.lock:
             return Counter(pinned=len(self.policy), on_their_way=len(self._pending))

@@ -5,7 +5,8 @@ open a file that it knows costs no message ("zero-message open"). READDIRPLUS ge
 handle, which such an open leaves 0.
 
 At most `_RUNNING` threads compete for the interpreter; a thread that is about to wait for a disk lets another one
-take its place, so that hundreds of READs may wait and none of those that need not wait does. A source that never
+take its place, so that hundreds of READs may wait and none of those that need not wait does. What is over at once is
+done without letting go of the interpreter, which would cost more to get back. A source that never
 answers holds the threads that wait for it, and nobody else: a caller who is killed or interrupted meanwhile gets EINTR.
 """
 
@@ -14,21 +15,29 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+from coordlfs import hints
+from coordlfs.fetch_ahead import FetchAhead
 from coordlfs.kernel import fuse, pages
+from coordlfs.kernel.libc import quick_read, quick_write
 from coordlfs.metrics import Counters
 from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
-from coordlfs.reading import Reader, Request
+from coordlfs.reading import Answer, Reader, Request
 
 log = logging.getLogger(__name__)
 
-_RUNNING = 2
+# One thread with the interpreter serves more than two that pass it back and forth, unless there is a processor for each
+# while the job has another.
+_RUNNING = 1 if len(os.sched_getaffinity(0)) <= 2 else 2
 _THREADS = 1024  # so many may wait for a source, be it for ever
 _GIVEN_UP_AFTER = 1.0  # seconds that a request waits before a caller who gave up is told so
 _KEEPER_WAITS = 10.0  # seconds that a keeper waits for the source, since all of its pins wait with it
@@ -40,6 +49,7 @@ _NAMES = frozenset(
 )  # what the name lane answers; a mount that is read-only is asked nothing else that can be answered
 _SILENT = frozenset({fuse.FORGET, fuse.BATCH_FORGET})
 _LAST_OFFSET = (1 << 63) - 1 - fuse.MAX_READ
+_SIZE_BITS = 0x3FFF << 16  # of an ioctl's number
 _HANDLE = struct.Struct("=Q")
 
 
@@ -56,20 +66,29 @@ class ByteLane:
     """The threads that serve one FUSE device until it is unmounted."""
 
     def __init__(
-        self, device: int, names: socket.socket, reader: Reader, namespace: Namespace, counters: Counters
+        self,
+        device: int,
+        names: socket.socket,
+        reader: Reader,
+        namespace: Namespace,
+        ahead: FetchAhead,
+        counters: Counters,
     ) -> None:
         self.on_end: Callable[[], None] = lambda: None
         self._device = device
+        os.set_blocking(device, False)  # a message that is there is read at once
         self._names = names
         self._reader = reader
         self._namespace = namespace
+        self._ahead = ahead
         self._counters = counters
         self._lock = threading.Lock()
         self._total = 0
         self._waiting = 0  # for the source
         self._parked = 0
-        self._unpark = threading.Semaphore(0)
+        self._parking = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._waits: dict[int, _Wait] = {}  # by the request's number
+        self._returned: deque[tuple[int, Request]] = deque()  # READs that another node did not answer
         self.ended = threading.Event()
 
     def start(self) -> None:
@@ -92,7 +111,7 @@ class ByteLane:
                 return
             if self._parked:
                 self._parked -= 1
-                self._unpark.release()
+                os.eventfd_write(self._parking, 1)
             elif self._total < _THREADS:
                 self._spawn()
 
@@ -102,10 +121,20 @@ class ByteLane:
 
     def _park_if_many(self) -> None:
         with self._lock:
-            if self._total - self._waiting - self._parked <= _RUNNING:
+            if self._total - self._waiting - self._parked <= _RUNNING or self._returned:
                 return
             self._parked += 1
-        self._unpark.acquire()
+        os.eventfd_read(self._parking)
+
+    def _return(self, unique: int, asked: Request) -> None:
+        """Have a thread read from the source what another node did not answer."""
+        with self._lock:
+            self._returned.append((unique, asked))
+            if self._parked:
+                self._parked -= 1
+                os.eventfd_write(self._parking, 1)
+            elif self._total < _THREADS:
+                self._spawn()
 
     # -- serving ------------------------------------------------------------------------------------------------
 
@@ -113,29 +142,38 @@ class ByteLane:
         request = bytearray(fuse.REQUEST_BUFFER)
         view = memoryview(request)
         into = pages.buffer(fuse.MAX_READ + pages.PAGE)
-        while not self.ended.is_set():
-            if self._total - self._waiting - self._parked > _RUNNING:
-                self._park_if_many()
-            try:
-                n = os.readv(self._device, [request])
-            except OSError as e:
-                if e.errno in (errno.EINTR, errno.ENOENT, errno.EAGAIN):
+        with select.epoll(1) as readable:
+            readable.register(self._device, select.EPOLLIN | select.EPOLLEXCLUSIVE)  # one thread a message
+            had_to_wait = True
+            while not self.ended.is_set():
+                while self._returned:
+                    self._read_alone(into)
+                if not had_to_wait and self._total - self._waiting - self._parked > _RUNNING:
+                    self._park_if_many()
                     continue
-                if e.errno == errno.ENODEV:
-                    self._end()  # unmounted
-                    return
-                raise
-            self._dispatch(request, view[:n], into)
+                had_to_wait = False
+                try:
+                    while (n := quick_read(self._device, request)) is None:
+                        had_to_wait = True
+                        readable.poll()
+                except OSError as e:
+                    if e.errno in (errno.EINTR, errno.ENOENT):
+                        continue
+                    if e.errno == errno.ENODEV:
+                        self._end()  # unmounted
+                        return
+                    raise
+                self._dispatch(request, view[:n], into)
 
     def _end(self) -> None:
         self.ended.set()
         self.on_end()
-        self._unpark.release(_THREADS)
+        os.eventfd_write(self._parking, _THREADS)
 
     def _dispatch(self, request: bytearray, message: memoryview, into: pages.Buffer) -> None:
         if len(message) < fuse.IN_HEADER.size:
             return  # nobody to answer
-        length, opcode, unique, node, _, _, pid, _, _ = fuse.IN_HEADER.unpack_from(request)
+        length, opcode, unique, node, uid, _, pid, _, _ = fuse.IN_HEADER.unpack_from(request)
         if not fuse.is_whole(message, length, opcode):
             log.warning("a message of kind %d is not whole", opcode)
             self._reply(fuse.error_reply(unique, errno.EINVAL))
@@ -152,6 +190,11 @@ class ByteLane:
             self._counters.add("direct_opens")
             self._reply(fuse.error_reply(unique, errno.ENOSYS))
         elif opcode == fuse.IOCTL:
+            _, flags, command, _, size, _ = fuse.IOCTL_IN.unpack_from(request, fuse.IN_HEADER.size)
+            if flags & fuse.IOCTL_DIR and command & ~_SIZE_BITS == hints.COMMAND:
+                body = message[fuse.IN_HEADER.size + fuse.IOCTL_IN.size :]
+                self._answer(unique, pid, self._hint, unique, body[:size], uid, pid)
+                return
             # Python before 3.14 asks of every file that it opens whether it is a terminal, and the kernel passes it on.
             self._counters.add("ioctls")
             self._reply(fuse.error_reply(unique, errno.ENOTTY))
@@ -176,7 +219,7 @@ class ByteLane:
             nonlocal waited
             if not waited:
                 waited = True
-                self._waits[unique] = _Wait(time.monotonic(), pid in self._reader.admission.keeper_pids)
+                self._waits[unique] = _Wait(time.monotonic(), pid in self._reader.admission.keeper_threads)
                 self._before_wait()
 
         try:
@@ -188,7 +231,7 @@ class ByteLane:
             self._reply(fuse.error_reply(unique, errno.EIO))
         finally:
             if waited:
-                del self._waits[unique]
+                self._waits.pop(unique, None)
                 self._after_wait()
 
     def look_at_waits(self) -> None:
@@ -215,6 +258,10 @@ class ByteLane:
         st = self._namespace.attributes(self._namespace.record_of(node), before_wait)
         self._reply(fuse.attributes_reply(unique, node, st, believed(st)))
 
+    def _hint(self, unique: int, body: memoryview, uid: int, pid: int, before_wait: Callable[[], None]) -> None:
+        self._ahead.take(body, uid, pid, time.monotonic())
+        self._reply(fuse.ioctl_reply(unique))
+
     def _read(
         self,
         unique: int,
@@ -229,18 +276,48 @@ class ByteLane:
             raise OSError(errno.EINVAL, "no file is so long")
         direct, leaves_no_trace = bool(flags & os.O_DIRECT), bool(flags & os.O_NOATIME)
         asked = Request(node, offset, min(size, fuse.MAX_READ), pid, direct, leaves_no_trace)
-        answer = self._reader.read(asked, into, before_wait)
+        if self._reader.sharing is not None:
+            self._waits[unique] = _Wait(time.monotonic(), False)
+            if self._reader.ask(asked, partial(self._shared, unique, asked), before_wait):
+                return  # it is answered when the other node has
+            del self._waits[unique]
+        self._finish_read(unique, self._reader.read(asked, into, before_wait))
+
+    def _shared(self, unique: int, asked: Request, data: memoryview | None) -> None:
+        """Another node has answered a READ, or has not; called by whatever thread."""
+        self._waits.pop(unique, None)
+        if data is None:
+            self._return(unique, asked)
+            return
+        self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(data), 0, unique), data)
+        self._reader.account_shared(asked, len(data))
+
+    def _read_alone(self, into: pages.Buffer) -> None:
+        try:
+            unique, asked = self._returned.popleft()
+        except IndexError:
+            return
+
+        def read(before_wait: Callable[[], None]) -> None:
+            self._finish_read(unique, self._reader.read(asked, into, before_wait))
+
+        self._answer(unique, asked.pid, read)
+
+    def _finish_read(self, unique: int, answer: Answer) -> None:
         length = sum(map(len, answer.data))
-        if not length and offset and not asked.direct:
+        if not length and answer.request.offset and not answer.request.direct:
             # The page cache asks for nothing behind the end of a file that it knows: the file was truncated meanwhile.
             # It would take an empty reply for the new end, and show zeros up to there.
             raise OSError(errno.ESTALE, "truncated while it was read")
         self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + length, 0, unique), *answer.data)
         self._reader.account(answer)
 
-    def _reply(self, *parts: bytes | memoryview) -> None:
+    def _reply(self, message: bytes, *data: memoryview) -> None:
         try:
-            os.writev(self._device, parts)
+            if data:
+                os.writev(self._device, (message, *data))
+            else:
+                quick_write(self._device, message)
         except OSError as e:
             if e.errno not in (errno.ENOENT, errno.ENODEV):  # the caller gave up waiting; unmounted
                 raise

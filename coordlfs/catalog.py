@@ -34,12 +34,12 @@ _HEADER_WORDS = _HEADER // 8
 _WORDS = 8  # per record
 _MASK = (1 << 63) - 1
 COUNTERS = 128  # words of the header that are free for counters
-_COUNT, _NAMES_USED = 0, 1
+_COUNT, _NAMES_USED, _STALE = 0, 1, 2
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-REGULAR, SERVED, LINKED, DIRECTORY, SUPERSEDED, FOREIGN = 1, 2, 4, 8, 16, 32
+REGULAR, SERVED, LINKED, DIRECTORY, SUPERSEDED, FOREIGN, STALE = 1, 2, 4, 8, 16, 32, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +162,12 @@ class Catalog:
         mtime -= (1 << 64) if mtime >> 63 else 0
         return Version(self._w[at + 3], mtime, self._w[at + 5], self._w[at + 7] >> 32)
 
+    def size_and_mtime(self, record: int) -> tuple[int, int]:
+        """Of `version`, what nodes tell each other: size and mtime_ns."""
+        at = _HEADER_WORDS + record * _WORDS
+        mtime = self._w[at + 4]
+        return self._w[at + 3], mtime - (1 << 64) if mtime >> 63 else mtime
+
     def shows(self, record: int, st: os.stat_result) -> bool:
         """Whether `st` is the version that the kernel was last told of."""
         return self.shows_bytes(record, st) and self._w[_HEADER_WORDS + record * _WORDS + 7] >> 32 == _access(st)
@@ -171,6 +177,11 @@ class Catalog:
         w, at = self._w, _HEADER_WORDS + record * _WORDS
         mtime = st.st_mtime_ns & 0xFFFFFFFFFFFFFFFF
         return w[at + 3] == st.st_size and w[at + 4] == mtime and w[at + 5] == st.st_ino
+
+    def stamp(self, record: int) -> int:
+        """64 bits for what tells the bytes of that version from those of any other."""
+        at = _HEADER_WORDS + record * _WORDS
+        return xxhash.xxh3_64_intdigest(self._w[at + 3 : at + 6])
 
     def is_stricter(self, record: int, st: os.stat_result) -> bool:
         """Whether `st` may forbid somebody what the version that was shown allowed."""
@@ -188,16 +199,23 @@ class Catalog:
         """Whether `st` is another file in the place of one of which bytes have been handed out."""
         flags = self.flags(record)
         if flags & SERVED and st.st_ino != self._w[_HEADER_WORDS + record * _WORDS + 5]:
+            self.set_stale(record)
             self._w[_HEADER_WORDS + record * _WORDS + 1] |= SUPERSEDED
             return True
         return bool(flags & SUPERSEDED)
+
+    @_locked
+    def supersede(self, record: int) -> None:
+        """The name of a file is gone: another one of that name, be it with the same inode number, is another node."""
+        if self.flags(record) & SERVED:
+            self._w[_HEADER_WORDS + record * _WORDS + 1] |= SUPERSEDED
 
     def size(self, record: int) -> int:
         """Bytes of the file, as the kernel was last told."""
         return self._w[_HEADER_WORDS + record * _WORDS + 3]
 
     def flags(self, record: int) -> int:
-        """REGULAR, DIRECTORY, LINKED, SUPERSEDED, FOREIGN, and SERVED: bytes of this version have been handed out."""
+        """REGULAR, DIRECTORY, LINKED, SUPERSEDED, FOREIGN, STALE: see below; SERVED: bytes of it were handed out."""
         return self._w[_HEADER_WORDS + record * _WORDS + 1] & 0xFFFF
 
     # -- writing ------------------------------------------------------------------------------------------------
@@ -229,6 +247,8 @@ class Catalog:
             if same and linked and self.entry(record) != (parent, name):
                 self._other_names.setdefault(record, set()).add((parent, name))
             if same and self.shows(record, st):
+                if flags & SUPERSEDED:  # it is back
+                    self._w[_HEADER_WORDS + record * _WORDS + 1] &= ~SUPERSEDED
                 return record, False, superseded
             if same and not self.supersedes(record, st):
                 if flags & REGULAR and stat.S_ISREG(st.st_mode):
@@ -268,7 +288,7 @@ class Catalog:
         self._w[at + 4] = version.mtime_ns & 0xFFFFFFFFFFFFFFFF
         self._w[at + 5] = version.inode
         self._w[at + 7] = version.access << 32 | self._w[at + 7] & 0xFFFFFFFF
-        flags = self.flags(record) & ~SERVED if kind is None else kind
+        flags = self.flags(record) & ~SERVED if kind is None else kind | self.flags(record) & STALE
         self._w[at + 1] = self._w[at + 1] & ~0xFFFF | flags
 
     def set_served(self, record: int) -> None:
@@ -282,6 +302,27 @@ class Catalog:
     def set_foreign(self, record: int) -> None:
         """Record that a process outside the keepers' memory cgroup has read of the file."""
         self._w[_HEADER_WORDS + record * _WORDS + 1] |= FOREIGN
+
+    @_locked
+    def set_stale(self, record: int) -> None:
+        """Record that the kernel or a keeper may hold something of another version than the one recorded.
+
+        To be called before that one is: a server that is killed before it has seen to it leaves it to the next one.
+        """
+        if not self.flags(record) & STALE:
+            self._w[_STALE] += 1
+            self._w[_HEADER_WORDS + record * _WORDS + 1] |= STALE
+
+    @_locked
+    def set_fresh(self, record: int) -> None:
+        """Record that nothing of another version is held any more."""
+        if self.flags(record) & STALE:
+            self._w[_HEADER_WORDS + record * _WORDS + 1] &= ~STALE
+            self._w[_STALE] -= 1
+
+    def stale(self) -> list[int]:
+        """The records of which something of another version may be held."""
+        return [r for r in range(len(self)) if self.flags(r) & STALE] if self._w[_STALE] else []
 
     def last_miss(self, record: int) -> tuple[int, int]:
         """Epoch of the file's last miss and the page it began at; (0, 0) if there was none."""

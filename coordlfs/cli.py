@@ -227,7 +227,8 @@ def _restart(arguments: argparse.Namespace) -> int:
     from coordlfs import client
 
     done = client.restart(arguments.mountpoint)
-    print(f"server and {done['keepers']} keepers replaced, {done['pinned_items']} items cached")
+    peers = " and peer server" if done["peer_servers"] else ""
+    print(f"server and {done['keepers']} keepers{peers} replaced, {done['pinned_items']} items cached")
     return 0
 
 

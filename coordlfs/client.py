@@ -190,13 +190,14 @@ def refresh(mountpoint: str, paths: list[str]) -> dict[str, int]:
 
 
 def restart(mountpoint: str) -> dict[str, int]:
-    """Replace server and keepers, one after the other, by the version that is installed; what was done.
+    """Replace server, keepers and peer server, one after the other, by the version that is installed; what was done.
 
     Raises UserError if a new process does not come up in time.
     """
     before = mounting.stats(mountpoint)
     server, keepers = before["processes"]["server"], before["processes"]["keepers"]
-    for pid in (server, *keepers):
+    peer_servers = [pid] if (pid := before["processes"]["peer_server"]) is not None else []
+    for pid in (server, *keepers, *peer_servers):
         client = Client(mountpoint)
         try:
             with suppress(UserError):  # a server that is replaced may be gone before it can answer
@@ -204,7 +205,8 @@ def restart(mountpoint: str) -> dict[str, int]:
         finally:
             client.close()
         _wait_replaced(mountpoint, pid, before["pinned_items"])
-    return {"keepers": len(keepers), "pinned_items": mounting.stats(mountpoint)["pinned_items"]}
+    pinned = mounting.stats(mountpoint)["pinned_items"]
+    return {"keepers": len(keepers), "peer_servers": len(peer_servers), "pinned_items": pinned}
 
 
 def _wait_replaced(mountpoint: str, pid: int, pinned: int) -> None:
@@ -213,7 +215,7 @@ def _wait_replaced(mountpoint: str, pid: int, pinned: int) -> None:
     while (now := time.monotonic()) < end:
         figures = mounting.stats(mountpoint)
         processes = figures["processes"]
-        if pid not in (processes["server"], *processes["keepers"]):
+        if pid not in (processes["server"], *processes["keepers"], processes["peer_server"]):
             settled = min(settled, now + _SETTLED_WITHIN)
             if (figures["pinned_items"] >= pinned and not figures["pending_items"]) or now > settled:
                 return

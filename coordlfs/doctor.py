@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import shutil
-import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,13 +18,13 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib import metadata
 
-from coordlfs import sizes
-from coordlfs.kernel import fuse, memory, mounts, pages, paths, process
+from coordlfs import attachment, residence, sizes
+from coordlfs.kernel import fuse, fusermount, memory, mounts, pages, paths, process
+from coordlfs.residence import Residence
 
 _MAPPINGS_USUAL = 65530
 _FILES_LEAST = 4096
-_LOCKABLE_LEAST = 1 << 30
-_CAP_SYS_ADMIN = 21
+_IN_MEMORY = "the cache is memory of its own and no page cache, and each hit costs a message"
 
 
 class State(StrEnum):
@@ -59,24 +58,10 @@ def _reason(e: OSError) -> str:
 # -- FUSE ---------------------------------------------------------------------------------------------------------
 
 
-def _has_capability(number: int) -> bool:
-    with open("/proc/self/status") as f:
-        return bool(next(int(line.split()[1], 16) for line in f if line.startswith("CapEff:")) >> number & 1)
-
-
-def _is_setuid(program: str | None) -> bool:
-    if program is None:
-        return False
-    st = os.stat(program)
-    return st.st_uid == 0 and bool(st.st_mode & stat.S_ISUID)
-
-
 def _device() -> Check:
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as e:
-        if e.errno == errno.EACCES and _is_setuid(shutil.which("fusermount3")):
-            return _good("/dev/fuse", "can be opened by fusermount3")
         remedy = "chmod 666 /dev/fuse, or run as root" if e.errno == errno.EACCES else "modprobe fuse"
         remedy += "; a container needs the device (docker: --device /dev/fuse)"
         return Check("/dev/fuse", State.MISSING, _reason(e), "nothing can be mounted", remedy, True)
@@ -85,41 +70,29 @@ def _device() -> Check:
 
 def _mounting() -> Check:
     name = "right to mount"
-    helper = shutil.which("fusermount3")
-    if _has_capability(_CAP_SYS_ADMIN):
+    if attachment.is_privileged():
         return _good(name, "CAP_SYS_ADMIN")
-    if helper is None:
-        return Check(
-            name,
-            State.MISSING,
-            "no CAP_SYS_ADMIN, and no fusermount3",
-            "nothing can be mounted",
-            "run as root, or install fuse3; a container needs --cap-add SYS_ADMIN",
-            True,
-        )
-    if not _is_setuid(helper):
-        return Check(
-            name, State.MISSING, f"{helper} is not setuid root", "nothing can be mounted", f"chmod u+s {helper}", True
-        )
+    if problem := fusermount.problem():
+        what, remedy = problem
+        found, remedy = f"no CAP_SYS_ADMIN, and {what}", f"{remedy}; a container needs --cap-add SYS_ADMIN"
+        if _namespaces().state is State.OK:
+            return Check(name, State.MISSING, found, "nothing can be mounted, but by `coordlfs run`", remedy)
+        return Check(name, State.MISSING, found, "nothing can be mounted", remedy, True)
     return Check(
         name,
         State.WARNING,
-        f"no CAP_SYS_ADMIN; {helper}",
-        "mounts by way of fusermount3, of what this user may read; others see them only with user_allow_other",
+        f"no CAP_SYS_ADMIN; {shutil.which(fusermount.PROGRAM)}",
+        "mounts by way of fusermount3, of what this user may read; others see them only with user_allow_other;"
+        " files larger than 128 KiB are read in smaller steps",
         "run as root for all that coordlfs can do",
     )
 
 
 def _allow_other() -> Check:
     name = "user_allow_other"
-    try:
-        with open("/etc/fuse.conf") as f:
-            allowed = any(line.strip() == "user_allow_other" for line in f)
-    except OSError:
-        allowed = False
-    if allowed:
+    if fusermount.allows_others():
         return _good(name, "in /etc/fuse.conf")
-    if _has_capability(_CAP_SYS_ADMIN):
+    if attachment.is_privileged():
         return _good(name, "not in /etc/fuse.conf; root does not need it")
     return Check(
         name,
@@ -164,8 +137,40 @@ def _features() -> Iterator[Check]:
         )
 
 
+def _unshare() -> None:
+    """A mount namespace of its own, for as long as a child of this process lives."""
+    if attachment.is_privileged():
+        process.unshare_mounts()
+    else:
+        process.unshare_user()
+
+
+def _namespaces() -> Check:
+    name = "user namespaces"
+
+    def unshare() -> bytes:
+        process.unshare_user()
+        os.close(mounts.detached_copy(b"/proc"))
+        return b""
+
+    try:
+        _in_child(unshare)
+    except OSError as e:
+        if attachment.is_privileged():
+            return _good(name, f"forbidden ({_reason(e)}); root does not need them")
+        return Check(
+            name,
+            State.WARNING,
+            f"forbidden ({_reason(e)})",
+            "no `coordlfs run`; a mount is busy for umount and fusermount3 -u, but not for `coordlfs umount`",
+            "sysctl user.max_user_namespaces=10000; on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0, on Debian"
+            " kernel.unprivileged_userns_clone=1; containers: allow unshare in seccomp",
+        )
+    return _good(name, "allowed")
+
+
 def _ask_init() -> bytes:
-    process.unshare_mounts()
+    _unshare()
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options = f"fd={device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
     flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
@@ -231,9 +236,11 @@ def _detached_copies() -> Check:
     try:
         os.close(mounts.detached_copy(b"/"))
     except OSError as e:
+        if e.errno == errno.EPERM and not attachment.is_privileged():
+            return _good("open_tree", "in a user namespace, where these are allowed")
         if e.errno == errno.EPERM:
-            cost, remedy = "known only to root", "run the doctor as root; containers: allow open_tree in seccomp"
-            return Check("open_tree", State.WARNING, "not permitted", cost, remedy)
+            cost, remedy = "nothing can be mounted", "containers: allow open_tree in seccomp"
+            return Check("open_tree", State.MISSING, "not permitted", cost, remedy, True)
         return Check(
             "open_tree", State.MISSING, _reason(e), "a mount would be busy for ever", "Linux 5.2 or newer", True
         )
@@ -251,8 +258,7 @@ def _populate() -> Check:
     except OSError as e:
         if e.errno in (errno.ENOMEM, errno.EPERM):
             found = f"no memory may be locked ({_reason(e)})"
-            remedy = "ulimit -l unlimited, LimitMEMLOCK=infinity, or CAP_IPC_LOCK"
-            return Check("pinning a page", State.MISSING, found, "nothing can be pinned", remedy)
+            return Check("pinning a page", State.MISSING, found, _IN_MEMORY, residence.REMEDY)
         return Check(
             "pinning a page",
             State.MISSING,
@@ -274,7 +280,8 @@ def _cachestat() -> Check:
             "bytes that the source's page cache holds are read from the disk again; pages charged to jobs may stay so",
             "Linux 6.5 or newer; containers: allow cachestat in seccomp",
         )
-    return _good("cachestat", "works")
+    limited = not process.has_capability(process.CAP_FOWNER)
+    return _good("cachestat", "works, for files that this user may write to" if limited else "works")
 
 
 def _pressure() -> Check:
@@ -300,15 +307,9 @@ def _lockable() -> Check:
     if most is None:
         return _good("locked memory", "no limit")
     found = f"at most {sizes.text(most)}"
-    if most >= _LOCKABLE_LEAST:
-        return _good("locked memory", found)
-    return Check(
-        "locked memory",
-        State.WARNING,
-        found,
-        "no more than that can be pinned in the page cache",
-        "ulimit -l unlimited, LimitMEMLOCK=infinity, or CAP_IPC_LOCK",
-    )
+    if residence.choose(int(memory.memory().available * sizes.AUTO_SHARE), most) is Residence.PAGE_CACHE:
+        return _good("locked memory", f"{found} a process: enough for --cache-size auto")
+    return Check("locked memory", State.WARNING, found, f"for a larger cache: {_IN_MEMORY}", residence.REMEDY)
 
 
 def _open_files() -> Check:
@@ -400,7 +401,7 @@ def _one(check: Callable[[], Check]) -> Callable[[], Iterator[Check]]:
 
 
 CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
-    *map(_one, (_device, _mounting, _allow_other)),
+    *map(_one, (_device, _mounting, _allow_other, _namespaces)),
     _features,
     *map(_one, (_kernel, _detached_copies, _populate, _cachestat, _pressure)),
     *map(_one, (_lockable, _open_files, _mappings, _cgroup, _available, _pyfuse3, _prometheus)),
@@ -424,15 +425,16 @@ def show(*, as_json: bool) -> bool:
         print(json.dumps({"works": works(checks), "checks": [asdict(check) for check in checks]}, indent=2))
         return works(checks)
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     colours = {State.OK: "green", State.WARNING: "yellow", State.MISSING: "red"}
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for check in checks:
-        table.add_row(f"[{colours[check.state]}]{check.state}[/]", f"[bold]{check.name}[/]", check.found)
+        table.add_row(f"[{colours[check.state]}]{check.state}[/]", f"[bold]{check.name}[/]", escape(check.found))
         if check.cost:
-            table.add_row("", "", f"costs: {check.cost}")
-            table.add_row("", "", f"mend:  {check.remedy}")
+            table.add_row("", "", f"costs: {escape(check.cost)}")
+            table.add_row("", "", f"mend:  {escape(check.remedy)}")
     console = Console()
     console.print(table)
     troubles = sum(check.state is not State.OK for check in checks)

@@ -3,7 +3,8 @@
 A hit is invisible to the server, a miss is not. Training reads each item once an epoch, so an item that misses a
 second time starts a new epoch. A miss may come as many READs (readahead grows from small to large); the page that the
 first of them began at stands for it, and only that page missing again is a second miss. Where everything is cached
-nothing misses: there a few pinned files, the sentinels, are watched for being opened. No I/O here.
+nothing misses: there a few pinned files, the sentinels, are watched for being opened. A loader that sends hints says
+when an epoch begins, and which items it has (`coordlfs.fetch_ahead`). No I/O here.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Epoch:
     bytes: int = 0
     expected_bytes: int = 0  # what was known and not pinned when it began: what it will read
     peer_bytes: int = 0  # got from other nodes, on top of `bytes`
+    told_items: int = 0  # that a loader's order named, as far as it got; 0 without one
+    told_bytes: int = 0
 
     @property
     def is_read(self) -> bool:
@@ -38,6 +41,7 @@ class Epochs:
 
     current: Epoch = field(default_factory=lambda: Epoch(0))
     finished: list[Epoch] = field(default_factory=list)
+    told: bool = False  # a loader says when an epoch begins: nothing else starts one
     _sentinels: dict[int, tuple[int, float]] = field(default_factory=dict)  # epoch, time of the last opening
 
     def miss(self, last: tuple[int, int], page: int, nbytes: int, unpinned: int = 0) -> tuple[int, int] | None:
@@ -47,7 +51,7 @@ class Epochs:
         or None if the READ continues a miss that is known. `unpinned`: bytes known and not pinned.
         """
         epoch, first_page = last
-        if epoch == self.current.number != 0 and page != first_page:
+        if epoch == self.current.number != 0 and (self.told or page != first_page):
             self.current.bytes += nbytes
             return None
         if epoch == self.current.number:
@@ -75,7 +79,7 @@ class Epochs:
         epoch, before = self._sentinels[sentinel]
         if now - before < _SAME_OPENING:
             return
-        self._sentinels[sentinel] = (epoch + 1, now)
+        self._sentinels[sentinel] = (self.current.number if self.told else epoch + 1, now)
         if median_low(e for e, _ in self._sentinels.values()) > self.current.number:
             self.advance(unpinned)
 

@@ -46,6 +46,8 @@ GAUGES = {
     "known_files": ("known_files", "Names that were looked up or listed."),
     "catalog_bytes": ("catalog_bytes", "Memory that knowing them takes."),
     "source.bytes_per_second": ("source_bytes_per_second", "Read from the source, over the last seconds."),
+    "hints.held_bytes": ("hint_held_bytes", "Held for readers that announce their order, on top of what is pinned."),
+    "hints.bound_bytes": ("hint_bound_bytes", "What may be held for them."),
     "hit_rate": ("hit_ratio", "Share of hits, by bytes, of the last epoch that read nearly all it had to."),
 }
 COUNTERS = {
@@ -65,6 +67,7 @@ COUNTERS = {
     "requests.refused": ('requests{kind="refused"}', ""),
     "requests.ioctl": ('requests{kind="ioctl"}', ""),
     "requests.stash_bytes": ("stash_served_bytes", "Bytes answered from the stash."),
+    "requests.memory_bytes": ("memory_served_bytes", "Bytes answered from the cache, where it is memory of its own."),
     "admission.not_admitted": ("admission_not_admitted", "Items that had room and were not pinned."),
     "admission.retries": ("admission_retries", "Items pinned on a later attempt."),
     "admission.errors": ("admission_errors", "Items that could not be read."),
@@ -75,6 +78,9 @@ COUNTERS = {
     "peers.failures": ("peer_failures", "Questions to other nodes without a good answer."),
     "peers.bad_payloads": ("peer_bad_payloads", "Answers of other nodes whose checksum was wrong."),
     "peers.skipped": ("peer_skipped", "Questions not asked, since the other node failed before or was too busy."),
+    "hints.messages": ("hint_messages", "Messages of loaders about what they will read."),
+    "hints.ignored_numbers": ("hint_ignored_numbers", "Numbers in them of no file that is known."),
+    "hints.fetched_items": ("hint_fetched_items", "Items read ahead that were not to stay."),
     "epochs": ("epochs", "Epochs seen, the one that runs included."),
 }
 EPOCH = {
@@ -84,6 +90,14 @@ EPOCH = {
     "expected_bytes": ("epoch_expected_bytes", "Bytes that were not pinned when it began."),
     "items": ("epoch_items", "Items in the dataset, as far as it was read."),
     "hit_rate": ("epoch_hit_ratio", "Share of hits by bytes, if it ended now."),
+}
+JOB = {
+    "epoch": ("job_epoch", "Epoch of a job that announces its order, as it counts."),
+    "files": ("job_files", "Files in it."),
+    "position": ("job_position_files", "Files of it that the job has asked for."),
+    "hits": ("job_hits", "Files of those that were cached."),
+    "misses": ("job_misses", "Files that were read from the source."),
+    "bytes_read": ("job_read_bytes", "Bytes of them that were read from the source."),
 }
 _LABELLED = re.compile(r'(\w+)(?:\{(\w+)="(\w+)"\})?')
 
@@ -177,6 +191,11 @@ class MountCollector:
             for which, epoch in shown.items():
                 if epoch is not None and epoch[key] is not None:
                     family.add_metric([mountpoint, which], epoch[key])
+            yield family
+        for key, (name, says) in JOB.items():
+            family = GaugeMetricFamily(f"coordlfs_{name}", says, labels=["mountpoint", "job", "user"])
+            for job in figures["hints"]["jobs"]:
+                family.add_metric([mountpoint, job["job"], str(job["user"])], job[key])
             yield family
 
 

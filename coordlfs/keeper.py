@@ -3,6 +3,10 @@
 It pins an item by dropping the pages that are there (a job's READ filled them, so they are charged to the job's memory
 cgroup), mapping the file and locking the mapping, which faults the pages in again, charged to this process. It must
 not be the process that answers the READs. It works from a detached copy of the mount, so that `umount` is not busy.
+What a loader is about to read it reads ahead, and lets go when it is told to.
+
+Where the cache is memory of its own the keeper pins nothing: it reads what jobs read in part only, and holds the memory
+for a server that takes over.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ import select
 import signal
 import socket
 import sys
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from coordlfs.kernel import fuse, pages, paths, process
@@ -23,6 +30,8 @@ from coordlfs.wire import MAX_PACKET, PINS, REPLY, How, Outcome, Verb, parse_req
 _BATCH = 32  # items whose reading is started before the first is waited for
 _SENTINELS = 15  # files that are watched for being opened
 _SPARE_MAPPINGS = 1000  # of vm.max_map_count, for the interpreter
+_FILLERS = 8  # threads that read items for a cache that is memory of its own
+_FILL = 4 << 20  # bytes that one of them asks for at a time
 
 
 class _Request:
@@ -40,15 +49,32 @@ class _Request:
 
 
 class Keeper:
-    """The pins of one process: item → address and length of its mapping."""
+    """The pins of one process: item → address and length of its mapping.
 
-    def __init__(self, sock: socket.socket, tree: int, device: int, limit: int, readahead: int) -> None:
+    `limit`: how many mappings it may have; `lockable`: how many bytes it may lock, None if there is no limit.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        tree: int,
+        device: int,
+        limit: int,
+        readahead: int,
+        lockable: int | None = None,
+    ) -> None:
         self.sock = sock
         self.tree = tree
         self.device = device
         self.limit = limit
         self.readahead = readahead
+        self.lockable = lockable
+        self.fillers: ThreadPoolExecutor | None = None  # where the cache is memory of its own
+        self.threads: set[int] = set()  # of the fillers
+        self.nowhere = memoryview(pages.buffer(_FILL))  # where they all put what only the server is to have
         self.pins: dict[int, tuple[int, int]] = {}
+        self.locked = 0  # bytes
+        self.fetching: deque[_Request] = deque()
         self.watch = OpenWatch()
         self.sentinels: dict[int, int] = {}  # watch → item
 
@@ -58,10 +84,12 @@ class Keeper:
         poll.register(self.sock, select.POLLIN)
         poll.register(self.watch.fd, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll()}
+            ready = {fd for fd, _ in poll.poll(0 if self.fetching else None)}
             if self.watch.fd in ready:
                 self._report_opened()
             if self.sock.fileno() not in ready:
+                if self.fetching:
+                    self._end_fetch(self.fetching.popleft())
                 continue
             packet = self.sock.recv(MAX_PACKET)
             if not packet:
@@ -84,10 +112,20 @@ class Keeper:
                     pinning.append(request)
             elif request.verb == Verb.DROP:
                 self._drop(request)
+            elif request.verb == Verb.FILL and self.fillers is not None:
+                self.fillers.submit(self._fill, request)
+            elif request.verb == Verb.WATCH:
+                self._look(request)
             elif request.verb == Verb.PURGE:
                 self._drop_pages(request.path, 0, 0)
                 self.sock.send(request.reply(Outcome.PURGED))
-            else:
+            elif request.verb == Verb.FETCH:
+                self._begin_fetch(request)
+            elif request.verb == Verb.LET_GO:
+                if request.item not in self.pins:
+                    self._drop_pages(request.path, request.offset, request.length)
+                self.sock.send(request.reply(Outcome.GONE))
+            elif request.verb == Verb.LIST:
                 for earlier in pinning:
                     self._finish(earlier)
                 pinning.clear()
@@ -99,8 +137,8 @@ class Keeper:
         """Open the file, drop what is resident, start reading; False if the request is answered already."""
         try:
             self._unpin(request.item)
-            if len(self.pins) >= self.limit:
-                self.sock.send(request.reply(Outcome.FULL))
+            if not self._has_room(request.length):
+                self.sock.send(request.reply(Outcome.FULL if self.pins else Outcome.FAILED, errno.ENOMEM))
                 return False
             request.fd = fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY)
             if not request.flags & How.KEEP and not self._make_absent(request):
@@ -115,6 +153,10 @@ class Keeper:
             return False
         return True
 
+    def _has_room(self, length: int) -> bool:
+        room = pages.count(length) * pages.PAGE
+        return len(self.pins) < self.limit and (self.lockable is None or self.locked + room <= self.lockable)
+
     def _make_absent(self, request: _Request) -> bool:
         pages.drop(request.fd, request.offset, request.length)
         left = pages.resident(request.fd, request.offset, request.length)
@@ -125,7 +167,25 @@ class Keeper:
             left = pages.resident(request.fd, request.offset, request.length)
         return not left
 
+    def _begin_fetch(self, request: _Request) -> None:
+        """Start reading. It is waited for when nothing else is asked, so that the source always has something to do."""
+        with suppress(OSError):  # whoever reads it gets the error
+            request.fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY)
+            pages.prefetch(request.fd, request.offset, request.length, self.readahead)
+        self.fetching.append(request)
+
+    def _end_fetch(self, request: _Request) -> None:
+        if request.fd >= 0:
+            with suppress(OSError):
+                pages.wait_fetched(request.fd, request.offset, request.length, fuse.MAX_READ)
+            os.close(request.fd)
+        self.sock.send(request.reply(Outcome.FETCHED))
+
     def _finish(self, request: _Request) -> None:
+        if not self._has_room(request.length):  # others of the batch took it
+            os.close(request.fd)
+            self.sock.send(request.reply(Outcome.FULL))
+            return
         try:
             address = pages.map_file(request.fd, request.offset, request.length)
         except OSError as e:
@@ -140,10 +200,43 @@ class Keeper:
             self.sock.send(request.reply(Outcome.FAILED, e.errno or 0))
         else:
             self.pins[request.item] = (address, request.length)
+            self.locked += pages.count(request.length) * pages.PAGE
             self.sock.send(request.reply(Outcome.PINNED))
             self._watch(request)
         finally:
             os.close(request.fd)
+
+    def _fill(self, request: _Request) -> None:
+        """Read an item around the page cache, and so have the server read it; by a filler."""
+        try:
+            fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY | os.O_DIRECT)
+            try:
+                at, end = request.offset, request.offset + request.length
+                while at < end and (n := os.preadv(fd, [self.nowhere[: end - at]], at)):
+                    at += n
+            finally:
+                os.close(fd)
+        except OSError as e:
+            self.sock.send(request.reply(Outcome.FAILED, e.errno or 0))
+        else:
+            self.sock.send(request.reply(Outcome.FILLED))
+
+    def introduce(self) -> None:
+        """Tell that the calling thread reads as well."""
+        self.threads.add(threading.get_native_id())
+        self._tell_thread(threading.get_native_id())
+
+    def _tell_thread(self, thread: int) -> None:
+        self.sock.send(REPLY.pack(Outcome.THREAD, 0, 0, thread))
+
+    def _look(self, request: _Request) -> None:
+        with suppress(OSError):
+            request.fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY)
+            try:
+                self._watch(request)
+            finally:
+                os.close(request.fd)
+        self.sock.send(request.reply(Outcome.SEEN))
 
     def _watch(self, request: _Request) -> None:
         """Make one of the first pinned files a sentinel, from which epochs are told where nothing misses."""
@@ -162,9 +255,9 @@ class Keeper:
 
     def _unpin(self, item: int) -> None:
         pin = self.pins.pop(item, None)
-        if pin is None:
-            return
-        pages.unmap(*pin)
+        if pin is not None:
+            pages.unmap(*pin)
+            self.locked -= pages.count(pin[1]) * pages.PAGE
         for watch in [w for w, sentinel in self.sentinels.items() if sentinel == item]:
             del self.sentinels[watch]
             self.watch.remove(watch)
@@ -183,6 +276,8 @@ class Keeper:
                 os.close(fd)
 
     def _list(self) -> None:
+        for thread in self.threads.copy():
+            self._tell_thread(thread)
         pins = [PINS.pack(item, length) for item, (_, length) in self.pins.items()]
         for start in range(0, len(pins), 2000):
             part = pins[start : start + 2000]
@@ -201,7 +296,12 @@ def main() -> None:
         limit = max(1, int(f.read()) - _SPARE_MAPPINGS)
     os.chdir("/")
     sock = socket.socket(fileno=config["socket"])
-    Keeper(sock, config["tree"], config["device"], limit, config["readahead"]).run()
+    keeper = Keeper(sock, config["tree"], config["device"], limit, config["readahead"], process.lockable())
+    if not config["in_memory"]:
+        keeper.run()
+        return
+    with ThreadPoolExecutor(_FILLERS, "filler", keeper.introduce) as keeper.fillers:
+        keeper.run()
 
 
 if __name__ == "__main__":

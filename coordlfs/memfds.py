@@ -1,4 +1,4 @@
-"""The catalogue's memory: two memfds that the supervisor makes and every server of the mount writes in turn."""
+"""Memory that outlives the server: memfds that the supervisor makes and every server of the mount writes in turn."""
 
 from __future__ import annotations
 
@@ -13,3 +13,14 @@ def allocate() -> tuple[int, int]:
     os.ftruncate(records, RECORDS)
     os.ftruncate(names, NAMES)
     return records, names
+
+
+TABLE_HEADER, SLOT = 4096, 32  # bytes, behind the cache's own: see `coordlfs.memory_cache`
+
+
+def cache(capacity: int) -> int:
+    """A memfd for `capacity` bytes of cache and the table of what is in it. Its pages come as they are written."""
+    fd = os.memfd_create("coordlfs-cache")
+    pages = capacity // os.sysconf("SC_PAGE_SIZE")
+    os.ftruncate(fd, pages * os.sysconf("SC_PAGE_SIZE") + TABLE_HEADER + pages * SLOT)
+    return fd

@@ -9,7 +9,7 @@ from contextlib import suppress
 import trio
 
 from coordlfs.admission import Admission
-from coordlfs.governor import Governor
+from coordlfs.governor import Governor, Marks
 from coordlfs.kernel import pages
 from coordlfs.kernel.memory import memory, stalled
 from coordlfs.metrics import Counters
@@ -22,11 +22,15 @@ _SAY_EVERY = 30.0  # seconds
 
 
 class MemoryWatch:
-    """Holds the cache to its governor's limit. `available` is what was found last, in bytes."""
+    """Holds the cache to its governor's limit.
+
+    `available` is what was found last, in bytes; `spare` what of it need not stay available.
+    """
 
     def __init__(self, governor: Governor, admission: Admission, counters: Counters) -> None:
         self.governor = governor
         self.available = 0
+        self.spare = 0
         self._admission = admission
         self._counters = counters
         self._given = 0  # bytes since it was last said
@@ -35,7 +39,10 @@ class MemoryWatch:
     async def run(self) -> None:
         """Look every so often, until cancelled."""
         while True:
-            self._look()
+            try:
+                self._look()
+            except OSError as e:  # no descriptor is left to look with: that passes, and must not end the server
+                log.warning("what memory is available cannot be told: %s", e)
             await trio.sleep(_INTERVAL)
 
     def _look(self) -> None:
@@ -48,6 +55,7 @@ class MemoryWatch:
                 if of_keeper.available < have.available:
                     have = of_keeper
         self.available = have.available
+        self.spare = max(0, have.available - Marks.of(have.total).high)
         now = time.monotonic()
         before = self.governor.limit
         pinned = self._admission.policy.pinned_pages * pages.PAGE

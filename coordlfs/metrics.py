@@ -28,16 +28,21 @@ NAMES = (
     "checked_files",  # by the sweeps that look for changes
     "sweeps",
     "interrupted",  # requests whose callers gave up on a source that does not answer
+    "memory_bytes",  # served from the cache, where that is memory of its own
     "peer_bytes",  # got from other nodes
     "peer_reads",  # READs that they answered
     "peer_refusals",  # answers that they cache it not
     "peer_wrong_versions",
     "peer_failures",  # no answer, or an error
     "peer_bad_payloads",  # whose checksum was wrong
+    "hints",  # messages about what will be read
+    "fetched_items",  # ahead of a reader, and not to stay
+    "told_epoch",  # which epoch of which job the last hint was about, as a hash
     "peer_skipped",  # not asked, because of failures before or because too many waited
 )
 
 _SOURCE_BYTES, _SOURCE_READS = NAMES.index("source_bytes"), NAMES.index("source_reads")
+_PEER_BYTES, _PEER_READS = NAMES.index("peer_bytes"), NAMES.index("peer_reads")
 
 
 class Counters:
@@ -61,6 +66,12 @@ class Counters:
         with self._lock:
             self._words[_SOURCE_READS] += 1
             self._words[_SOURCE_BYTES] += nbytes
+
+    def count_peer_read(self, nbytes: int) -> None:
+        """Count a READ that another node answered."""
+        with self._lock:
+            self._words[_PEER_READS] += 1
+            self._words[_PEER_BYTES] += nbytes
 
     def set(self, name: str, value: int) -> None:
         """Replace a counter's value."""

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -17,15 +18,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from coordlfs import exporter, sizes
+from coordlfs import attachment, exporter, residence, sizes
 from coordlfs.errors import UserError
-from coordlfs.kernel import mounts, process, systemd
+from coordlfs.kernel import fusermount, mounts, process, systemd
 from coordlfs.kernel.memory import memory
+from coordlfs.residence import Residence
+from coordlfs.source import lies_elsewhere
 
 if TYPE_CHECKING:
     from coordlfs.peers.settings import Cluster
 
-FSTYPE = b"fuse.coordlfs"
+FSTYPE = attachment.FSTYPE.encode()
 _START_TIMEOUT = 60.0
 _END_TIMEOUT = 30.0
 _TELL_STATUS = 30.0  # seconds between what the service manager is told
@@ -63,6 +66,8 @@ def stats(mountpoint: str) -> dict[str, Any]:
     find(mountpoint)
     try:
         result: dict[str, Any] = json.loads(os.getxattr(mountpoint, "user.coordl.stats"))
+    except PermissionError:
+        raise UserError(f"{mountpoint} is another user's, who alone may read it") from None
     except OSError as e:
         raise UserError(f"{mountpoint} does not answer: {e.strerror}") from e
     return result
@@ -97,6 +102,7 @@ def _check_places(source: str, mountpoint: str) -> None:
 
 def _check_mountpoint(source: str, mountpoint: str) -> bool:
     """Make the mountpoint if it is missing; whether it was."""
+    clear_dead(mountpoint)
     for m in mounts.table():
         if m.fstype == FSTYPE and m.point == os.fsencode(mountpoint):
             raise UserError(f"{mountpoint} is a coordlfs mount already: `coordlfs umount {mountpoint}` first")
@@ -121,6 +127,17 @@ def _check_mountpoint(source: str, mountpoint: str) -> bool:
     return False
 
 
+def clear_dead(mountpoint: str) -> None:
+    """Detach a coordlfs mount that all of its processes have left, as when they were killed at once."""
+    with suppress(UserError, OSError):
+        point = find(mountpoint).point
+        try:
+            os.getxattr(point, "user.coordl.control")
+        except OSError as e:
+            if e.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+                attachment.detach(point, lazy=True)
+
+
 def _check_log(log_file: str | None) -> None:
     if log_file is None:
         return
@@ -128,6 +145,19 @@ def _check_log(log_file: str | None) -> None:
         open(log_file, "a").close()
     except OSError as e:
         raise UserError(f"--log-file {log_file} cannot be written: {e.strerror}") from None
+
+
+def _check_may_mount() -> None:
+    """That FUSE is there, and that this process, or fusermount3 in its name, may mount at all."""
+    _check_fuse()  # fusermount3 opens the device as the user as well
+    if not attachment.is_privileged() and (problem := fusermount.problem()):
+        what, remedy = problem
+        raise UserError(f"mounting is not permitted without root: {what}: {remedy}")
+
+
+def _check_may_mount_on(mountpoint: str) -> None:
+    if not attachment.is_privileged() and (reason := fusermount.forbidden(mountpoint)):
+        raise UserError(f"{mountpoint} {reason}: without root, mount on a directory of your own")
 
 
 def _check_fuse() -> None:
@@ -138,32 +168,27 @@ def _check_fuse() -> None:
             "there is no /dev/fuse: load FUSE (`modprobe fuse`), or give the container the device"
         ) from None
     except PermissionError:
-        raise UserError("/dev/fuse may not be opened: run as root, or give the container the device") from None
+        raise UserError(
+            "/dev/fuse may not be opened: `chmod 666 /dev/fuse`, run as root, or give the container the device"
+        ) from None
     except OSError as e:
         if e.errno in (errno.ENODEV, errno.ENXIO):
             raise UserError("this kernel has no FUSE: load it (`modprobe fuse`) or use one that has") from None
         raise UserError(f"/dev/fuse cannot be opened: {e.strerror}") from None
 
 
-def _limit_to_lockable(capacity: int, how: str) -> tuple[int, str]:
-    most = process.lockable()
-    if most is None or capacity <= most:
-        return capacity, how
-    print(
-        f"coordlfs: only {sizes.text(most)} of memory may be locked, so no more is cached:"
-        f" give CAP_IPC_LOCK, or `ulimit -l unlimited`, for {sizes.text(capacity)}",
-        file=sys.stderr,
-    )
-    return most, "all that may be locked"
-
-
 def _explain(source: str, mountpoint: str, failure: dict[str, Any]) -> UserError:
-    code = failure.get("errno")
+    code, text = failure.get("errno"), failure.get("error", "the supervisor died")
+    if code in (errno.EPERM, errno.EACCES) and not process.in_initial_user_namespace():
+        return UserError(
+            f"mounting on {mountpoint} is not permitted in a user namespace: allow it (on Ubuntu `sysctl"
+            " kernel.apparmor_restrict_unprivileged_userns=0`), run as root, or use `coordlfs mount`"
+        )
     if code in (errno.EPERM, errno.EACCES):
-        return UserError(f"mounting on {mountpoint} is not permitted: run as root (CAP_SYS_ADMIN is needed)")
+        return UserError(f"mounting on {mountpoint} is not permitted ({text}): run as root (CAP_SYS_ADMIN is needed)")
     if code == errno.ENODEV:
         return UserError("this kernel has no FUSE: load it (`modprobe fuse`) or use one that has")
-    return UserError(f"{source} could not be mounted on {mountpoint}: {failure.get('error', 'the supervisor died')}")
+    return UserError(f"{source} could not be mounted on {mountpoint}: {text}")
 
 
 def _supports_acl(source_fd: int) -> bool:
@@ -185,7 +210,9 @@ def mount(
         raise UserError("an empty path names no directory", 2)
     source, mountpoint = os.path.realpath(source), os.path.realpath(mountpoint)
     have = memory()
-    capacity, how = _limit_to_lockable(*sizes.cache_size(options.cache_size, have))
+    capacity, how = sizes.cache_size(options.cache_size, have)
+    lockable = process.lockable()
+    kind = residence.choose(capacity, lockable)
     _check_log(options.log_file)
     node = _prepare(options.cluster)
     root = _check_source(source)
@@ -195,13 +222,27 @@ def mount(
             metrics = exporter.listen(options.metrics)
             asked_at = exporter.url(metrics)
         _check_places(source, mountpoint)
-        _check_fuse()
+        _check_may_mount()
         made = _check_mountpoint(source, mountpoint)
         try:
-            peers = node[0] if node else None
-            supervisor = _start(
-                source, mountpoint, capacity, options, root, metrics, foreground, foreground or bound, peers
-            )
+            _check_may_mount_on(mountpoint)
+            config = {
+                "source": source,
+                "mountpoint": mountpoint,
+                "capacity": capacity,
+                "residence": kind,
+                "lockable": lockable,
+                "log": os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None,
+                "acl": _supports_acl(root),
+                "is_remote": lies_elsewhere(root),
+                "fstype": None if (fstype := mounts.fstype(root)) is None else os.fsdecode(fstype),
+                "revalidate": options.revalidate,
+                "root": root,
+                "metrics": None if metrics is None else metrics.fileno(),
+                "bound_to": os.getpid() if foreground or bound else None,
+                "peers": node[0] if node else None,
+            }
+            supervisor = _start(config, foreground)
         except BaseException:
             if made:
                 with suppress(OSError):
@@ -213,6 +254,12 @@ def mount(
             metrics.close()
         if node:
             node[1].close()
+    if kind is Residence.MEMORY:
+        print(
+            f"coordlfs: only {sizes.text(lockable or 0)} may be locked, so the cache is {kind}, and each hit costs a"
+            f" message: allow {sizes.text(residence.wanted(capacity))}: {residence.REMEDY}",
+            file=sys.stderr,
+        )
     if capacity > have.available:
         print(
             f"coordlfs: the cache may grow to {sizes.text(capacity)}, but only {sizes.text(have.available)}"
@@ -234,40 +281,18 @@ def _prepare(cluster: Cluster | None) -> tuple[dict[str, Any], socket.socket] | 
     return settings.prepare(cluster)
 
 
-def _start(
-    source: str,
-    mountpoint: str,
-    capacity: int,
-    options: Options,
-    root: int,
-    metrics: socket.socket | None,
-    foreground: bool,
-    bound: bool,
-    peers: dict[str, Any] | None,
-) -> subprocess.Popen[bytes]:
+def _start(config: dict[str, Any], foreground: bool) -> subprocess.Popen[bytes]:
+    """Start the supervisor, and wait until it serves. The descriptors in `config` are passed on to it."""
     report_in, report_out = os.pipe2(os.O_CLOEXEC)
-    log_target = os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None
-    config = {
-        "source": source,
-        "mountpoint": mountpoint,
-        "capacity": capacity,
-        "log": log_target,
-        "acl": _supports_acl(root),
-        "revalidate": options.revalidate,
-        "report": report_out,
-        "root": root,
-        "metrics": None if metrics is None else metrics.fileno(),
-        "bound_to": os.getpid() if bound else None,
-        "peers": peers,
-    }
+    fds = [report_out, config["root"]]
+    if config["metrics"] is not None:
+        fds.append(config["metrics"])
+    if config["peers"]:
+        fds.append(config["peers"]["listener"])
     quiet = None if foreground else subprocess.DEVNULL
     supervisor = subprocess.Popen(
-        [sys.executable, "-P", "-m", "coordlfs.supervisor", json.dumps(config)],
-        pass_fds=[
-            *(report_out, root),
-            *([] if metrics is None else [metrics.fileno()]),
-            *([peers["listener"]] if peers else []),
-        ],
+        [sys.executable, "-P", "-m", "coordlfs.supervisor", json.dumps(config | {"report": report_out})],
+        pass_fds=fds,
         stdin=subprocess.DEVNULL,
         stdout=quiet,
         stderr=quiet,
@@ -279,11 +304,12 @@ def _start(
         report = os.read(report_in, 1 << 16) if ready else b""
         failure = json.loads(report) if report else {"error": "the supervisor did not report"}
         if not failure.get("ready"):
-            raise _explain(source, mountpoint, failure)
+            raise _explain(config["source"], config["mountpoint"], failure)
     except BaseException:
         supervisor.terminate()
         with suppress(subprocess.TimeoutExpired):
             supervisor.wait(5)
+        clear_dead(config["mountpoint"])  # the supervisor does it, unless it was killed
         raise
     finally:
         os.close(report_in)
@@ -325,28 +351,32 @@ def _tell_status(mountpoint: str) -> None:
 def umount(mountpoint: str, *, lazy: bool = False) -> None:
     """Unmount, and return when every process of the mount has ended. Raises UserError."""
     found = find(mountpoint)
-    pids = [] if lazy else _pids(mountpoint)
+    pids, is_busy = ([], False) if lazy else _processes(mountpoint)
     try:
-        mounts.unmount(found.point, lazy=lazy)
+        if is_busy and not holders(found.device):
+            attachment.detach(found.point, lazy=True)  # it is the keepers that hold it
+        else:
+            attachment.detach(found.point, lazy=lazy)
     except OSError as e:
         if e.errno == errno.EBUSY:
             held = ", ".join(f"{pid} ({name})" for pid, name in holders(found.device)[:5])
             who = f"by process {held}" if held else "by another mount or process"
             raise UserError(f"{mountpoint} is in use {who}: end it, or use --lazy") from None
         if e.errno == errno.EPERM:
-            raise UserError(f"unmounting {mountpoint} is not permitted: run as root") from None
+            raise UserError(f"unmounting {mountpoint} is not permitted: it is root's or another user's") from None
         raise UserError(f"{mountpoint} cannot be unmounted: {e.strerror}") from None
     if not lazy and not process.wait_gone(pids, _END_TIMEOUT):
         raise UserError(f"{mountpoint} is unmounted, but a process of it still runs: another namespace may hold it")
 
 
-def _pids(mountpoint: str) -> list[int]:
-    """The processes of a mount; none if it does not say."""
+def _processes(mountpoint: str) -> tuple[list[int], bool]:
+    """The processes of a mount, none if it does not say, and whether they make its unmounting busy."""
     try:
-        processes = stats(mountpoint)["processes"]
+        figures = stats(mountpoint)
     except UserError:
-        return []
-    return [processes["supervisor"], processes["server"], *processes["keepers"]]
+        return [], False
+    processes = figures["processes"]
+    return [processes["supervisor"], processes["server"], *processes["keepers"]], figures["umount_needs_coordlfs"]
 
 
 def holders(device: int) -> list[tuple[int, str]]:
@@ -380,10 +410,7 @@ def _holds(pid: str, device: int) -> bool:
 
 def run(source: str, command: list[str], options: Options) -> int:
     """Run `command` with `source` mounted in place, seen by it alone; its exit status (128 + signal if killed)."""
-    try:
-        process.unshare_mounts()
-    except OSError as e:
-        raise UserError(f"a private mount namespace cannot be made ({e.strerror}): run as root") from None
+    _unshare()
     supervisor = mount(source, source, options, bound=True)
     try:
         # The directory was entered before it was mounted over: enter it again.
@@ -403,13 +430,30 @@ def run(source: str, command: list[str], options: Options) -> int:
             supervisor.terminate()
 
 
+def _unshare() -> None:
+    """Give this process a mount namespace of its own: without root, in a user namespace of its own."""
+    try:
+        if attachment.is_privileged():
+            process.unshare_mounts()
+        else:
+            process.unshare_user()
+    except OSError as e:
+        raise UserError(
+            f"a mount that only the command sees needs a namespace, which cannot be made ({e.strerror}):"
+            " run as root, or `coordlfs mount` before the command and `coordlfs umount` after it"
+        ) from None
+
+
 def _call(command: list[str]) -> int:
     """Run a command and pass signals on to it; its exit status."""
+    process.forbid_mounting()
     try:
         child = subprocess.Popen(command)
     except OSError as e:
-        status = 127 if e.errno == errno.ENOENT else 126
-        raise UserError(f"{command[0]} cannot be run: {e.strerror}", status) from None
+        # EACCES may be of a directory of PATH only.
+        absent = e.errno == errno.ENOENT or ("/" not in command[0] and shutil.which(command[0]) is None)
+        why = os.strerror(errno.ENOENT) if absent else e.strerror
+        raise UserError(f"{command[0]} cannot be run: {why}", 127 if absent else 126) from None
     signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to the child as well
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda n, _: child.send_signal(n))

@@ -21,7 +21,7 @@ import pyfuse3
 import trio
 
 from coordlfs import items
-from coordlfs.catalog import REGULAR, Catalog
+from coordlfs.catalog import DIRECTORY, REGULAR, Catalog
 from coordlfs.kernel import pages
 from coordlfs.metrics import Counters
 from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
@@ -192,7 +192,9 @@ class NameLane(pyfuse3.Operations):
     def _own_xattr(self, record: int, name: bytes) -> bytes:
         if name == b"cached" and self._catalog.flags(record) & REGULAR:
             return self._cached(record)
-        if record == 0 and name in self.root_xattrs:
+        # A container may have been given a part of the mount only, and is to find that hints are taken.
+        everywhere = name == b"hint" and self._catalog.flags(record) & DIRECTORY
+        if (record == 0 or everywhere) and name in self.root_xattrs:
             return self.root_xattrs[name]()
         raise pyfuse3.FUSEError(errno.ENODATA)
 

@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Callable
 
-from coordlfs.catalog import DIRECTORY, REGULAR, Catalog, Version
+from coordlfs.catalog import DIRECTORY, REGULAR, SUPERSEDED, Catalog, Version
 from coordlfs.metrics import Counters
 from coordlfs.reading import Reader
 from coordlfs.source import Source
@@ -72,7 +72,10 @@ class Namespace:
             return st
         flags = self._catalog.flags(record)
         kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
-        if self._catalog.supersedes(record, st) or flags & (REGULAR | DIRECTORY) != kind:
+        superseded = self._catalog.supersedes(record, st)
+        if superseded and not flags & SUPERSEDED:
+            self._reader.replaced(record)
+        if superseded or flags & (REGULAR | DIRECTORY) != kind:
             raise OSError(errno.ESTALE, "replaced")
         if flags & REGULAR:
             self._reader.modified(record, st, announce=False)

@@ -53,6 +53,7 @@ class Answer:
     fetched: list[tuple[int, int, memoryview, os.stat_result]] = field(default_factory=list)
     shared: list[tuple[int, int, int]] = field(default_factory=list)  # from a peer: item, offset in the file, length
     for_peer: bool = False
+    asks: bool = False  # other nodes, before the source is read
 
 
 class Reader:
@@ -77,16 +78,19 @@ class Reader:
         """The bytes that a READ asks for: from the stash what is there, and the rest from the source.
 
         `into` is page-aligned memory with room for them, which the answer refers to. `before_wait` is called if the
-        source's disk has to be waited for. Raises OSError: ESTALE for an unknown node, else what the source does.
+        source's disk has to be waited for. Other nodes are asked for parts of several items, whom it waits for; of one
+        item, `ask` does it. Raises OSError: ESTALE for an unknown node, else what the source does.
         """
         offset = request.offset
         record = self.catalog.find(request.node)
         if record is None:
             raise OSError(errno.ESTALE, "unknown node")
         answer = Answer(record, request)
-        if self.sharing is not None and request.marked:
+        if self.sharing is not None and (request.marked or not self.sharing.marks):
             answer.for_peer = self.sharing.is_peer_server(request.pid)
         at, end = offset, self.catalog.size(record)
+        several = items.item_at(record, offset) != items.item_at(record, offset + request.size - 1)
+        answer.asks = several and not answer.for_peer
         for item, start, length in items.cut(record, offset, request.size):
             for part in self.admission.stashed(item, start, length, end, request.pid):
                 if isinstance(part, int):
@@ -97,20 +101,43 @@ class Reader:
                         return answer  # the file ends here
                     at += n
                 else:
-                    self.counters.add("stash_bytes", len(part))
+                    self.counters.add(self.admission.served_from, len(part))
                     answer.data.append(part)
                     at += len(part)
         return answer
+
+    def ask(self, request: Request, done: Callable[[memoryview | None], None], before_wait: Callable[[], None]) -> bool:
+        """Ask the node that owns all that a READ wants; False if there is no such, and `read` is to be called.
+
+        `done` is called once, within seconds and by whatever thread: with the bytes, which are good until it returns
+        and to be accounted for by `account_shared`, or with None if the source is to be read.
+        """
+        sharing, record = self.sharing, self.catalog.find(request.node)
+        if sharing is None or record is None:
+            return False
+        offset, size = request.offset, min(request.size, self.catalog.size(record) - request.offset)
+        item = items.item_at(record, offset)
+        if size <= 0 or offset % items.CHUNK + size > items.CHUNK or not self.admission.is_absent(item):
+            return False
+        if (request.marked or not sharing.marks) and sharing.is_peer_server(request.pid):
+            return False
+        return sharing.ask(item, offset, size, done, before_wait)
+
+    def account_shared(self, request: Request, nbytes: int) -> None:
+        """`account` for what `ask` brought."""
+        record = self.catalog.find(request.node)
+        if record is not None:
+            self.admission.shared(items.item_at(record, request.offset), request.offset, nbytes, request.direct)
 
     def _fetch(
         self, answer: Answer, item: int, offset: int, size: int, into: memoryview, before_wait: Callable[[], None]
     ) -> int:
         """Read from the peer that owns the item, else from the source, into `into`; how many bytes."""
         record = answer.record
-        if self.sharing is not None and not answer.for_peer and answer.request.pid not in self.admission.keeper_pids:
+        pinning = answer.request.pid in self.admission.keeper_threads and self.admission.is_pending(item)
+        if self.sharing is not None and answer.asks and not pinning:
             n = self.sharing.fetch(item, offset, into[:size], before_wait)
             if n:
-                self.catalog.set_served(record)
                 answer.shared.append((item, offset, n))
                 return n
         try:
@@ -137,7 +164,7 @@ class Reader:
         """What follows once a READ is answered: count what was missed, and admit it if there is room."""
         pid, direct = answer.request.pid, answer.request.direct
         for item, offset, data, st in answer.fetched:
-            if pid in self.admission.keeper_pids:
+            if pid in self.admission.keeper_threads:
                 self.admission.keep(item, offset, data, st)
             else:
                 self.admission.missed(item, offset, data, st, pid, direct, for_peer=answer.for_peer)
@@ -157,6 +184,7 @@ class Reader:
 
     def vanished(self, record: int) -> None:
         """The name of a file is gone from the source."""
+        self.catalog.supersede(record)
         self.admission.drop_file(record, self.catalog.size(record))
         parent, name = self.catalog.entry(record)
         self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
@@ -182,7 +210,7 @@ class Reader:
         if st.st_size < shown.size:
             # A short reply tells the kernel where the file ends now, but only one from the beginning: what lies before
             # it would be zeros. The kernel does not listen if it was notified meanwhile, hence the long delay.
-            self._drop_pages(record, _AFTER_READS)
+            self.drop_pages(record, _AFTER_READS)
             if offset and (served or offset >= st.st_size):
                 self.admission.drop_file(record, shown.size)
                 raise OSError(errno.ESTALE, "truncated while it was read")
@@ -190,7 +218,7 @@ class Reader:
             # Before the reply: at the old end of the file the reader asks for the attributes, and must get new ones.
             self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))
             if served:
-                self._drop_pages(record)
+                self.drop_pages(record)
         # The version first: what another thread read of the old one is then kept out of the cache.
         self.catalog.set_version(record, Version.of(st))
         self.catalog.set_served(record)
@@ -207,14 +235,25 @@ class Reader:
         self.counters.add("changed_files")
         self.source.forget(record)
         size = self.catalog.size(record)
-        served = self.catalog.flags(record) & SERVED
+        if announce or self.catalog.flags(record) & SERVED:
+            self.drop_pages(record)
         self.catalog.set_version(record, Version.of(st))
         self.admission.drop_file(record, size)
-        if announce or served:
-            self._drop_pages(record)
 
-    def _drop_pages(self, record: int, delay: float = 0.02) -> None:
-        """Have the kernel forget the pages and attributes of a file that changed, in a moment."""
+    def recover(self) -> None:
+        """Do what a server before this one had begun when it was killed: nothing of a version past may stay."""
+        for record in self.catalog.stale():
+            parent, name = self.catalog.entry(record)
+            if record:
+                self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
+            self.drop_pages(record)
+
+    def drop_pages(self, record: int, delay: float = 0.02) -> None:
+        """Have the kernel forget the pages and attributes of what changed, in a moment; to be called before it is said.
+
+        Should this server not live to see that moment, the next one does it.
+        """
+        self.admission.stale(record)
         self.catalog.set_foreign(record)
         self.notifier.send(fuse.invalidate_inode(self.catalog.node(record), 0, 0), delay)
         self.notifier.call(lambda: self.admission.purge(record), delay)
@@ -222,7 +261,9 @@ class Reader:
     def replaced(self, record: int) -> None:
         """The name of a file leads to another one, which has a record of its own."""
         self.counters.add("changed_files")
+        self.admission.stale(record)
         self.source.forget(record)
         self.admission.drop_file(record, self.catalog.size(record))
         parent, name = self.catalog.entry(record)
         self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
+        self.notifier.call(lambda: self.admission.purge(record))

@@ -141,11 +141,13 @@ class Revalidation:
             parent, name = self._catalog.entry(record)
             if st.st_ino != self._catalog.version(record).inode:
                 self._notifier.send_now(fuse.invalidate_entry(self._catalog.node(parent), name))
+            if self._catalog.shows_bytes(record, st):
+                # Only the mode or the owner: nothing but attributes is stale.
+                self._notifier.send_now(fuse.invalidate_inode(self._catalog.node(record), -1, 0))
             with suppress(OSError):
                 self._namespace.enter(parent, name, st, announce=True)
-            # Attributes too: of bytes that are the same, the mode may be another.
             self._notifier.send(fuse.invalidate_inode(self._catalog.node(record), -1, 0))
         else:
-            self._catalog.set_version(record, Version.of(st))
             # With the attributes go the pages, which hold the listing of a directory, the target of a symbolic link.
-            self._notifier.send(fuse.invalidate_inode(self._catalog.node(record), 0, 0))
+            self._reader.drop_pages(record)
+            self._catalog.set_version(record, Version.of(st))

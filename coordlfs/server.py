@@ -6,6 +6,7 @@ belongs to the supervisor, which starts another.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -21,14 +22,15 @@ from typing import TYPE_CHECKING, Any
 import pyfuse3
 import trio
 
-from coordlfs import exporter, items, logs
+from coordlfs import attachment, exporter, items, logs
 from coordlfs.admission import Admission
 from coordlfs.byte_lane import ByteLane
 from coordlfs.catalog import Catalog
 from coordlfs.control import Control
 from coordlfs.epochs import Epoch, Epochs
+from coordlfs.fetch_ahead import PROTOCOL, FetchAhead
 from coordlfs.governor import Governor
-from coordlfs.kernel import fuse, mounts, pages, process
+from coordlfs.kernel import fuse, pages, process
 from coordlfs.memory_watch import MemoryWatch
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO
@@ -82,22 +84,24 @@ def serve(config: dict[str, Any]) -> None:
     catalog = Catalog(config["records"], config["names"])
     counters = Counters(catalog.counters)
     in_place = config["source"] == config["mountpoint"]
-    source = Source(config["root"], None if in_place else os.fsencode(config["source"]))
+    path = None if in_place else os.fsencode(config["source"])
+    fstype = None if config["fstype"] is None else os.fsencode(config["fstype"])
+    source = Source(config["root"], path, is_remote=config["is_remote"], fstype=fstype)
     epochs = Epochs(Epoch(counters["epochs_before"]))
     policy = MinIO(config["capacity"] // pages.PAGE)
     link = SupervisorLink(config["link"])
-    stash = Stash(min(_STASH_MOST, max(_STASH_LEAST, config["capacity"] // 8)))
-    admission = Admission(catalog, policy, stash, epochs, counters, link.want_keeper)
+    admission = _admission(config, catalog, policy, epochs, counters, link)
     notifier = Notifier(device)
     reader = Reader(catalog, source, admission, counters, notifier)
     memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
-    stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source)
+    ahead = admission.ahead = FetchAhead(catalog, admission, epochs, counters, memory_watch)
+    stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source, ahead)
     namespace = Namespace(catalog, source, reader, counters)
     names = NameLane(catalog, source, namespace, counters)
     revalidation = Revalidation(catalog, source, namespace, reader, notifier, counters)
     control = Control(catalog, source, namespace, admission, revalidation, link.replace)
     sharing = _share(config, catalog, admission, reader, counters) if config["peers"] else None
-    names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode}
+    names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode, b"hint": lambda: PROTOCOL}
 
     with ExitStack() as stack:
         for keeper in config["keepers"]:
@@ -105,15 +109,18 @@ def serve(config: dict[str, Any]) -> None:
         ours, _theirs = _attach_pyfuse3(names, bytes.fromhex(config["init"]))
         if counters["server_starts"]:
             admission.recover()
-            os.write(device, fuse.resend())
+            reader.recover()
+            if config["resend"]:
+                os.write(device, fuse.resend())
         counters.add("server_starts")
-        lane = ByteLane(device, ours, reader, namespace, counters)
+        lane = ByteLane(device, ours, reader, namespace, ahead, counters)
         threads = [
             threading.Thread(target=_relay, args=(ours, device), name="relay"),
             threading.Thread(target=admission.run, name="admission"),
         ]
         if sharing is not None:
             threads.append(threading.Thread(target=sharing.run, name="sharing"))
+            threads.append(threading.Thread(target=sharing.receive, name="receiver"))
         for thread in threads:
             thread.start()
             stack.callback(thread.join)
@@ -125,6 +132,7 @@ def serve(config: dict[str, Any]) -> None:
         background: list[Callable[[], Awaitable[None]]] = [
             control.run,
             memory_watch.run,
+            ahead.run,
             partial(_tick, stats, lane, epochs, counters),
             partial(pyfuse3.main, max_tasks=TASKS),
         ]
@@ -135,6 +143,17 @@ def serve(config: dict[str, Any]) -> None:
         _run_or_exit(_tasks, config["mountpoint"], lane, link, admission, background)
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
+
+
+def _admission(
+    config: dict[str, Any], catalog: Catalog, policy: MinIO, epochs: Epochs, counters: Counters, link: SupervisorLink
+) -> Admission:
+    if config["memory"] is not None:
+        from coordlfs.memory_admission import MemoryAdmission  # here, since few mounts need it
+
+        return MemoryAdmission(catalog, policy, config["memory"], epochs, counters, link.want_keeper)
+    stash = Stash(min(_STASH_MOST, max(_STASH_LEAST, config["capacity"] // 8)))
+    return Admission(catalog, policy, stash, epochs, counters, link.want_keeper)
 
 
 def _share(
@@ -180,7 +199,7 @@ async def _tasks(
         def orphaned() -> None:
             log.error("the supervisor died: unmounting %s", mountpoint)
             with suppress(OSError):
-                mounts.unmount(os.fsencode(mountpoint), lazy=True)
+                attachment.detach(os.fsencode(mountpoint), lazy=True)
             nursery.cancel_scope.cancel()
 
         lane.on_end = unmounted
@@ -208,13 +227,17 @@ def main() -> None:
     process.set_name("coordlfs-server")
     process.raise_limits()
     process.keep_freed_memory(_STASH_MOST)
+    if config["memory"] is not None:
+        process.be_killed_first()  # as the keeper: between them they hold the cache
     logs.configure(config["log"], "server", config["mountpoint"], config["source"])
     os.chdir("/")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's to handle
     threading.excepthook = _exit_with_thread
     try:
         serve(config)
-    except Exception:
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno == errno.ENODEV:
+            os._exit(0)  # it was unmounted while this server came up
         log.exception("the server ends")
         os._exit(1)
     os._exit(0)  # byte-lane threads may wait for a source that never answers

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from mmap import mmap
 from typing import TypeVar
 
-from coordlfs.kernel import pages, paths
+from coordlfs.kernel import mounts, pages, paths
 
 T = TypeVar("T")
 
@@ -31,6 +31,11 @@ _PASSING = frozenset(
 _RETRIES = (0.0, 0.05, 0.5)  # seconds between the attempts
 _ROOT_IS_GONE = frozenset({errno.ENOTCONN, errno.ESTALE})
 _KEPT_FOR = 1.0  # seconds after which a name is looked at again
+
+
+def lies_elsewhere(root: int) -> bool:
+    """Whether a file system has no block device of its own, as NFS and Lustre: to open a file may take its time."""
+    return os.major(os.fstat(root).st_dev) == 0
 
 
 class Listing:
@@ -58,18 +63,22 @@ class Source:
     """The directory that is mounted. Paths are bytes, relative to it; every error is an OSError. Thread-safe.
 
     `root` is a descriptor of it; `path`, if given, leads to what is mounted in its place once its file system is gone.
+    A file system of another type than `fstype` is not in its place: it shows while nothing is mounted there.
+    `is_remote`: see `lies_elsewhere`, which is asked if it is not given, and may not be where the source may be gone.
     Errors that may pass are returned only after a few attempts, in about half a second.
     """
 
-    def __init__(self, root: int, path: bytes | None = None) -> None:
+    def __init__(
+        self, root: int, path: bytes | None = None, *, is_remote: bool | None = None, fstype: bytes | None = None
+    ) -> None:
         self.root = root
         self.retries = 0
         self._path = path
+        self._fstype = fstype
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, list[tuple[int, float]]] = OrderedDict()
         self._direct_refused = False
-        # Of file systems without a block device of their own, as NFS and Lustre, opening a file may take its time.
-        self.is_remote = os.major(os.fstat(root).st_dev) == 0
+        self.is_remote = lies_elsewhere(root) if is_remote is None else is_remote
 
     # -- names --------------------------------------------------------------------------------------------------
 
@@ -104,7 +113,8 @@ class Source:
                 found = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except OSError:
                 return
-            os.dup2(found, self.root)
+            if self._fstype is None or mounts.fstype(found) == self._fstype:
+                os.dup2(found, self.root)
             os.close(found)
 
     @contextmanager
@@ -123,7 +133,7 @@ class Source:
         return self._persistently(lambda: self._lstat(path, slow), slow)
 
     def _lstat(self, path: bytes, slow: Callable[[], None] | None) -> os.stat_result:
-        fd = paths.reference_if_cached(self.root, path)
+        fd = paths.open_if_cached(self.root, path, os.O_PATH)
         if fd is None:
             if slow is not None:
                 slow()
@@ -131,7 +141,7 @@ class Source:
         try:
             return os.fstat(fd)
         finally:
-            paths.close_reference(fd)
+            paths.close_at_once(fd)
 
     def readlink(self, path: bytes) -> bytes:
         """Where a symbolic link leads."""
@@ -198,14 +208,17 @@ class Source:
                 if not self._direct_refused:
                     pages.set_direct(fd, True)
                 self._give(record, fd, opened)
-            else:
+            elif self.is_remote:
                 os.close(fd)
+            else:
+                paths.close_at_once(fd)
 
     def _open_direct(self, path: bytes) -> int:
         if self._direct_refused:
             return self.open(path)
         try:
-            return self.open(path, os.O_RDONLY | os.O_DIRECT)
+            fd = None if self.is_remote else paths.open_if_cached(self.root, path, os.O_RDONLY | os.O_DIRECT)
+            return self.open(path, os.O_RDONLY | os.O_DIRECT) if fd is None else fd
         except OSError as e:
             if e.errno != errno.EINVAL:
                 raise

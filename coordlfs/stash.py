@@ -30,9 +30,13 @@ class Stash:
         """Bytes kept."""
         return sum(kept.size for kept in self._items.values())
 
+    def has_room(self, length: int) -> bool:
+        """Whether an item of `length` bytes could reserve room."""
+        return self.reserved + length <= self.limit
+
     def reserve(self, item: int, length: int) -> bool:
         """Take room for an item of `length` bytes; False if there is too little, and then nothing changes."""
-        if item in self._items or self.reserved + length > self.limit:
+        if item in self._items or not self.has_room(length):
             return False
         self._items[item] = _Pieces(length)
         self.reserved += length

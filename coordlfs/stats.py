@@ -11,10 +11,11 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from coordlfs import __version__
+from coordlfs import __version__, residence
 from coordlfs.admission import Admission
 from coordlfs.catalog import Catalog
 from coordlfs.epochs import Epoch, Epochs
+from coordlfs.fetch_ahead import FetchAhead
 from coordlfs.kernel import pages
 from coordlfs.memory_watch import MemoryWatch
 from coordlfs.metrics import Counters
@@ -35,6 +36,7 @@ class Stats:
         counters: Counters,
         memory_watch: MemoryWatch,
         source: Source,
+        ahead: FetchAhead,
     ) -> None:
         self._config = config
         self._catalog = catalog
@@ -43,6 +45,7 @@ class Stats:
         self._counters = counters
         self._memory = memory_watch
         self._source = source
+        self._ahead = ahead
         self._started = time.time()
         self._mark = (time.monotonic(), 0)
         self._rate = 0.0
@@ -57,9 +60,12 @@ class Stats:
 
     def _epoch(self, epoch: Epoch) -> dict[str, Any]:
         known_items, known_bytes = self._counters["dataset_items"], self._counters["dataset_bytes"]
+        if epoch.told_items:
+            known_items, known_bytes = epoch.told_items, epoch.told_bytes
         rate = 1 - epoch.bytes / known_bytes if known_bytes else None
         return {
-            **asdict(epoch),
+            **{name: value for name, value in asdict(epoch).items() if not name.startswith("told")},
+            "known_by": "order" if epoch.told_items else "misses",
             "items": known_items,
             "local_bytes": max(0, known_bytes - epoch.bytes - epoch.peer_bytes),
             "hit_rate": None if rate is None else round(max(0.0, rate), 4),
@@ -85,7 +91,13 @@ class Stats:
                 "peer_server": self._admission.sharing.pid if self._admission.sharing else None,
             },
             "server_starts": c["server_starts"],
-            "residence": "page cache (mlock)",
+            "residence": self._config["residence"],
+            "locked_memory": {
+                "limit_bytes": self._config["lockable"],
+                "wanted_bytes": residence.wanted(capacity),
+                "remedy": residence.REMEDY if self._config["residence"] == residence.Residence.MEMORY else None,
+            },
+            "umount_needs_coordlfs": self._config["is_busy"],
             "capacity_bytes": capacity,
             "pinned_bytes": policy.pinned_pages * pages.PAGE,
             "pinned_items": states["pinned"],
@@ -115,6 +127,7 @@ class Stats:
                 "ioctl": c["ioctls"],
                 "interrupted": c["interrupted"],
                 "stash_bytes": c["stash_bytes"],
+                "memory_bytes": c["memory_bytes"],
             },
             "revalidation": {
                 "interval_seconds": self._config["revalidate"],
@@ -136,11 +149,16 @@ class Stats:
                 "skipped": c["peer_skipped"],
                 **(self._admission.sharing.summary() if self._admission.sharing else {}),
             },
+            "hints": self._ahead.figures(),
             "epochs": self._epochs.current.number,
             "epoch": current,
             "epoch_history": finished,
             "hit_rate": self._epoch(latest)["hit_rate"] if latest else None,
-            "hits_known_by": "misses, which are exact, taken from all items read so far, each once an epoch",
+            "hits_known_by": (
+                "the order that a loader announced, less misses; both are exact"
+                if self._epochs.told
+                else "misses, which are exact, taken from all items read so far, each once an epoch"
+            ),
         }
 
     def encode(self) -> bytes:

@@ -39,6 +39,25 @@ def _peer_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "local / peer / source", f"{split} in epoch {epoch['number']}"
 
 
+def _residence_lines(s: dict[str, Any]) -> Iterator[str]:
+    limits = s["locked_memory"]
+    if limits["remedy"]:
+        yield f"since only {text(limits['limit_bytes'])} may be locked (RLIMIT_MEMLOCK); each hit costs a message"
+        yield f"{text(limits['wanted_bytes'])} would do for the page cache: {limits['remedy']}; then mount anew"
+    if s["umount_needs_coordlfs"]:
+        yield "held in use, as user namespaces are forbidden: `coordlfs umount`, or `fusermount3 -u -z`"
+
+
+def _job_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    hints = s["hints"]
+    for job in hints["jobs"]:
+        done = f"{job['position']} of {job['files']} files ({_share(job['position'] / max(1, job['files']))})"
+        counted = f"{job['hits']} hits, {job['misses']} misses, {text(job['bytes_read'])} read"
+        yield f"job {job['job'][-4:]}", f"epoch {job['epoch']}, {done}: {counted}"
+    if hints["jobs"]:
+        yield "read ahead", f"{text(hints['held_bytes'])} of at most {text(hints['bound_bytes'])} held"
+
+
 def summary(s: dict[str, Any]) -> str:
     """One line."""
     return (
@@ -72,11 +91,15 @@ def table(s: dict[str, Any]) -> Table:
         grid.add_row("memory is tight", f"no more than {text(memory['limit_bytes'])} may be cached for now")
     grid.add_row("items", f"{s['pinned_items']} pinned, {s['pending_items']} on their way")
     grid.add_row("residence", s["residence"])
+    for line in _residence_lines(s):
+        grid.add_row("", line)
     grid.add_row("read from source", f"{text(source['bytes'])} in {source['reads']} reads of {source['files']} files")
     for heading, line in _peer_lines(s):
         grid.add_row(heading, line)
     grid.add_row("throughput", f"{text(source['bytes_per_second'])}/s from the source")
     grid.add_row("errors of source", f"{source['errors']}; {source['changed_files']} files changed")
+    for heading, line in _job_lines(s):
+        grid.add_row(heading, line)
     grid.add_row("epochs seen", str(s["epochs"]))
     grid.add_row("hit rate", _share(s["hit_rate"]))
     for line in epochs_table(s)[-5:]:
@@ -92,7 +115,7 @@ def show(mountpoints: list[str], *, as_json: bool, watch: bool) -> None:
     """Print the figures of the mounts given, or of all. Raises UserError."""
     chosen = mountpoints or mounting.all_mounts()
     if as_json:
-        figures = [mounting.stats(m) for m in chosen]
+        figures = list(_answers(chosen, named=bool(mountpoints)))
         print(json.dumps(figures[0] if mountpoints else figures, indent=2))
         return
     if not chosen:
@@ -113,5 +136,15 @@ def show(mountpoints: list[str], *, as_json: bool, watch: bool) -> None:
 
     with Live(refresh_per_second=4) as live:
         while True:
-            live.update(Group(*(table(mounting.stats(m)) for m in chosen)))
+            live.update(Group(*map(table, _answers(chosen, named=bool(mountpoints)))))
             time.sleep(_INTERVAL)
+
+
+def _answers(mountpoints: list[str], *, named: bool) -> Iterator[dict[str, Any]]:
+    """The figures of mounts; without those that do not answer, or may not be asked, unless they were named."""
+    for mountpoint in mountpoints:
+        try:
+            yield mounting.stats(mountpoint)
+        except UserError:
+            if named:
+                raise

@@ -10,6 +10,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import trio
@@ -34,8 +35,9 @@ class SupervisorLink:
         send(self._sock, {"ready": True})
 
     def want_keeper(self) -> None:
-        """Ask for another keeper: the others hold as many mappings as one process may."""
-        send(self._sock, {"want_keeper": True})
+        """Ask for another keeper: the others hold as many mappings as one process may, or there is none."""
+        with suppress(OSError):  # a supervisor that died: `run` sees to it
+            send(self._sock, {"want_keeper": True})
 
     def replace(self, pid: int) -> None:
         """Ask for a new server, or a new keeper, in place of the one with this process id."""

@@ -30,6 +30,10 @@ class Verb(IntEnum):
     DROP = 2
     LIST = 3
     PURGE = 4  # drop what is resident of the whole file
+    FETCH = 5  # read it into the page cache, and answer when it is there
+    LET_GO = 6  # drop what is resident of an item that is not pinned
+    FILL = 7  # read the item through the mount, around the page cache, so that the server has it
+    WATCH = 8  # make the file a sentinel, if there is room
 
 
 class How(IntEnum):
@@ -51,6 +55,11 @@ class Outcome(IntEnum):
     WATCHED = 7  # an item is a sentinel from now on
     OPENED = 8  # a sentinel was opened
     PURGED = 9
+    FETCHED = 10  # or it cannot be
+    GONE = 11  # let go
+    FILLED = 12
+    THREAD = 13  # the item is the number of a thread that reads as well
+    SEEN = 14  # to WATCH, whether or not it is watched
 
 
 def parse_request(packet: bytes) -> tuple[Verb, int, int, int, int, int, bytes]:

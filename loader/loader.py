@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from coordlfs_loader import payload, pinned, wire
+from coordlfs_loader.announcer import Announcer, files_of
 from coordlfs_loader.client import Client, Place, wait
 from coordlfs_loader.order import Order
 from coordlfs_loader.randomness import epoch_seed, set_seeds, undisturbed
@@ -37,6 +38,8 @@ class CoordinatedLoader:
             largest batch.
         patience: Seconds for which the others wait for a job that is slower than they, before it falls out and
             prepares for itself until its next epoch. None: for ever.
+        files: What leads from an index to its file, for hints to the coordlfs mount on which the files lie
+            (docs/hints.md). None: what the dataset shows itself, as those of torchvision do.
 
     Raises:
         ValueError: Arguments that DataLoader would refuse, and iterable datasets.
@@ -63,6 +66,7 @@ class CoordinatedLoader:
         seed: int = 0,
         stage_bytes: int = STAGE_BYTES,
         patience: float | None = None,
+        files: Sequence[str] | Callable[[int], str] | None = None,
     ) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
             raise ValueError(
@@ -98,6 +102,10 @@ class CoordinatedLoader:
         self.seed = seed
         self.stage_bytes = stage_bytes
         self.patience = patience
+        self._announcer: Announcer | None = None
+        found = files if callable(files) else files.__getitem__ if files is not None else files_of(dataset)
+        if found is not None:
+            self._announcer = Announcer(group, found)
         self._epoch: int | None = None  # the next to begin
         self._session: _Session | None = None
         self._walk: _Walk | None = None
@@ -116,9 +124,14 @@ class CoordinatedLoader:
         resume, self._resume = self._resume, None
         epoch = self._session.client.enter(self._epoch if resume is None else int(resume["epoch"]))
         at = None if resume is None else (int(resume["start"]), int(resume["taken"]))
-        place = self._session.client.begin(self._order(epoch), len(self.dataset), at)
+        batches = self._draw(epoch)
+        if self._announcer is not None:  # first, since with `begin` workers begin to read
+            self._announcer.begin(epoch, batches, *(at or (0, 0)))
+        place = self._session.client.begin(Order(epoch, batches), len(self.dataset), at)
         self._epoch = epoch + 1
-        self._walk = _Walk(self._session, place, self.timeout, len(self))
+        if self._announcer is not None and at is None and place.start:
+            self._announcer.begin(epoch, batches, place.start, 0)  # it is late, and begins where the others are
+        self._walk = _Walk(self._session, place, self.timeout, len(self), self._announcer)
         return self._walk
 
     def set_epoch(self, epoch: int) -> None:
@@ -126,7 +139,7 @@ class CoordinatedLoader:
         self._epoch = epoch
         self._resume = None
 
-    def _order(self, epoch: int) -> Order:
+    def _draw(self, epoch: int) -> list[Any]:
         """Draw the order of an epoch, as a DataLoader would whose generators are seeded with `epoch_seed`."""
         drawn = epoch_seed(self.seed, epoch)
         with undisturbed():
@@ -139,7 +152,7 @@ class CoordinatedLoader:
                 if set_epoch is not None:
                     set_epoch(epoch)
             torch.empty((), dtype=torch.int64).random_(generator=self.generator)  # a DataLoader's seed for its workers
-            return Order(epoch, self._like._index_sampler)
+            return list(self._like._index_sampler)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is, to go on there: as torchdata's StatefulDataLoader does."""
@@ -166,12 +179,14 @@ class CoordinatedLoader:
         if self._walk is not None:
             self._walk.close()
             self._walk = None
+        if self._announcer is not None:
+            self._announcer.close()
         if self._session is not None:
             self._session.close()
             self._session = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None, "_walk": None}
+        return {**self.__dict__, "_session": None, "_walk": None, "_announcer": None}
 
     def _profile(self) -> dict[str, Any]:
         """What the jobs of a group must agree on."""
@@ -239,11 +254,14 @@ def _end(client: Client, workers: Workers, owner: int) -> None:
 class _Walk(Iterator[Any]):
     """One epoch of one job."""
 
-    def __init__(self, session: _Session, place: Place, timeout: float, length: int) -> None:
+    def __init__(
+        self, session: _Session, place: Place, timeout: float, length: int, announcer: Announcer | None
+    ) -> None:
         self._session: _Session | None = session
         self.place = place
         self._timeout = timeout
         self._length = length
+        self._announcer = announcer
 
     def __len__(self) -> int:
         return self._length
@@ -253,6 +271,8 @@ class _Walk(Iterator[Any]):
         if session is None or place.taken >= place.order.count:
             self.close()
             raise StopIteration
+        if self._announcer is not None:
+            self._announcer.advance()
         self._wait(session)
         number, data, error = session.client.take()
         if data is None:
@@ -282,6 +302,8 @@ class _Walk(Iterator[Any]):
         """Want no more of it."""
         session, self._session = self._session, None
         if session is not None and session.owner == os.getpid():
+            if self._announcer is not None:
+                self._announcer.end()
             session.client.end()
 
     def __del__(self) -> None:

@@ -12,6 +12,16 @@ from pathlib import Path
 import pytest
 from mounts import Cgroup, MakeMount, Mount, coordlfs, unmount_lazily
 
+_ALONGSIDE = ("test_loader", "test_examples")  # what may run beside any other
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that empty the page cache, count pages or have the machine to themselves take turns in one process."""
+    for item in items:
+        if not item.path.name.startswith(_ALONGSIDE):
+            item.add_marker(pytest.mark.xdist_group("machine"))
+
 
 @pytest.fixture(scope="module")
 def _may_mount() -> None:

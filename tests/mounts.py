@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import mmap
 import os
 import random
 import signal
@@ -261,6 +262,19 @@ def read(path: Path | str | bytes) -> bytes:
         os.close(fd)
 
 
+def read_by_mmap(path: Path) -> bytes:
+    """A whole file through a mapping."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(fd).st_size
+        if not size:
+            return b""
+        with mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapped:
+            return mapped[:]
+    finally:
+        os.close(fd)
+
+
 def raises(code: int, action: Callable[[], object]) -> None:
     """The test fails unless `action` fails with the error number `code`."""
     with pytest.raises(OSError) as caught:
@@ -322,6 +336,11 @@ class Cgroup:
         """The kernel's table of what they are."""
         pairs = (line.split() for line in (self.path / "memory.stat").read_text().splitlines())
         return {key: int(value) for key, value in pairs}
+
+    def oom_kills(self) -> int:
+        """How many processes of the group the kernel has killed for want of memory."""
+        events = (self.path / ("memory.oom_control" if self._old else "memory.events")).read_text()
+        return next(int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill "))
 
     def reclaim(self) -> None:
         """Have the kernel take back whatever it can."""

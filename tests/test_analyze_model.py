@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from coordlfs_tools.analyze.model import TODAY, Change, Job, enough_cache, enough_workers, fetch_rate, predict
+from coordlfs_tools.analyze.model import TODAY, Change, Job, enough_cache, enough_workers, predict
 from coordlfs_tools.analyze.whatif import WORTH, advise, curves, page_cache_hits
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,8 +34,8 @@ def jobs(draw: st.DrawFn) -> Job:
         prep=prep,
         fetch=fetch,
         storage=storage * size,
-        cache=storage * size * draw(st.floats(1, 100)),
-        storage_alone=storage * size * draw(st.floats(0.1, 1)),
+        storage_most=storage * size * draw(st.floats(1, 4)),
+        latency=draw(st.floats(0, 1)) * max(workers, 1) / storage,
         seconds_cold=load(fetch) * noise,
         seconds_warm=load(prep) * noise,
         sample_bytes=size,
@@ -79,13 +79,13 @@ def _ideal(ingestion: float, prep: float, storage: float, workers: int = 8) -> J
     """A job that overlaps everything: samples of 1 byte, so that bytes/s are samples/s."""
     fetch = min(prep, storage)
     warm, cold = max(1 / ingestion, 1 / prep), max(1 / ingestion, 1 / fetch)
-    return Job(ingestion, prep, fetch, storage, 1e12, 1e12, cold, warm, 1.0, 1000, workers, cores=workers)
+    return Job(ingestion, prep, fetch, storage, storage, 0.0, cold, warm, 1.0, 1000, workers, cores=workers)
 
 
 @given(st.floats(10, 1e4), st.floats(10, 1e4), st.floats(10, 1e4), SHARES)
 def test_a_pipeline_that_overlaps_is_as_fast_as_its_slowest_stage(g: float, p: float, s: float, x: float) -> None:
     job = _ideal(g, p, s)
-    assert predict(job, x).throughput == pytest.approx(min(g, p, fetch_rate(job, x)), rel=1e-6)
+    assert predict(job, x).throughput == pytest.approx(min(g, p, s / (1 - x) if x < 1 else p), rel=1e-6)
 
 
 def test_a_loop_that_loads_by_itself_overlaps_nothing() -> None:
@@ -122,6 +122,9 @@ def test_advice() -> None:
     assert advice.cached == pytest.approx(0.36, abs=0.02)  # 60 % of the memory
     assert advice.gain > 1.1
     assert not advise(waits, memory=2000).helps  # the page cache holds everything
+    keeps_up = advise(replace(waits, ingestion=200.0, seconds_warm=1 / 200), memory=900)
+    assert not keeps_up.helps
+    assert "page cache finds" in keeps_up.why
     computes = advise(_ideal(10, 1000, 100), memory=500)
     assert not computes.helps
     assert "does not wait" in computes.why

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from coordlfs import memfds
-from coordlfs.catalog import COUNTERS, DIRECTORY, LINKED, REGULAR, SERVED, Catalog, Version, node_of_path
+from coordlfs.catalog import COUNTERS, DIRECTORY, LINKED, REGULAR, SERVED, SUPERSEDED, Catalog, Version, node_of_path
 from coordlfs.kernel.fuse import ROOT_NODE
 
 NAMES = (
@@ -346,6 +346,39 @@ def test_a_replaced_node_stays_so_though_its_inode_number_comes_back(fds: tuple[
     again, *_ = Catalog(*fds).enter(0, b"f", attributes(2, size=3))  # inode 2 was free, and taken for the third file
     assert old not in (new, again), "whoever has the first file open would read the third"
     assert catalog.version(old) == Version.of(attributes(2, size=1))
+
+
+def test_what_is_made_anew_is_another_node_though_it_gets_the_same_inode_number(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    old, *_ = catalog.enter(0, b"f", attributes(2, size=1))
+    catalog.supersede(old)
+    assert catalog.enter(0, b"f", attributes(2, size=2))[:2] == (old, True), "nobody has read of it"
+    catalog.set_version(old, Version.of(attributes(2, size=2)))
+    catalog.set_served(old)
+    catalog.supersede(old)  # its name was seen to be gone
+    new, *_ = catalog.enter(0, b"f", attributes(2, size=3))
+    assert new != old
+    catalog.supersede(new)
+    assert catalog.enter(0, b"f", attributes(2, size=2))[0] == old  # the first has come back, and is looked at again
+    assert not catalog.flags(old) & SUPERSEDED
+
+
+def test_what_is_stale_is_known_to_the_next_server(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    kept, *_ = catalog.enter(0, b"f", attributes(2, size=1))
+    replaced, *_ = catalog.enter(0, b"g", attributes(3, size=1))
+    assert catalog.stale() == []
+    catalog.set_stale(kept)
+    catalog.set_stale(kept)
+    catalog.set_version(kept, Version.of(attributes(2, size=2)), REGULAR)
+    assert Catalog(*fds).stale() == [kept]
+    catalog.set_served(replaced)
+    assert catalog.supersedes(replaced, attributes(4, size=1))
+    assert Catalog(*fds).stale() == [kept, replaced]
+    catalog.set_fresh(kept)
+    catalog.set_fresh(kept)
+    catalog.set_fresh(replaced)
+    assert Catalog(*fds).stale() == []
 
 
 def test_a_directory_that_changed_is_shown_as_it_is_at_once(fds: tuple[int, int]) -> None:

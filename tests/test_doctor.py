@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from mounts import COORDLFS, NOBODY, coordlfs
+from users import open_device
 
 from coordlfs import doctor
 from coordlfs.doctor import Check, State
@@ -61,7 +62,11 @@ def test_limits_are_seen() -> None:
 
 @pytest.mark.usefixtures("_may_mount")
 def test_for_an_ordinary_user() -> None:
-    found = examine("setpriv", f"--reuid={NOBODY}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all")
+    nobody = ("setpriv", f"--reuid={NOBODY}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all")
+    with open_device(0o600):
+        assert "chmod 666" in examine(*nobody, status=1)["/dev/fuse"]["remedy"]
+    with open_device():
+        found = examine(*nobody)
     assert found["right to mount"]["state"] == "warning"
     assert "fusermount3" in found["right to mount"]["found"]
     assert not [c for c in found.values() if "cannot be examined" in c["found"]]

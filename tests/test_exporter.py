@@ -22,7 +22,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from coordlfs import exporter
 from coordlfs.errors import UserError
 
-EXPLAINED = {"processes", "epoch", "epoch_history", "hits_known_by"}  # exported in a form of their own, or words
+EXPLAINED = {
+    "processes",
+    "epoch",
+    "epoch_history",
+    "hits_known_by",
+    "hints.jobs",
+}  # exported in a form of their own, or words
 
 
 def scrape(url: str) -> dict[tuple[str, str], float]:

@@ -149,6 +149,9 @@ class FakeKernel(Harness):
             "capacity": 64 * MIB,
             "log": str(log),
             "acl": False,
+            "is_remote": False,
+            "fstype": None,
+            "resend": True,
             "metrics": None,
             "revalidate": None,
             "peers": None,
@@ -174,7 +177,9 @@ class FakeKernel(Harness):
         self.unique += 2
         self.send(opcode, self.unique, node, body)
         while True:
-            answer = self.sockets["device"].recv(1 << 21)
+            answer = b""
+            with suppress(ConnectionError):
+                answer = self.sockets["device"].recv(1 << 21)
             assert answer, f"the server died: {self.log.read_text()}"
             length, error, unique = fuse.OUT_HEADER.unpack_from(answer)
             assert length == len(answer)
@@ -188,7 +193,10 @@ class FakeKernel(Harness):
 
     def send_raw(self, message: bytes) -> None:
         """Any bytes but none at all, which would be the end."""
-        self.sockets["device"].send(message)
+        try:
+            self.sockets["device"].send(message)
+        except ConnectionError:
+            raise AssertionError(f"the server died: {self.log.read_text()}") from None
 
     def lookup(self, name: bytes) -> int:
         """The node of a name in the root."""

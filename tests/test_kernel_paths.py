@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordlfs.kernel.paths import close_reference, open_beneath, reference_if_cached
+from coordlfs.kernel.paths import close_at_once, open_beneath, open_if_cached
 
 NAME = b"n" * 200  # of the deep directories
 
@@ -169,7 +169,7 @@ def test_a_reference_is_what_would_be_opened_or_nothing(root: int, parts: list[b
     path = b"/".join(parts)
     refused = refusal(root, path, os.O_PATH)
     try:
-        reference = reference_if_cached(root, path)
+        reference = open_if_cached(root, path, os.O_PATH)
     except OSError as e:
         if e.errno != refused:
             raise
@@ -178,7 +178,7 @@ def test_a_reference_is_what_would_be_opened_or_nothing(root: int, parts: list[b
             assert refused is None
             assert not os.get_inheritable(reference)
             where = os.readlink(f"/proc/self/fd/{reference}")
-            close_reference(reference)
+            close_at_once(reference)
             fd = open_beneath(root, path, os.O_PATH)
             assert os.readlink(f"/proc/self/fd/{fd}") == where
             os.close(fd)
@@ -188,11 +188,11 @@ def test_names_that_the_kernel_knows_are_referenced_at_once(root: int) -> None:
     for path in (b"d/f", b"inside", b"missing"):
         refusal(root, path, os.O_PATH)
     for path in (b"", b"d/f", b"inside"):
-        reference = reference_if_cached(root, path)
+        reference = open_if_cached(root, path, os.O_PATH)
         assert reference is not None, "Linux 5.12 brought it"
-        close_reference(reference)
+        close_at_once(reference)
     with pytest.raises(FileNotFoundError):
-        reference_if_cached(root, b"missing")
+        open_if_cached(root, b"missing", os.O_PATH)
 
 
 # -- paths longer than PATH_MAX -----------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_paths_longer_than_path_max(root: int, depth: int) -> None:
     lowest = b"/".join([NAME] * depth)
     assert len(lowest) > 2 * 4096
     assert contents(root, lowest + b"/f") == b"deep"
-    assert reference_if_cached(root, lowest) is None
+    assert open_if_cached(root, lowest, os.O_PATH) is None
     assert refusal(root, lowest + b"/link") == errno.ELOOP
     assert refusal(root, lowest + b"/here/f") == errno.ELOOP
     assert refusal(root, lowest + b"/missing") == errno.ENOENT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,59 @@ def test_the_cache_gives_memory_back_in_its_cgroup_and_reads_on(
         assert read(mounted.path / name) == (source / name).read_bytes()
     assert mounted.settle()["pinned_items"] == 192
     assert "given back" in mounted.log.read_text()
+
+
+_EPOCHS = """
+import sys, zlib
+names = sys.argv[2:]
+while True:
+    total = 0
+    for name in names:
+        with open(f"{sys.argv[1]}/{name}", "rb", buffering=0) as f:
+            total = zlib.crc32(f.read(), total)
+    print(total, flush=True)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_neither_the_job_nor_the_cache_is_killed_when_both_are_pressed(
+    cgroup: Callable[[int], Cgroup], source: Path, mount: MakeMount
+) -> None:
+    """A job in a cgroup smaller than the cache, the cache in one of its own, and in both somebody takes memory."""
+    names = write_files(source, 160, MIB)
+    expected = 0
+    for name in names:
+        expected = zlib.crc32((source / name).read_bytes(), expected)
+    jobs, caches = cgroup(72 * MIB), cgroup(640 * MIB)
+    mounted = mount(source, "256M")
+    for pid in mounted.pids:
+        (caches.path / "cgroup.procs").write_text(str(pid))
+    eventually(lambda: mounted.stats()["memory"]["available_bytes"] < 640 * MIB)
+    job = subprocess.Popen(
+        [sys.executable, "-c", _EPOCHS, str(mounted.path), *names],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=jobs.enter,
+    )
+    try:
+        assert job.stdout is not None
+        said = [job.stdout.readline()]
+        assert mounted.settle()["pinned_bytes"] > 72 * MIB
+        with holding(36 * MIB, jobs) as one, holding(460 * MIB, caches) as other:
+            for neighbour in (one, other):
+                assert neighbour.stdout is not None
+                assert neighbour.stdout.readline() == "held\n"
+            said += [job.stdout.readline() for _ in range(3)]
+            eventually(lambda: mounted.stats()["memory"]["given_back_bytes"] > 0)
+            said += [job.stdout.readline() for _ in range(2)]
+            assert mounted.stats()["pinned_bytes"] > 0
+            assert one.poll() is other.poll() is job.poll() is None
+        assert said == [f"{expected}\n"] * 6
+    finally:
+        job.kill()
+        job.communicate()
+    assert jobs.oom_kills() == caches.oom_kills() == 0
+    assert sorted(mounted.stats()["processes"]["keepers"]) == sorted(mounted.processes["keepers"])
 
 
 @pytest.mark.timeout(120)

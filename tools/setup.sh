@@ -34,6 +34,8 @@ missing_packages() {
     has ip || echo iproute2
     has etcd || echo etcd-server
     has openssl || echo openssl
+    has chromium || echo chromium
+    has pdftoppm || echo poppler-utils
     if python=$(find_python); then
         # The name of the package has the version only where there is more than one Python.
         "$python" -c '

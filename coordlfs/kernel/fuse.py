@@ -17,6 +17,9 @@ ATTR_VALID = struct.Struct("=QII")  # seconds nanoseconds padding
 ATTR = struct.Struct(
     "=QQQqqqIIIIIIIIII"
 )  # ino size blocks, times, their nanoseconds, mode nlink uid gid rdev blksize flags
+IOCTL_IN = struct.Struct("=QIIQII")  # fh flags cmd arg in_size out_size; what it takes in follows
+IOCTL_DIR = 1 << 4  # in flags: of a directory
+IOCTL_OUT = struct.Struct("=iIII")  # result, and three of no use here
 INVAL_INODE = struct.Struct("=QqQ")  # nodeid offset length
 INVAL_ENTRY = struct.Struct("=QII")  # parent namelen flags
 
@@ -31,6 +34,7 @@ _BODIES = {
     READ: (READ_IN.size, False),
     GETXATTR: (8, True),
     LISTXATTR: (8, False),
+    IOCTL: (IOCTL_IN.size, False),
     READDIR: (READ_IN.size, False),
     READDIRPLUS: (READ_IN.size, False),
 }
@@ -106,6 +110,11 @@ def init_reply(request: bytes, *, acl: bool, background: int = 512) -> tuple[byt
 def error_reply(unique: int, code: int) -> bytes:
     """A reply that is nothing but the errno `code`."""
     return OUT_HEADER.pack(OUT_HEADER.size, -code, unique)
+
+
+def ioctl_reply(unique: int) -> bytes:
+    """The reply to an ioctl that was done, and gives nothing back."""
+    return OUT_HEADER.pack(OUT_HEADER.size + IOCTL_OUT.size, 0, unique) + IOCTL_OUT.pack(0, 0, 0, 0)
 
 
 def attributes(node: int, st: os.stat_result) -> bytes:

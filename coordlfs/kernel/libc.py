@@ -6,12 +6,17 @@ Calls release the GIL, so that a call that blocks stops no other thread, unless 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 libc = ctypes.CDLL(None, use_errno=True)
 _holding_gil = ctypes.PyDLL(None, use_errno=True)  # for calls that are over before another thread could run
 libc.syscall.restype = ctypes.c_long
 _holding_gil.syscall.restype = ctypes.c_long
+_holding_gil.read.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+_holding_gil.read.restype = ctypes.c_ssize_t
+_holding_gil.write.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t]
+_holding_gil.write.restype = ctypes.c_ssize_t
 
 
 def check(result: int, what: str) -> int:
@@ -31,3 +36,19 @@ def quick_call(function: str, *arguments: object) -> int:
     """Call a C function that never blocks, without releasing the GIL: to get it back would cost more."""
     result: int = getattr(_holding_gil, function)(*arguments)
     return result if result != -1 else check(result, function)
+
+
+def quick_read(fd: int, into: bytearray) -> int | None:
+    """read(2) of a descriptor that does not block, without releasing the GIL; None if there is nothing to read."""
+    n: int = _holding_gil.read(fd, (ctypes.c_char * len(into)).from_buffer(into), len(into))
+    if n >= 0:
+        return n
+    if ctypes.get_errno() == errno.EAGAIN:
+        return None
+    return check(n, "read")
+
+
+def quick_write(fd: int, data: bytes) -> int:
+    """write(2) of a descriptor that does not block, without releasing the GIL."""
+    n: int = _holding_gil.write(fd, data, len(data))
+    return n if n >= 0 else check(n, "write")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from coordlfs.kernel.libc import check, libc, syscall
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOATIME, MS_REC, MS_SLAVE = 1, 2, 4, 1024, 16384, 1 << 19
-MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 1, 2, 8
 SYS_OPEN_TREE = 428
 AT_FDCWD, OPEN_TREE_CLONE = -100, 1
 
@@ -40,9 +40,12 @@ def make_slave(target: str) -> None:
     check(result, target)
 
 
-def unmount(target: bytes, *, lazy: bool = False) -> None:
-    """umount2(2); `lazy` detaches at once and lets open files live on. Raises EBUSY, EINVAL."""
-    flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)
+def unmount(target: bytes, *, lazy: bool = False, abort: bool = False) -> None:
+    """umount2(2); `lazy` detaches at once and lets open files live on. Raises EBUSY, EINVAL.
+
+    `abort` ends the FUSE connection first: whoever waits for an answer gets ECONNABORTED, and later ENOTCONN.
+    """
+    flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0) | (MNT_FORCE if abort else 0)
     check(libc.umount2(target, flags), os.fsdecode(target))
 
 
@@ -77,6 +80,12 @@ def table() -> Iterator[Mount]:
                 fstype,
                 _unescape(source),
             )
+
+
+def fstype(fd: int) -> bytes | None:
+    """The type of the file system that a file lies on; None if the table does not say, as of Btrfs."""
+    device = os.fstat(fd).st_dev
+    return next((m.fstype for m in table() if m.device == device), None)
 
 
 def readahead(device: int) -> int | None:

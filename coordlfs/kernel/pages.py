@@ -99,6 +99,16 @@ def prefetch(fd: int, offset: int, length: int, window: int) -> None:
         os.posix_fadvise(fd, start, min(window, offset + length - start), os.POSIX_FADV_WILLNEED)
 
 
+def wait_fetched(fd: int, offset: int, length: int, step: int) -> None:
+    """Wait until a range that `prefetch` began to read is there, of which one READ brings no more than `step` bytes.
+
+    Raises OSError for what cannot be read.
+    """
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # what is missing after all is read by itself
+    for start in range(offset, offset + length, step):
+        os.pread(fd, 1, min(start + step, offset + length) - 1)
+
+
 Buffer = _mmap.mmap
 
 

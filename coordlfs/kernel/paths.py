@@ -44,14 +44,15 @@ def open_beneath(directory: int, path: bytes, flags: int) -> int:
     return fd if fd >= 0 else check(-1, os.fsdecode(path))
 
 
-def reference_if_cached(directory: int, path: bytes) -> int | None:
-    """As `open_beneath` with O_PATH, if the kernel knows the names and need wait for no disk; else None.
+def open_if_cached(directory: int, path: bytes, flags: int) -> int | None:
+    """As `open_beneath`, if the kernel knows the names and need wait for no disk; else None.
 
-    Raises what `open_beneath` does. Never blocks. None always on Linux before 5.12.
+    Raises what `open_beneath` does. Never blocks, unless the file system's own part of opening a file does: that of
+    network file systems may. None always on Linux before 5.12.
     """
     if len(path) > _LONGEST:
         return None
-    how = _how(os.O_PATH, RESOLVE_CACHED)
+    how = _how(flags, RESOLVE_CACHED)
     try:
         return quick_call("syscall", ctypes.c_long(SYS_OPENAT2), directory, path or b".", how, _HOW.size)
     except OSError as e:
@@ -60,6 +61,6 @@ def reference_if_cached(directory: int, path: bytes) -> int | None:
         raise
 
 
-def close_reference(fd: int) -> None:
-    """Close a descriptor that was opened with O_PATH: there is nothing to wait for."""
+def close_at_once(fd: int) -> None:
+    """Close a descriptor of which nothing is to be waited for: of a local file that was read, or with O_PATH."""
     quick_call("close", fd)

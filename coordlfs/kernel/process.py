@@ -1,4 +1,4 @@
-"""Processes: an end bound to the parent's, private mount namespaces, pidfds."""
+"""Processes: an end bound to the parent's, what they may do, namespaces of their own, pidfds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from coordlfs.kernel.libc import check, libc
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
-CLONE_NEWNS = 0x20000
-_CAP_IPC_LOCK = 14
+PR_CAP_AMBIENT, _AMBIENT_RAISE, _AMBIENT_CLEAR_ALL = 47, 2, 4
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+CAP_FOWNER, CAP_IPC_LOCK, CAP_SYS_ADMIN = 3, 14, 21
+_INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # its inode number (PROC_USER_INIT_INO)
+_CAPABILITY_VERSION = 0x20080522
+_EXIT_CODE = 49  # among the fields of /proc/PID/stat that follow the name
+_HEADLESS = 1.0  # seconds after which a process without a main thread is held up by another one
 
 
 def end_with_parent(parent: int, number: signal.Signals) -> None:
@@ -39,13 +44,40 @@ def raise_limits() -> None:
         resource.setrlimit(limit, (most, most))
 
 
+def _status(field: str) -> str:
+    with open("/proc/self/status") as f:
+        return next(line.split()[1] for line in f if line.startswith(field + ":"))
+
+
+def has_capability(number: int) -> bool:
+    """Whether this process has a capability, be it in a user namespace of its own only."""
+    return bool(int(_status("CapEff"), 16) >> number & 1)
+
+
+def gains_no_privileges() -> bool:
+    """Whether setuid programs are without effect for this process (no_new_privs)."""
+    return _status("NoNewPrivs") == "1"
+
+
+def in_initial_user_namespace() -> bool:
+    """Whether capabilities of this process count for all of the machine."""
+    try:
+        return os.stat("/proc/self/ns/user").st_ino == _INITIAL_USER_NAMESPACE
+    except OSError:  # a kernel without user namespaces
+        return True
+
+
+def knows_one_user() -> bool:
+    """Whether this process is in a user namespace in which every other user is nobody."""
+    with open("/proc/self/uid_map") as f:
+        return sum(int(line.split()[2]) for line in f) == 1
+
+
 def lockable() -> int | None:
     """Bytes of memory that a process like this one may lock; None if there is no limit."""
-    with open("/proc/self/status") as f:
-        capabilities = next(int(line.split()[1], 16) for line in f if line.startswith("CapEff:"))
     _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    unlimited = capabilities >> _CAP_IPC_LOCK & 1 or most == resource.RLIM_INFINITY
-    return None if unlimited else most
+    unlimited = has_capability(CAP_IPC_LOCK) and in_initial_user_namespace()
+    return None if unlimited or most == resource.RLIM_INFINITY else most
 
 
 def keep_freed_memory(limit: int) -> None:
@@ -66,8 +98,36 @@ def unshare_mounts() -> None:
     mounts.make_slave("/")
 
 
+def unshare_user() -> None:
+    """Give this process, of one thread, a user namespace in which it may mount, and a mount namespace in that.
+
+    It stays who it is, and everybody else is nobody. Its children may mount as well, until `forbid_mounting`. Raises
+    OSError: EPERM or ENOSPC where that is forbidden.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    check(libc.unshare(CLONE_NEWUSER | CLONE_NEWNS), "unshare")
+    # Without the first nobody may write the last: a group that is taken off a list might have been a denial.
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as f:
+            f.write(text)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then the same for numbers above 31
+    check(libc.capget(header, sets), "capget")
+    sets[2], sets[5] = sets[1], sets[4]
+    check(libc.capset(header, sets), "capset")
+    check(libc.prctl(PR_CAP_AMBIENT, _AMBIENT_RAISE, ctypes.c_ulong(CAP_SYS_ADMIN), 0, 0), "prctl")
+
+
+def forbid_mounting() -> None:
+    """Let no program that this process starts from now on have what `unshare_user` gave it."""
+    check(libc.prctl(PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL, ctypes.c_ulong(0), 0, 0), "prctl")
+
+
 def wait_gone(pids: list[int], timeout: float) -> bool:
-    """Wait until none of `pids` runs any more; False if one still does after `timeout` seconds."""
+    """Wait until none of `pids` runs any more; False if one still does after `timeout` seconds.
+
+    A process of which nothing is left but threads that no signal ends (see `exit_status`) does not run any more.
+    """
     import time
 
     deadline = time.monotonic() + timeout
@@ -77,12 +137,41 @@ def wait_gone(pids: list[int], timeout: float) -> bool:
         except ProcessLookupError:
             continue
         try:
-            left = max(0.0, deadline - time.monotonic())
-            if not select.select([pidfd], [], [], left)[0]:
-                return False
+            headless = False
+            while not select.select([pidfd], [], [], min(_HEADLESS, max(0.0, deadline - time.monotonic())))[0]:
+                if headless:
+                    break
+                if time.monotonic() >= deadline:
+                    return False
+                headless = exit_status(pid) is not None
         finally:
             os.close(pidfd)
     return True
+
+
+def exit_status(pid: int) -> int | None:
+    """With which status, negative for a signal, the main thread of a process has ended; None while it runs.
+
+    Other threads of it may be there still, as one that waits for a disk: no signal ends that. 0 for a process that is
+    gone, or of another user.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            fields = f.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return os.waitstatus_to_exitcode(int(fields[_EXIT_CODE])) if fields[0] in (b"Z", b"X") else None
+
+
+def open_of_thread(tid: int) -> int:
+    """A pidfd of the process that thread `tid` belongs to. Raises OSError if it is gone."""
+    with open(f"/proc/{tid}/status") as f:
+        return os.pidfd_open(next(int(line.split()[1]) for line in f if line.startswith("Tgid:")))
+
+
+def has_ended(pidfd: int) -> bool:
+    """Whether the process of a pidfd has ended."""
+    return bool(select.select([pidfd], [], [], 0)[0])
 
 
 def be_killed_first() -> None:

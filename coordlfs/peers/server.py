@@ -3,7 +3,8 @@
 An ordinary client of the mount, in a process of its own as the keeper is, so that serving takes nothing from the
 process that answers the kernel. It sends what is resident with `sendfile`; for what is not, it asks the mount's server
 whether there is room and this node is the owner, and then simply reads it, and so has it admitted as any miss has.
-It opens files with O_NOATIME, by which the server knows these READs, and asks no peer for them in turn.
+It opens files with O_NOATIME, by which the server knows these READs, and asks no peer for them in turn; an ordinary
+user may do so with files of its own only, and then the server looks at who reads.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class PeerServer:
         self._checksums = Checksums()
         self._lock = threading.Lock()
         self._connections = self._strangers = 0
-        self.served: Counter[str] = Counter()  # bytes by the address of the asker
+        self.served: Counter[str] = Counter()  # bytes by the name of the asker
         self.membership = Membership(config, self._credentials, self._questions.tell, self.served)
 
     def accept(self) -> None:
@@ -145,8 +146,12 @@ class PeerServer:
             for request in requests.feed(data):
                 if request.verb is Verb.INFO:
                     self._info(sock, request)
+                    if request.path and self.membership.knows(name := request.path.decode(errors="replace")):
+                        who = name
                 else:
-                    self.served[who] += self._get(sock, request, buffer, plain)
+                    sent = self._get(sock, request, buffer, plain)
+                    with self._lock:
+                        self.served[who] += sent
 
     def _info(self, sock: socket.socket, request: Request) -> None:
         text = json.dumps(self.membership.own(self._questions.pinned)).encode()
@@ -156,7 +161,7 @@ class PeerServer:
     def _get(self, sock: socket.socket, request: Request, buffer: memoryview, plain: bool) -> int:
         """Answer one request for bytes; how many were sent. Raises OSError if the connection is of no use any more."""
         try:
-            fd = paths.open_beneath(self._tree, request.path, os.O_RDONLY | os.O_NOATIME)
+            fd = self._open(request.path)
         except OSError:
             self._refuse(sock, request, Status.ERROR)
             return 0
@@ -183,6 +188,12 @@ class PeerServer:
             return request.length
         finally:
             os.close(fd)
+
+    def _open(self, path: bytes) -> int:
+        try:
+            return paths.open_beneath(self._tree, path, os.O_RDONLY | os.O_NOATIME)
+        except PermissionError:
+            return paths.open_beneath(self._tree, path, os.O_RDONLY)
 
     def _find(self, fd: int, request: Request, buffer: memoryview, plain: bool) -> tuple[Status, int, bool]:
         """How to answer; the checksum; and whether the bytes were read into `buffer`. Raises OSError."""

@@ -14,8 +14,10 @@ from one to the next, which is taken for loading. Use one of them, not both, aro
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from types import ModuleType
 from typing import TypeVar
 
@@ -23,9 +25,7 @@ T = TypeVar("T")
 
 
 def _hook() -> ModuleType | None:
-    import sys
-
-    return sys.modules.get("coordlfs_stall_hook")
+    return import_module("coordlfs_stall_hook.loops") if "coordlfs_stall_hook" in sys.modules else None
 
 
 def iteration(samples: int = 1, name: str = "loop") -> AbstractContextManager[None]:

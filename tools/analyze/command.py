@@ -1,22 +1,30 @@
-"""`coordlfs analyze`: its arguments, its progress, its table, and the files it writes."""
+"""`coordlfs analyze`: its arguments, its progress, its tables, and the files it writes."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from coordlfs_tools.analyze import phases, report
+from coordlfs_tools.analyze import report, rounds, scout
 from coordlfs_tools.analyze.result import result
 from coordlfs_tools.analyze.runs import run
+from coordlfs_tools.analyze.words import duration, rate_rows, stall_rows
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from coordlfs.errors import UserError
-from coordlfs.sizes import text
+
+_STORAGE = 16.0  # seconds that measuring the storage takes, about
+_STDOUT = Path("-")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="how often all is measured (default: 3)")
     parser.add_argument("--loader", type=int, metavar="N", help="which one to measure (default: the first that trains)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a report, one HTML file")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, for programs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures; - prints them, and no table")
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="run the command once, as it is, and only record what it reads"
     )
@@ -36,18 +44,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(arguments: argparse.Namespace) -> int:
     """Analyse, show it and write what was asked for; the exit status."""
     _check(arguments)
-    if arguments.trace:
-        return _trace(arguments)
-    console = Console()
-    measured = _measure(arguments, console)
-    found = result(measured)
+    with _ended_by_signals():
+        if arguments.trace:
+            return _trace(arguments)
+        found = result(_measure(arguments, Console(stderr=True)))
     # Everything is made before anything is written: no half of a report.
     page = report.html(found) if arguments.report else None
-    _show(found, console)
+    words = json.dumps(found, indent=2) + "\n"
+    if arguments.json == _STDOUT:
+        sys.stdout.write(words)
+    else:
+        _show(found, Console())
     if page is not None:
         _write(arguments.report, page)
-    if arguments.json:
-        _write(arguments.json, json.dumps(found, indent=2) + "\n")
+    if arguments.json and arguments.json != _STDOUT:
+        _write(arguments.json, words)
     return 0
 
 
@@ -62,37 +73,83 @@ def _check(arguments: argparse.Namespace) -> None:
         what = "is not a directory" if arguments.data.exists() else "does not exist"
         raise UserError(f"--data {arguments.data} {what}: give the dataset's directory", 2)
     for path in filter(None, (arguments.report, arguments.json, arguments.trace)):
-        if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        place = path.absolute().parent
+        if path != _STDOUT and (path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK)):
             raise UserError(f"{path} cannot be written: give a file in a directory that exists", 2)
 
 
-def _measure(arguments: argparse.Namespace, console: Console) -> phases.Measured:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
-    with Progress(*columns, console=console, transient=True) as progress:
-        steps = arguments.rounds + 2
-        task = progress.add_task("looking at the command", total=steps, left="")
-        scouted = phases.scout(arguments.job, arguments.data, arguments.loader)
-        count = phases.iterations(scouted, arguments.iterations)
-        each = phases.estimate(scouted, count, 1)
-        rounds = []
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Who is told to end ends what it started."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Bar:
+    """A bar that moves with the time which everything is estimated to take."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("the first, short run", total=None)
+        self._begun = 0.0
+        self._done = 0.0  # estimated seconds of the steps that are over
+        self._step = 0.0
+
+    def plan(self, seconds: float) -> None:
+        """All steps together are estimated to take so long."""
+        self._progress.update(self._task, total=seconds)
+
+    def step(self, what: str, seconds: float) -> None:
+        """The next step, estimated to take so long."""
+        self._done += self._step
+        self._step, self._begun = seconds, time.monotonic()
+        self._progress.update(self._task, description=what)
+        self.tick()
+
+    def tick(self) -> None:
+        """Look at the clock."""
+        if self._step:
+            passed = min(time.monotonic() - self._begun, self._step)
+            self._progress.update(self._task, completed=self._done + passed)
+
+
+def _measure(arguments: argparse.Namespace, console: Console) -> rounds.Measured:
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = _Bar(progress)
+        scouted = scout.scout(arguments.job, arguments.data, arguments.loader, bar.tick)
+        count = rounds.iterations(scouted, arguments.iterations)
+        each = rounds.estimate(scouted, count)
+        whole = arguments.rounds * each + (_STORAGE if scouted.files else 0)
+        console.print(
+            f"{scouted.kind}: {arguments.rounds} rounds of {count} iterations a part, about {duration(whole)}",
+            style="dim",
+            highlight=False,
+        )
+        bar.plan(whole)
+        done = []
         notes: list[str] = []
         for number in range(arguments.rounds):
-            left = f"about {phases.estimate(scouted, count, arguments.rounds - number):.0f} s left"
-            progress.update(task, advance=1, description=f"round {number + 1} of {arguments.rounds}", left=left)
-            done, said = phases.measure_round(arguments.job, scouted, count, arguments.loader)
-            rounds.append(done)
+            bar.step(f"round {number + 1} of {arguments.rounds}", each)
+            one, said = rounds.measure_round(arguments.job, scouted, count, arguments.loader, bar.tick)
+            done.append(one)
             notes += said
-        progress.update(task, advance=1, description="storage", left=f"about {min(each, 20):.0f} s left")
-        storage = phases.measure_storage(scouted, arguments.rounds)
-    return phases.Measured(list(arguments.job), scouted, count, rounds, storage, notes)
+        bar.step("storage", _STORAGE)
+        storage = rounds.measure_storage(scouted, arguments.rounds)
+    return rounds.Measured(list(arguments.job), scouted, count, done, storage, notes)
 
 
 def _trace(arguments: argparse.Namespace) -> int:
     ran = run(arguments.job, data=arguments.data and arguments.data.resolve(), opens=True, show=True)
-    lines = []
-    for path in ran.opened:
-        if os.path.isfile(path):
-            lines.append(f"{os.path.getsize(path)} {path}\n")
+    lines = [f"{os.path.getsize(path)} {path}\n" for path in ran.opened if os.path.isfile(path)]
     if not lines:
         raise UserError(f"the command read nothing{f' from {arguments.data}' if arguments.data else ''}")
     _write(arguments.trace, "".join(lines))
@@ -102,7 +159,7 @@ def _trace(arguments: argparse.Namespace) -> int:
 def _write(path: Path, words: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(words)
+        part.write_text(words, errors="surrogateescape")
         part.replace(path)
     except OSError as e:
         part.unlink(missing_ok=True)
@@ -120,29 +177,6 @@ def _show(found: dict[str, Any], console: Console) -> None:
         console.print(f"note: {note}", style="dim", highlight=False)
 
 
-_RATES = {
-    "ingestion": ("ingestion G", "minibatches at hand"),
-    "prep": ("prep P", "the loader drained, all cached"),
-    "fetch": ("fetch F", "the loader drained, cold"),
-    "storage": ("storage S", "read as the loader does"),
-    "cache": ("cache C", "the same from memory"),
-}
-
-
-def rate_rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Name, meaning, median and interval of each rate, in words."""
-    rows = []
-    for name, (label, meaning) in _RATES.items():
-        value, spread = found["rates"][name], found["spread"][name]
-        if value is None or spread is None:
-            rows.append((label, meaning, "not measured", ""))
-        elif name in ("storage", "cache"):
-            rows.append((label, meaning, f"{text(value)}/s", f"{text(spread[0])} – {text(spread[1])}"))
-        else:
-            rows.append((label, meaning, f"{value:,.0f} samples/s", f"{spread[0]:,.0f} – {spread[1]:,.0f}"))
-    return rows
-
-
 def _rates(found: dict[str, Any]) -> Table:
     table = Table(title="rates, medians of the rounds", title_justify="left")
     for column in ("", "what it is", "median", "lowest – highest"):
@@ -152,21 +186,11 @@ def _rates(found: dict[str, Any]) -> Table:
     return table
 
 
-def stall_rows(found: dict[str, Any]) -> list[tuple[str, float, float, str]]:
-    """Name, milliseconds of an iteration, share and the share's interval."""
-    stalls, spread = found["stalls"], found["spread"]
-    rows = []
-    for name, label in (("compute", "computing"), ("prep", "waiting for prep"), ("fetch", "waiting for storage")):
-        interval = spread.get(f"{name}_share")
-        words = f"{interval[0]:.1%} – {interval[1]:.1%}" if interval else ""
-        rows.append((label, stalls[f"{name}_seconds"] * 1000, stalls[f"{name}_share"], words))
-    return rows
-
-
 def _stalls(found: dict[str, Any]) -> Table:
     table = Table(title="one iteration, cold", title_justify="left")
-    for column in ("", "ms", "share", "lowest – highest", ""):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("", "ms", "share", "lowest – highest"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_column("")
     for label, milliseconds, share, interval in stall_rows(found):
         table.add_row(label, f"{milliseconds:,.1f}", f"{share:.1%}", interval, "█" * round(share * 30))
     return table

@@ -1,10 +1,11 @@
 """What a training job's speed would be if something were different: pure arithmetic on measured rates.
 
 The model is the one of DS-Analyzer (Mohan et al., VLDB 2021, section 3.4): a pipeline is as fast as its slowest stage,
-min(G, P, F), and with a share x of the dataset cached, fetching a sample takes x / C + (1 − x) / S of its bytes. Two
-things are added, because without them it misses measured jobs by more than it may. A worker fetches and prepares one
-after the other, so that few workers do not overlap the two; and the stages share one machine. What both cost is taken
-from the measurements, so that at today's point the model says what was measured.
+min(G, P, F), and with a share x of the dataset cached, fetching takes (1 − x) / S of a sample's bytes; what the rest
+takes from memory, at the rate C, is in P, which is measured with all data cached. Two things are added, because without
+them it misses measured jobs by more than it may. A worker fetches and prepares one after the other, so that few workers
+do not overlap the two; and the stages share one machine. What both cost is taken from the measurements, so that at
+today's point the model says what was measured.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ class Job:
     """A measured job. Rates are what one of its `processes` on this machine (torchrun's ranks) has for itself.
 
     `ingestion`, `prep` and `fetch` are samples/s: with minibatches at hand; drained from warm memory; drained from cold
-    storage. `storage` and `cache` are bytes/s under the loader's pattern with its concurrency, `storage_alone` with one
-    reader. `seconds_cold` and `seconds_warm` are for one sample, as the job runs, nothing cached and everything cached.
+    storage. `storage` is bytes/s under the loader's pattern with its concurrency, `storage_most` with many readers (0:
+    unknown); `latency` is how long one sample takes from storage that has nothing else to do, in seconds.
+    `seconds_cold` and `seconds_warm` are for one sample, as the job runs, nothing cached and everything cached.
     `cpu_seconds` is what the loader computes for one sample. `workers` 0: the loop loads by itself.
     """
 
@@ -30,8 +32,8 @@ class Job:
     prep: float
     fetch: float
     storage: float
-    cache: float
-    storage_alone: float
+    storage_most: float
+    latency: float
     seconds_cold: float
     seconds_warm: float
     sample_bytes: float
@@ -84,25 +86,24 @@ class Prediction:
         return self.prep_share + self.fetch_share
 
 
-def fetch_rate(job: Job, cached: float, storage: float = 1.0) -> float:
-    """Samples/s that can be fetched if a share `cached` (0 to 1) of the bytes comes from the cache: F(x)."""
-    seconds = job.sample_bytes * (cached / job.cache + (1 - cached) / (job.storage * storage))
-    return 1 / seconds if seconds else float("inf")
-
-
-def _alone(job: Job) -> float:
-    """Seconds for which one sample from storage keeps its worker waiting, the storage not saturated."""
-    workers = max(job.workers, 1)
-    waited = max(workers / job.fetch - workers / job.prep, 0.0)
-    saturated = 1 / job.fetch <= job.sample_bytes / job.storage * 1.05
-    return min(job.sample_bytes / job.storage_alone, waited) if saturated else waited
-
-
 def _own(job: Job) -> float:
     """Seconds that one worker needs to prepare one sample when it does not wait for a core."""
     workers = max(job.workers, 1)
     saturated = job.cpu_seconds * job.prep * job.processes > _BUSY * job.cores
     return job.cpu_seconds if saturated else workers / job.prep
+
+
+def _miss(job: Job) -> tuple[float, float]:
+    """What a sample that is not cached costs: seconds that its worker waits for it, and that storage is busy with it.
+
+    Both as measured apart, or, where the drained loader shows that it is other in the job, so that they explain that.
+    """
+    workers = max(job.workers, 1)
+    waited = max(workers / job.fetch - _own(job), 0.0)
+    latency, busy = min(job.latency, waited), min(job.sample_bytes / job.storage, 1 / job.fetch)
+    found = [known for known in ((waited, latency), (1 / job.fetch, busy)) if known[1] > 0]
+    scale = max(min((measured / known for measured, known in found), default=1.0), 1.0)
+    return latency * scale, busy * scale
 
 
 def _loader_seconds(job: Job, cached: float, change: Change) -> float:
@@ -113,8 +114,11 @@ def _loader_seconds(job: Job, cached: float, change: Change) -> float:
     remote = min(cached * change.nodes, 1.0) - cached if change.partitioned else 0.0
     missed = 1 - cached - remote
     network = job.sample_bytes * remote / change.network
-    storage = job.sample_bytes * missed / (job.storage * change.storage)
-    worker = (_own(job) + missed * _alone(job) / change.storage + network) / workers
+    latency, busy = _miss(job)
+    # More readers get more out of storage that one reader waits for, up to what it gives to many.
+    deeper = max(min(workers / today, job.storage_most / job.storage), 1.0) if job.storage_most else 1.0
+    storage = missed * busy / change.storage / deeper
+    worker = (_own(job) + missed * latency / change.storage + network) / workers
     # Where it is unknown: no faster than with a worker for each core.
     unknown = today / job.prep / max(job.cores, today)
     cores = job.cpu_seconds * job.processes / job.cores if job.cpu_seconds else unknown

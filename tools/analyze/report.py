@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from coordlfs_tools.analyze.words import STALLS, rate_rows, stall_rows
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from coordlfs.sizes import text
 
@@ -29,8 +31,6 @@ _STYLE: Any = {
 
 def html(found: dict[str, Any]) -> str:
     """The page for what `result` found."""
-    from coordlfs_tools.analyze.command import rate_rows, stall_rows
-
     environment = Environment(
         loader=PackageLoader("coordlfs_tools.analyze", "."),
         autoescape=True,
@@ -59,7 +59,7 @@ def _drawn(figure: Figure, name: str) -> Markup:
 def _bars(found: dict[str, Any]) -> Figure:
     """Where the time of an epoch goes: cold, as it is today, with coordlfs."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 1.9), layout="constrained")
+        figure = Figure(figsize=(7.2, 1.8), layout="constrained")
         axes = figure.add_subplot(xlabel="seconds for a steady epoch")
         samples = found["job"]["samples"] / found["job"]["batch"] / found["job"]["ranks"]
         cold = found["stalls"]["iteration_seconds"] * samples
@@ -72,9 +72,10 @@ def _bars(found: dict[str, Any]) -> Figure:
             parts = {"prep": shares["prep_share"], "fetch": shares["fetch_share"]}
             parts = {"compute": max(1 - sum(parts.values()), 0.0), **parts}
             for part, share in parts.items():
-                name = {"compute": "computing", "prep": "waiting for prep", "fetch": "waiting for storage"}[part]
                 width = share * seconds
-                axes.barh(at, width, left=left, color=_COLOURS[part], label=name if at == 0 else None, height=0.6)
+                axes.barh(
+                    at, width, left=left, color=_COLOURS[part], label=STALLS[part] if at == 0 else None, height=0.6
+                )
                 if share >= 0.08:
                     axes.text(left + width / 2, at, f"{share:.0%}", ha="center", va="center", color="white")
                 left += width
@@ -87,7 +88,7 @@ def _bars(found: dict[str, Any]) -> Figure:
 def _curves(found: dict[str, Any]) -> Figure:
     """The epoch's length, and below it the share of it that is waiting, against everything that could be changed."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 6.6), layout="constrained")
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         grid = figure.subplots(3, 2)
         for axes, (name, curve) in zip(grid.flat, found["what_if"].items(), strict=True):
             _curve(axes, name, curve, found)
@@ -99,7 +100,8 @@ def _curve(axes: Axes, name: str, curve: dict[str, Any], found: dict[str, Any]) 
     top = 0.0
     for (label, points), colour in zip(curve["lines"].items(), _LINES, strict=True):
         xs, ys = [p["x"] for p in points], [p["seconds"] for p in points]
-        axes.plot(xs, ys, label=label, color=colour, linewidth=1.8)
+        # The first is the wider, so that it is seen where both are the same.
+        axes.plot(xs, ys, label=label, color=colour, linewidth=1.5 if top else 3.5)
         waits = [p["seconds"] * (p["prep_share"] + p["fetch_share"]) for p in points]
         axes.plot(xs, waits, color=colour, linewidth=1, linestyle=":")
         top = max(top, *ys)
@@ -113,6 +115,8 @@ def _curve(axes: Axes, name: str, curve: dict[str, Any], found: dict[str, Any]) 
         axes.set_xscale("log", base=2)
         ticks = [p["x"] for p in next(iter(curve["lines"].values()))]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    elif name in ("workers", "jobs", "nodes"):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     elif name == "cache":
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     axes.set_ylim(0, max(top * 1.1, 1e-9))

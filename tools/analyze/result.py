@@ -8,13 +8,15 @@ import platform
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from coordlfs_tools.analyze import whatif
 from coordlfs_tools.analyze.model import Prediction
-from coordlfs_tools.analyze.phases import Measured
+from coordlfs_tools.analyze.rounds import Measured
+from coordlfs_tools.analyze.words import duration
 from coordlfs_tools.storage.measure import device_of
 
 from coordlfs.kernel.memory import memory
@@ -35,11 +37,12 @@ def result(measured: Measured) -> dict[str, Any]:
         "prep": measured.values("prep"),
         "fetch": measured.values("fetch"),
         "storage": storage.storage if storage else [],
-        "storage_alone": storage.alone if storage else [],
+        "storage_most": storage.most if storage else [],
+        "storage_latency": storage.latency if storage else [],
         "cache": storage.cache if storage else [],
     }
-    shares = {"prep_share": measured.prep_share, "fetch_share": measured.fetch_share}
-    cold = measured.middle("cold")
+    shares = {name: measured.values(name) for name in ("prep_share", "fetch_share")}
+    cold = measured.middle("iteration")
     prep, fetch = (median(values) for values in shares.values())
     return {
         "version": VERSION,
@@ -71,6 +74,7 @@ def result(measured: Measured) -> dict[str, Any]:
             "cpu_seconds_per_sample": job.cpu_seconds,
             "data": str(scouted.directory) if scouted.directory else None,
         },
+        "model": {name: _number(value) for name, value in asdict(job).items()},
         "what_if": {
             curve.name: {
                 "label": curve.label,
@@ -140,7 +144,7 @@ def verdict(prep: float, fetch: float, advice: whatif.Advice, workers: int) -> l
     if advice.helps:
         sentences.append(
             f"With {text(advice.cache_bytes)} of cache coordlfs would make a steady epoch {advice.gain:.2f} times as "
-            f"fast: {_time(advice.today.seconds)} today, {_time(advice.mounted.seconds)} then; {advice.why}."
+            f"fast: {duration(advice.today.seconds)} today, {duration(advice.mounted.seconds)} then; {advice.why}."
         )
     else:
         sentences.append(f"coordlfs would not help: {advice.why}.")
@@ -150,12 +154,6 @@ def verdict(prep: float, fetch: float, advice: whatif.Advice, workers: int) -> l
         else:
             sentences.append("More workers would not prepare faster on this machine: it takes more or faster cores.")
     return sentences
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _cpu() -> str:

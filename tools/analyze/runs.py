@@ -9,30 +9,32 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordlfs_tools.analyze.hook.coordlfs_stall_hook import ENVIRONMENT
+from coordlfs_tools.analyze.hook.coordlfs_stall_hook.config import ENVIRONMENT, Config, Section
 
 from coordlfs.errors import UserError
 
+Tick = Callable[[], None]
+
 _HOOK = Path(__file__).with_name("hook")
-_GRACE = 10.0  # seconds that the command has to end by itself once it was asked to
+_TICK = 0.2  # seconds between two looks at the clock
+_GRACE = 5.0  # seconds that the command has to end by itself after each signal
 _LAST_LINES = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
     """What one run left: a result for each process that had a loader, rank 0's first; the files it opened, each
-    time that it did."""
+    time that it did; whether a Python with the hook in it was started at all."""
 
     results: list[dict[str, Any]]
     opened: list[str]
     hooked: bool
-    status: int
     seconds: float
 
     @property
@@ -43,32 +45,47 @@ class Ran:
 
 def run(
     command: Sequence[str],
-    sections: Sequence[dict[str, Any]] = (),
+    sections: Sequence[Section] = (),
     *,
     data: Path | None = None,
     loader: int | None = None,
     opens: bool = False,
     show: bool = False,
+    prepare: Callable[[], None] | None = None,
+    tick: Tick = lambda: None,
 ) -> Ran:
-    """Run `command` and measure `sections` in it (none: let it run as it is). Raises UserError if it fails."""
+    """Run `command` and measure `sections` in it (none: let it run as it is). Raises UserError if it fails.
+
+    `show`: what it prints is shown, not kept. `prepare` is called in the process before it becomes the command, `tick`
+    several times a second.
+    """
     with _directory() as out:
-        config = {"out": str(out), "sections": list(sections), "loader": loader, "opens": opens}
-        config["data"] = str(data) if data else None
+        config = Config(str(out), tuple(sections), loader, opens, str(data) if data else None)
         path = os.pathsep.join([str(_HOOK), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, ENVIRONMENT: json.dumps(config), "PYTHONPATH": path}
+        environment = {**os.environ, ENVIRONMENT: config.dumps(), "PYTHONPATH": path}
         output = out / "output"
         begin = time.monotonic()
         with output.open("wb") as log:
-            status = _end_of(command, environment, None if show else log, out)
+            status = _status(command, environment, None if show else log, out, prepare, tick)
         seconds = time.monotonic() - begin
-        if status:
-            raise UserError(_failure(command, status, output))
         results = [json.loads(path.read_text()) for path in sorted(out.glob("result-*.json"))]
         results.sort(key=lambda result: int(result["rank"]))
-        with suppress(FileNotFoundError):
-            opened = (out / "opens").read_text(errors="surrogateescape").split("\n")[:-1]
-            return Ran(results, opened, True, status, seconds)
-        return Ran(results, [], (out / "started").exists(), status, seconds)
+        ran = Ran(results, _opened(out / "opens"), (out / "started").exists(), seconds)
+        # What fails after everything was measured fails because the measured processes ended in the midst of it.
+        if status and not _complete(ran, sections):
+            raise UserError(_failure(command, status, output))
+        return ran
+
+
+def _complete(ran: Ran, sections: Sequence[Section]) -> bool:
+    wanted = {section.name for section in sections}
+    return bool(ran.measured) and all(wanted <= result["sections"].keys() for result in ran.measured)
+
+
+def _opened(log: Path) -> list[str]:
+    with suppress(FileNotFoundError):
+        return log.read_text(errors="surrogateescape").split("\n")[:-1]
+    return []
 
 
 @contextmanager
@@ -80,36 +97,71 @@ def _directory() -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _end_of(command: Sequence[str], environment: dict[str, str], log: Any, out: Path) -> int:
+def _status(
+    command: Sequence[str],
+    environment: dict[str, str],
+    log: Any,
+    out: Path,
+    prepare: Callable[[], None] | None,
+    tick: Tick,
+) -> int:
     try:
+        # A session of its own, so that Ctrl-C comes to us alone, and all that it started can be told to end.
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=prepare,
         )
     except OSError as e:
         raise UserError(f"{command[0]} cannot be run: {e.strerror}", 2) from e
     try:
-        return process.wait()
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(_TICK)
+            tick()
     finally:
+        try:
+            _ask_to_end(process)
+        finally:
+            _kill_all(out)
+            process.wait()
+
+
+def _ask_to_end(process: subprocess.Popen[bytes]) -> None:
+    """As a terminal would, then as an init would: a program that cleans up after itself shall do so."""
+    for asked in (signal.SIGINT, signal.SIGTERM):
         if process.poll() is None:
-            process.terminate()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, asked)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE)
-        _kill_all(out)
-        process.wait()
 
 
 def _kill_all(out: Path) -> None:
-    """Kill what the command started and that did not end with it; found by the environment we gave, and nobody else."""
-    mark = f"{out}".encode()
+    """Kill what the command started and that did not end with it, until there is nothing left."""
+    deadline = time.monotonic() + _GRACE
+    while (left := _ours(out)) and time.monotonic() < deadline:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _ours(out: Path) -> list[int]:
+    """The processes that run with what we put into the environment; nobody else's."""
+    mark, place = f"{ENVIRONMENT}=".encode(), os.fsencode(out)
+    found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and entry.name != str(os.getpid()):
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
             with suppress(OSError):
-                words = next((w for w in (entry / "environ").read_bytes().split(b"\0") if w.startswith(_MARK)), b"")
-                if mark in words:
-                    os.kill(int(entry.name), signal.SIGKILL)
-
-
-_MARK = ENVIRONMENT.encode() + b"="
+                words = (entry / "environ").read_bytes().split(b"\0")
+                if any(word.startswith(mark) and place in word for word in words):
+                    found.append(int(entry.name))
+    return found
 
 
 def _failure(command: Sequence[str], status: int, output: Path) -> str:

@@ -116,8 +116,8 @@ def curves(job: Job, memory: int) -> list[Curve]:
             },
         ),
         Curve("workers", "workers", float(job.workers), both(workers, "workers")),
-        Curve("storage", "storage (times as fast)", 1.0, both(_FACTORS, "storage")),
-        Curve("gpu", "GPU (times as fast)", 1.0, both(_FACTORS, "gpu")),
+        Curve("storage", "storage speed (times today's)", 1.0, both(_FACTORS, "storage")),
+        Curve("gpu", "GPU speed (times today's)", 1.0, both(_FACTORS, "gpu")),
         Curve(
             "jobs",
             "jobs on the same data at once",
@@ -154,6 +154,8 @@ def advise(job: Job, memory: int) -> Advice:
         why = "it does not wait for storage even when nothing is cached"
     elif _share(job, memory) >= 1 and gain < 1 + WORTH:
         why = "the dataset fits into memory, where the page cache keeps it as well"
+    elif gain < 1 + WORTH and now.fetch_share < WORTH:
+        why = f"the page cache finds {_hits(job, memory):.0%} of the bytes, and the job hardly waits for the rest"
     elif gain < 1 + WORTH:
         why = "the memory that is free would hold too little of the dataset to matter"
     else:

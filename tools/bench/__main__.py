@@ -15,11 +15,13 @@ from coordlfs_tools.bench import (
     epochs,
     first_epoch,
     handover,
+    hints,
     hits,
     loader,
     misses,
     peers,
     startup,
+    tasks,
     tensorsocket,
     tree,
 )
@@ -28,12 +30,16 @@ from coordlfs_tools.bench.report import Context, Figure, table
 
 _BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
     "hits": (hits.run, "cached files against the warm page cache"),
+    "guarded-hits": (hits.run_guarded, "cached files of a mount that looks after itself, against one that does not"),
     "epochs": (epochs.run, "bytes read in steady epochs against D − C, and against the page cache alone"),
     "misses": (misses.run, "a slow disk through the mount and directly; a warm source against bindfs and rclone"),
     "first-epoch": (first_epoch.run, "filling the cache against reading directly"),
+    "hints": (hints.run, "epochs of a DataLoader with hints and without, from a slow disk, with as much compute"),
     "peers": (peers.run, "nodes that share their caches, against each alone, and peer hits against a bare loop"),
     "tree": (tree.run, "listing a million files, and the server's memory for them"),
-    "analyser": (analyser.run, "jobs whose truth is known, and predicted epochs against real ones on a mount"),
+    "analyser": (analyser.run, "the stall analyser on jobs whose truth is known"),
+    "predictions": (analyser.predictions, "epochs that the analyser predicts against real ones on a mount"),
+    "tasks": (tasks.run, "the stalls of three training tasks with 35 % cached, page cache and coordlfs"),
     "startup": (startup.run, "the command, and from mount to first byte"),
     "loader": (
         loader.measure,

@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from coordlfs_tools.analyze import runs as analyse
+from coordlfs_tools.analyze.hook.coordlfs_stall_hook.config import Section
 from coordlfs_tools.analyze.model import TODAY, Change, Job, predict
 from coordlfs_tools.bench import dataset, mounts
 from coordlfs_tools.bench.machine import BenchError, Group, cgroup, drop_caches
@@ -57,17 +59,63 @@ class _Case:
 
 
 _CASES = (
-    _Case(prep=4, step=50, workers=2, disk=10_000_000),
+    _Case(prep=6, step=60, workers=2, disk=10_000_000),
     _Case(prep=10, step=40, workers=2, disk=10_000_000),
 )
 _PREDICTED = _Case(prep=2, step=30, workers=2, disk=20_000_000)
 
 
 def run(context: Context) -> list[Figure]:
-    """How far rates, shares and epochs are off."""
+    """What the hook costs, and how far rates and shares are off."""
     data = dataset.equal(context.directory, _FILES, _FILE)
-    figures = [figure for case in _CASES for figure in _against_truth(context, case, data)]
-    return figures + list(_against_mounts(context, _PREDICTED, data))
+    return [*_hook_costs(context), *(figure for case in _CASES for figure in _against_truth(context, case, data))]
+
+
+def predictions(context: Context) -> list[Figure]:
+    """How far predicted epochs are off."""
+    return list(_against_mounts(context, _PREDICTED, dataset.equal(context.directory, _FILES, _FILE)))
+
+
+# An epoch of nothing but iterations, and what one takes.
+_EMPTY = """
+import time
+from torch.utils.data import DataLoader
+for epoch in range(2):
+    begin = time.perf_counter()
+    for _ in DataLoader(range({count}), batch_size=None):
+        pass
+print((time.perf_counter() - begin) / {count})
+"""
+_ITERATIONS = 50_000
+
+
+def _hook_costs(context: Context) -> list[Figure]:
+    """Microseconds that the hook adds to an iteration, of a loader that is only timed and of one that is measured."""
+    command = [sys.executable, "-c", _EMPTY.format(count=_ITERATIONS)]
+    section = Section("cold", skip=100, count=_ITERATIONS - 200)
+
+    def seconds(hooked: bool) -> float:
+        with tempfile.TemporaryDirectory(prefix="coordlfs-bench-") as directory:
+            path = f"{directory}/out"
+            if hooked:
+                analyse.run(["sh", "-c", f'"$@" >{path}', "sh", *command])
+                return float(Path(path).read_text())
+        return float(subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT, check=True).stdout)
+
+    def fed() -> float:
+        found = analyse.run(command, [section]).measured[0]["sections"]["cold"]
+        return float(found["seconds"]) / int(found["iterations"])
+
+    bare, timed, measured = [], [], []
+    for _ in range(context.rounds(3)):
+        bare.append(seconds(False))
+        timed.append(1e6 * (seconds(True) - bare[-1]))
+        measured.append(1e6 * (fed() - bare[-1]))
+    sides = f"an iteration without it: {1e6 * median(bare):.1f}"
+    return [
+        Figure("the hook's cost of an iteration, timed: µs", timed, Bound(20), sides),
+        Figure("the hook's cost of an iteration, measured: µs", measured, Bound(20), sides),
+    ]
 
 
 def _analyse(context: Context, case: _Case, data: Path, group: Group) -> dict[str, Any]:
@@ -103,30 +151,9 @@ def _words(values: list[float]) -> str:
     return ", ".join(f"{value:.1f}" for value in values)
 
 
-def job_of(found: dict[str, Any]) -> Job:
-    """The model's job from what `coordlfs analyze --json` wrote, of one process."""
-    rates, job, stalls = found["rates"], found["job"], found["stalls"]
-    warm = stalls["compute_seconds"] + stalls["prep_seconds"]
-    return Job(
-        ingestion=rates["ingestion"],
-        prep=rates["prep"],
-        fetch=min(rates["fetch"], rates["prep"]),
-        storage=rates["storage"],
-        cache=rates["cache"],
-        storage_alone=min(rates["storage_alone"], rates["storage"]),
-        seconds_cold=stalls["iteration_seconds"] / job["batch"],
-        seconds_warm=warm / job["batch"],
-        sample_bytes=job["sample_bytes"],
-        samples=job["samples"],
-        workers=job["workers"],
-        cpu_seconds=job["cpu_seconds_per_sample"],
-        cores=found["machine"]["cores"],
-    )
-
-
 def _against_mounts(context: Context, case: _Case, data: Path) -> Iterator[Figure]:
     with cgroup(context.disk, bytes_per_second=case.disk) as group:
-        job = job_of(_analyse(context, case, data, group))
+        job = Job(**_analyse(context, case, data, group)["model"])
         for share in _SHARES:
             predicted = predict(job, share).seconds
             yield _compared(f"epoch with {share:.0%} cached", predicted, _real(context, case, data, share, group), 5)

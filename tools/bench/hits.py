@@ -1,4 +1,8 @@
-"""Hits: cached files read through the mount, and the same files read from the source's own warm page cache."""
+"""Hits: cached files read through the mount, and the same files read from the source's own warm page cache.
+
+And what it costs a hit that the mount looks after itself: sweeps of the source without a pause, and someone who asks
+for metrics all the time, against a mount that does neither.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from coordlfs_tools.bench.machine import BenchError
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
 
 _ROUNDS = 11
+_GUARDED_FILES = 6_000  # of each of two mounts
+_SCRAPE = 1.0  # seconds
 
 
 def run(context: Context) -> list[Figure]:
@@ -45,6 +51,48 @@ def _compare(context: Context, mount: mounts.Mount, data: Images, threads: int) 
             f"{median(ours):,.0f} ÷ {median(theirs):,.0f} files/s",
         ),
         Figure(f"hits, {readers}: messages that the server received", [received], Bound(0)),
+    ]
+
+
+def run_guarded(context: Context) -> list[Figure]:
+    """Files per second on a mount that sweeps and is scraped, and on one that is told to do neither."""
+    images = context.images()
+    data = images.part(min(_GUARDED_FILES, len(images.paths)))
+    size = data.allocated * 11 // 10
+    with (
+        mounts.coordlfs(images.root, size, options=["--revalidate", "2s", "--metrics", "0"]) as guarded,
+        mounts.coordlfs(images.root, size, options=["--immutable"]) as bare,
+    ):
+        for mount in (guarded, bare):
+            reader.read(mount.point, data.paths, 2, 0)
+            if (pinned := mount.settled()["pinned_items"]) != len(data.paths):
+                raise BenchError(f"only {pinned} of {len(data.paths)} files were cached")
+        return [figure for threads in (1, 2) for figure in _compare_guarded(context, guarded, bare, data, threads)]
+
+
+def _compare_guarded(
+    context: Context, guarded: mounts.Mount, bare: mounts.Mount, data: Images, threads: int
+) -> list[Figure]:
+    before = guarded.status()["revalidation"]["sweeps"]
+
+    def with_guard(n: int) -> float:
+        with bare.stopped(), guarded.scraped(_SCRAPE):
+            return _warm_speed(guarded.point, data, threads, n)
+
+    def without(n: int) -> float:
+        with guarded.stopped():
+            return _warm_speed(bare.point, data, threads, n)
+
+    speeds = alternate(context, context.rounds(_ROUNDS), {"guarded": with_guard, "bare": without})
+    sweeps = guarded.status()["revalidation"]["sweeps"] - before
+    readers = f"{threads} reader{'s' if threads > 1 else ''}"
+    return [
+        Figure(
+            f"hits, {readers}: with sweeps and metrics ÷ without",
+            ratios(speeds["guarded"], speeds["bare"]),
+            Bound(0.98, at_least=True),
+            f"{median(speeds['guarded']):,.0f} ÷ {median(speeds['bare']):,.0f} files/s, {sweeps} sweeps",
+        )
     ]
 
 

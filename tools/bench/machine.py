@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from threading import Event, Thread
 
 _UNTHROTTLED = 10**12  # bytes per second: a limit nobody meets, for version 1 counts only where there is a limit
 _EMPTYING = 20.0  # seconds that the processes of a group are given to end
@@ -135,3 +136,23 @@ def cgroup(disk: str, *, memory: int | None = None, bytes_per_second: int | None
         yield group
     finally:
         group._remove()
+
+
+@contextmanager
+def peak_of(job: Group) -> Iterator[list[int]]:
+    """The most memory that the job holds while the `with` lasts, less its page cache: one number, in bytes."""
+    peak, ended = [0], Event()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            lines = (job.directories["memory"] / "memory.stat").read_text().splitlines()
+            held = {name: int(value) for name, value in map(str.split, lines)}
+            peak[0] = max(peak[0], held["anon" if job.unified else "rss"] + held["shmem"])
+
+    thread = Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()

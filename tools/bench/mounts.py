@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +32,7 @@ class Mount:
 
     point: Path
     host: Host | None = None
+    said: str = ""  # by `coordlfs mount`
 
     def status(self) -> dict[str, Any]:
         """The figures of `coordlfs status --json`."""
@@ -41,6 +47,38 @@ class Mount:
                 raise BenchError(f"{figures['pending_items']} items are still on their way after {_LIMIT:.0f} s")
             time.sleep(0.2)
         return figures
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The processes of the mount get no time meanwhile; hits need none of them."""
+        processes = self.status()["processes"]
+        pids = [processes["supervisor"], processes["server"], *processes["keepers"]]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+    @contextmanager
+    def scraped(self, seconds: float) -> Iterator[None]:
+        """Somebody asks for its metrics every so many seconds."""
+        [url] = re.findall(r"^metrics: (\S+)$", self.said, re.MULTILINE)
+        ended = threading.Event()
+
+        def scrape() -> None:
+            while not ended.wait(seconds):
+                with urllib.request.urlopen(url, timeout=_LIMIT) as reply:
+                    reply.read()
+
+        thread = threading.Thread(target=scrape)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def wait_for_peers(self, count: int) -> None:
         """Return when so many other nodes are alive."""
@@ -115,9 +153,9 @@ def coordlfs(
     """
     with _mountpoint() as point:
         command = [COORDLFS, "mount", str(source), str(point), "--cache-size", str(cache_size), *options]
-        _command(host.inside(command) if host else command, group)
+        said = _command(host.inside(command) if host else command, group)
         try:
-            yield Mount(point, host)
+            yield Mount(point, host, said)
         finally:
             _command([COORDLFS, "umount", str(point)])
 

@@ -7,14 +7,11 @@ C is the cache. The disk is slowed for both, where the cgroups of this machine c
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
 
 from coordlfs_tools.bench import mounts
-from coordlfs_tools.bench.machine import Group, cgroup, disk_of
+from coordlfs_tools.bench.machine import cgroup, disk_of, peak_of
 from coordlfs_tools.demo import photos, training
 from coordlfs_tools.demo.training import Epoch, Observed
 
@@ -52,29 +49,9 @@ def prepare(directory: Path) -> Machine:
     with mounts.coordlfs(empty, 0), cgroup(disk, memory=1 << 30):
         pass
     list(photos.write(sample, _SAMPLE, seed=1))
-    with cgroup(disk) as job, _peak_of(job) as peak:
+    with cgroup(disk) as job, peak_of(job) as peak:
         training.run(sample, job, lambda: Observed(0), epochs=2)
     return Machine(disk, _SLOW if _can_be_slowed(disk) else None, peak[0] + _SPARE)
-
-
-@contextmanager
-def _peak_of(job: Group) -> Iterator[list[int]]:
-    """The most memory that the job holds while the `with` lasts, less its page cache: one number, in bytes."""
-    peak, ended = [0], Event()
-
-    def watch() -> None:
-        while not ended.wait(0.02):
-            lines = (job.directories["memory"] / "memory.stat").read_text().splitlines()
-            held = {name: int(value) for name, value in map(str.split, lines)}
-            peak[0] = max(peak[0], held["anon" if job.unified else "rss"] + held["shmem"])
-
-    thread = Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _can_be_slowed(disk: str) -> bool:

@@ -20,26 +20,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
     storage = benches.add_parser("storage", help="read DIR as a training job does, cold and warm")
     storage.add_argument("directory", type=Path, metavar="DIR", help="the dataset's directory; it is only read")
-    storage.add_argument("--readers", type=int, default=4, metavar="N", help="at once (default: 4)")
-    storage.add_argument("--seconds", type=float, default=2.0, metavar="S", help="of each measurement (default: 2)")
-    storage.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
+    storage.add_argument("--readers", type=_positive, default=4, metavar="N", help="at once (default: 4)")
+    storage.add_argument("--seconds", type=_seconds, default=2.0, metavar="S", help="of each measurement (default: 2)")
+    storage.add_argument("--rounds", type=_positive, default=3, metavar="N", help="default: 3")
     storage.add_argument("--json", action="store_true", help="stable figures, for programs")
+
+
+def _positive(words: str) -> int:
+    number = int(words)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _seconds(words: str) -> float:
+    number = float(words)
+    if not 0.05 <= number <= 3600:
+        raise ValueError
+    return number
+
+
+_positive.__name__, _seconds.__name__ = "number", "number of seconds"  # what argparse calls what it refuses
 
 
 def command(arguments: argparse.Namespace) -> int:
     """Measure, and show it; the exit status."""
     files = listed(arguments.directory)
-    rates = measure(
-        files, max(arguments.readers, 1), seconds=max(arguments.seconds, 0.05), rounds=max(arguments.rounds, 1)
-    )
-    storage, alone, cache = rates.medians
+    rates = measure(files, arguments.readers, seconds=arguments.seconds, rounds=arguments.rounds)
+    measured = {
+        "storage": rates.storage,
+        "storage_most": rates.most,
+        "storage_latency": rates.latency,
+        "cache": rates.cache,
+    }
     if arguments.json:
         figures = {
             "version": 1,
-            "storage": storage,
-            "storage_alone": alone,
-            "cache": cache,
-            "rounds": {"storage": rates.storage, "storage_alone": rates.alone, "cache": rates.cache},
+            **{name: median(values) for name, values in measured.items()},
+            "rounds": measured,
             "readers": arguments.readers,
             "files": len(files),
             "bytes": sum(file.size for file in files),
@@ -57,10 +75,13 @@ def command(arguments: argparse.Namespace) -> int:
         table.add_column(column, justify="left" if column == "read from" else "right")
     for name, readers, values in (
         ("storage (S)", arguments.readers, rates.storage),
-        ("storage, one reader", 1, rates.alone),
+        ("storage, many readers", 4 * arguments.readers, rates.most),
         ("memory (C)", arguments.readers, rates.cache),
     ):
         table.add_row(name, str(readers), text(median(values)), f"{text(min(values))} – {text(max(values))}")
+    low, middle, high = (1000 * pick(rates.latency) for pick in (min, median, max))
+    read = f"storage, one read of {text(rates.read_bytes)}"
+    table.add_row(read, "1", f"{middle:.2f} ms", f"{low:.2f} – {high:.2f} ms")
     console = Console()
     console.print(table)
     for note in rates.notes:

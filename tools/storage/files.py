@@ -14,6 +14,7 @@ from coordlfs.kernel import pages
 
 _ASKED = 200  # files that are looked at to see whether any of the others is still cached
 _COLD = 0.02  # a smaller share in the page cache is none
+_SMALL = 16 << 20  # bytes
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
@@ -42,22 +43,36 @@ def listed(directory: Path) -> list[File]:
     return found
 
 
+def _resident(file: File) -> int | None:
+    """How many bytes of a file the page cache holds; None if it cannot be asked, and a file that is gone holds none."""
+    with suppress(OSError):
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            held = pages.resident(fd)
+            return _had_at_once(fd, file.size) if held is None else min(held * pages.PAGE, file.size)
+        finally:
+            os.close(fd)
+    return 0
+
+
+def _had_at_once(fd: int, size: int) -> int | None:
+    """For a file that is not one's own, of which the kernel does not tell: what a read gets without waiting."""
+    if size > _SMALL:
+        return None  # what of it is cached need not be its beginning
+    try:
+        return os.preadv(fd, [bytearray(size)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return 0
+    except OSError:
+        return None
+
+
 def resident_share(files: Sequence[File]) -> float | None:
     """How much of the files the page cache holds, 0 to 1, from a sample of them; None if it cannot be asked."""
     asked = files[:: max(len(files) // _ASKED, 1)]
-    held = total = 0
-    for file in asked:
-        with suppress(OSError):
-            fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                resident = pages.resident(fd)
-            finally:
-                os.close(fd)
-            if resident is None:
-                return None
-            held += resident
-            total += pages.count(file.size)
-    return held / total if total else None
+    held = [_resident(file) for file in asked]
+    known = [each for each in held if each is not None]
+    return sum(known) / sum(file.size for file in asked) if len(known) == len(held) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +106,4 @@ def drop(files: Sequence[File]) -> Dropped:
 
 def resident_bytes(files: Sequence[File]) -> int:
     """How much of the files the page cache holds, as far as it can be asked."""
-    held = 0
-    for file in files:
-        with suppress(OSError):
-            fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                held += min((pages.resident(fd) or 0) * pages.PAGE, file.size)
-            finally:
-                os.close(fd)
-    return held
+    return sum(_resident(file) or 0 for file in files)

@@ -1,8 +1,8 @@
 """Measures S and C: bytes a second from storage and from memory, read as a training job's loader reads.
 
 Threads read files (or parts of large ones) in random order, each a different one, until a time or a number of bytes is
-over. What is in flight at the beginning and at the end would distort a short measurement, so it is taken between two
-moments when reads began, and the first part is left out.
+over. What is in flight at the beginning and at the end would distort a short measurement, so it is taken from when
+reads began, and the first part is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from coordlfs_tools.storage.files import Dropped, File, drop
+import numpy as np
+from coordlfs_tools.storage.files import Dropped, File, drop, resident_share
 
 from coordlfs.errors import UserError
 from coordlfs.kernel import pages
@@ -25,6 +26,12 @@ from coordlfs.kernel import pages
 _WARM_UP = 0.2  # of each measurement that is left out
 _BUFFER = 16 << 20  # bytes: what is read of a file at once, at most
 _REQUEST = 1 << 20  # of a read from storage
+_LINE = 4  # reads that a line can be drawn through
+_MANY = 4  # times the readers, to see what the storage gives at most
+_IDLE = 3  # times what a read takes of the storage's time that it is left alone between two
+_STAYS = 0.9  # of what was read must be in memory for C to be memory's
+_FORGOT = "what was read did not stay in memory, or somebody empties the page cache: C is too low"
+_ENOUGH = 0.05  # of all parts: when fewer are left, all are made cold again
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,28 +111,56 @@ def rate(todo: Sequence[Part], threads: int, seconds: float, *, direct: bool = F
 
 
 def _steady(start: float, begins: list[tuple[float, int]]) -> float:
-    """Bytes a second from one read's beginning to another's, without the first part of the time."""
-    begins = sorted(begins)
-    length = begins[-1][0] - start
-    kept = [read for read in begins if read[0] - start >= _WARM_UP * length]
-    if len(kept) < 2 or kept[-1][0] == kept[0][0]:
-        return sum(nbytes for _, nbytes in begins) / max(time.perf_counter() - start, 1e-9)
-    return sum(nbytes for _, nbytes in kept[:-1]) / (kept[-1][0] - kept[0][0])
+    """Bytes a second, without the first part of the time.
+
+    It is the slope of a line through what had been read by when: a disk that is throttled, or busy, delivers in gusts,
+    and from one moment to another is as much off as one of them is large.
+    """
+    times, sizes = np.array(sorted(begins)).T
+    kept = times >= start + _WARM_UP * (times[-1] - start)
+    if np.count_nonzero(kept) < _LINE or times[kept][0] == times[-1]:
+        return float(sizes.sum() / max(time.perf_counter() - start, 1e-9))
+    before = np.cumsum(sizes) - sizes  # read when each began
+    return float(np.polyfit(times[kept] - start, before[kept], 1)[0])
+
+
+def latency(todo: Sequence[Part], seconds: float, idle: float, *, direct: bool = False) -> tuple[float, list[Part]]:
+    """Seconds that a read takes when nothing else reads, the median, and the parts that were not reached.
+
+    One reader pauses for `idle` seconds after each read, so that the storage is never busy with what was before.
+    Raises UserError if a file cannot be read.
+    """
+    buffer = pages.buffer(_BUFFER)
+    view = memoryview(buffer)
+    taken: list[float] = []
+    deadline = time.perf_counter() + seconds
+    try:
+        for part in todo:
+            if taken and time.perf_counter() >= deadline:
+                break
+            time.sleep(idle)
+            began = time.perf_counter()
+            _read(part, view, direct)
+            taken.append(time.perf_counter() - began)
+    except OSError as e:
+        raise UserError(f"{e.filename} cannot be read: {e.strerror}") from e
+    finally:
+        view.release()
+        buffer.close()
+    return median(taken), list(todo[len(taken) :])
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Bytes a second, one value a round: from storage, from storage by one reader alone, from memory; and notes."""
+    """One value a round: bytes a second from storage, from storage by many readers, from memory; seconds for one read
+    from storage that is idle. `read_bytes` is the mean of a read. And notes."""
 
     storage: list[float]
-    alone: list[float]
+    most: list[float]
     cache: list[float]
+    latency: list[float]
+    read_bytes: float
     notes: list[str]
-
-    @property
-    def medians(self) -> tuple[float, float, float]:
-        """The medians of the three."""
-        return median(self.storage), median(self.alone), median(self.cache)
 
 
 def measure(
@@ -150,27 +185,32 @@ def measure(
     if direct and not _takes_direct(everything[0]):
         direct = False
         notes.append("and reads with O_DIRECT are refused: S is that of what is cached, and too high")
-    storage: list[float] = []
-    alone: list[float] = []
-    cache: list[float] = []
+    mean = _bytes(everything) / len(everything)
+    found = Rates([], [], [], [], mean, notes)
     left = everything
+
+    def cold() -> list[Part]:
+        nonlocal left
+        if _bytes(left) < _ENOUGH * _bytes(everything):
+            drop(files)
+            left = everything
+        return left
+
     for _ in range(rounds):
-        for figures, readers, share in ((storage, threads, 1.0), (alone, 1, 0.5)):
-            if figures is alone and threads == 1:
-                alone.append(storage[-1])
-                continue
-            if _bytes(left) < 0.05 * _bytes(everything):
-                drop(files)
-                left = everything
-            value, rest = rate(left, readers, seconds * share, direct=direct)
-            if figures is storage:
-                read = left[: len(left) - len(rest)]
-            figures.append(value)
-            left = rest
+        value, rest = rate(cold(), threads, seconds, direct=direct)
+        found.storage.append(value)
+        read, left = left[: len(left) - len(rest)], rest
+        value, left = rate(cold(), _MANY * threads, seconds / 2, direct=direct)
+        found.most.append(value)
+        value, left = latency(cold(), seconds / 2, _IDLE * mean / found.storage[-1], direct=direct)
+        found.latency.append(value)
         rate(read, threads, seconds)
+        held = resident_share([File(part.path, part.length) for part in read if part.offset == 0])
+        if held is not None and held < _STAYS and _FORGOT not in notes:
+            notes.append(_FORGOT)
         value, _ = rate(read * max(1, min(64, int(256e6 / max(_bytes(read), 1)))), threads, seconds)
-        cache.append(value)
-    return Rates(storage, alone, cache, notes)
+        found.cache.append(value)
+    return found
 
 
 def _bytes(todo: Sequence[Part]) -> int:

@@ -14,9 +14,9 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def _install() -> None:
-    import coordlfs_stall_hook  # type: ignore[import-not-found]  # beside this file, not in a package
+    from coordlfs_stall_hook.install import install  # type: ignore[import-not-found]  # beside this file
 
-    coordlfs_stall_hook.install()
+    install()
 
 
 def _chain() -> None:

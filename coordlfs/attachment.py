@@ -1,0 +1,97 @@
+"""How a mount comes to be and ends: by mount(2) where this process may, else by way of fusermount3.
+
+It may as root, and in a user namespace of its own (`coordlfs run`). What else differs between these is decided here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from contextlib import suppress
+
+from coordlfs.kernel import fuse, fusermount, mounts, process
+
+SUBTYPE = "coordlfs"
+FSTYPE = f"fuse.{SUBTYPE}"  # as the table of mounts shows it, whoever mounted
+
+
+def is_privileged() -> bool:
+    """Whether this process may mount by itself."""
+    return process.has_capability(process.CAP_SYS_ADMIN)
+
+
+def kernel_checks_access() -> bool:
+    """Whether the kernel can be left to decide who may read a file.
+
+    Not in a user namespace that knows one user: there the kernel takes files of groups that the user belongs to for
+    nobody's. All who see such a mount have the rights of the process that serves it: the source decides.
+    """
+    return not process.knows_one_user()
+
+
+def attach(source: str, mountpoint: bytes) -> int:
+    """Mount; the descriptor of /dev/fuse, from which the kernel's first message can be read. Raises OSError."""
+    options = [f"max_read={fuse.MAX_READ}"]
+    if kernel_checks_access():
+        options.append("default_permissions")
+    if not is_privileged():
+        if fusermount.allows_others():
+            options.append("allow_other")
+        options += ["ro", "nosuid", "nodev", f"fsname={fusermount.escape(source)}", f"subtype={SUBTYPE}"]
+        return fusermount.mount(mountpoint, options)
+    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    options += [f"fd={device}", "rootmode=40000", f"user_id={os.getuid()}", f"group_id={os.getgid()}", "allow_other"]
+    flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
+    try:
+        mounts.mount(source, mountpoint, FSTYPE, flags, ",".join(options))
+    except BaseException:
+        os.close(device)
+        raise
+    return device
+
+
+def detach(mountpoint: bytes, *, lazy: bool = False, abort: bool = False) -> None:
+    """Unmount; `lazy` lets open files live on. Raises OSError: EBUSY, EPERM, EINVAL.
+
+    `abort` ends the connection, so that nobody waits for an answer any more; for an ordinary user that happens when
+    the last process that holds /dev/fuse ends.
+    """
+    if is_privileged():
+        mounts.unmount(mountpoint, lazy=lazy, abort=abort)
+    else:
+        fusermount.unmount(mountpoint, lazy=lazy)
+
+
+def copy(mountpoint: bytes) -> tuple[int, bool]:
+    """A descriptor of the mount's root for the keepers to work from, and whether `umount` is busy for its sake.
+
+    It is not where the copy is detached, which needs a namespace to be made in: an ordinary user's is made in one that
+    a child has just for that. Where such namespaces are forbidden it is the mount itself.
+    """
+    if is_privileged():
+        return mounts.detached_copy(mountpoint), False
+    with suppress(OSError):
+        return _copy_of_child(mountpoint), False
+    # O_PATH, since nobody answers the kernel yet.
+    return os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), True
+
+
+def _copy_of_child(mountpoint: bytes) -> int:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        child = os.fork()
+        if child == 0:
+            with suppress(BaseException):
+                process.unshare_user()
+                socket.send_fds(theirs, [b"x"], [mounts.detached_copy(mountpoint)])
+            os._exit(0)
+        theirs.close()
+        try:
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        finally:
+            os.waitpid(child, 0)
+    if not fds:
+        raise OSError(errno.EPERM, "no user namespace can be made")
+    os.set_inheritable(fds[0], False)
+    return fds[0]

@@ -1,0 +1,171 @@
+"""The first, short run of a command: what its loader is, where and how large its data is, how long an iteration takes.
+
+Raises UserError where there is nothing in the command that could be measured.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coordlfs_tools.analyze.hook.coordlfs_stall_hook.config import Section
+from coordlfs_tools.analyze.hook.coordlfs_stall_hook.sources import TorchLoader
+from coordlfs_tools.analyze.hook.coordlfs_stall_hook.watch import LOADERS
+from coordlfs_tools.analyze.runs import Ran, Tick, run
+from coordlfs_tools.storage.files import File, drop, listed, resident_bytes
+
+from coordlfs.errors import UserError
+
+_SECTION = Section("scout", skip=2, count=10, last=True)
+_MOST = 0.9  # of the files that were opened: the directory that has so many of them has the data
+_NEAR = 0.1  # what the page cache got and what the opened files have are the same then
+_ALL = 0.05  # as many files as samples, but for this share: one file is one sample
+
+
+@dataclass(frozen=True, slots=True)
+class Scouted:
+    """The measured loader, as rank 0 has it, all loaders, and the data."""
+
+    kind: str
+    workers: int
+    queue: int
+    again: bool  # it can be begun again with the same samples
+    batch: int
+    batches: int | None  # in an epoch of one process
+    samples: int | None  # the same
+    seconds: float  # of one iteration
+    startup: float
+    ranks: int
+    processes: int  # on this machine
+    loaders: list[dict[str, Any]]
+    versions: dict[str, str]
+    directory: Path | None
+    files: list[File]
+    sample_bytes: float  # 0: unknown
+    notes: list[str]
+
+
+def scout(command: Sequence[str], data: Path | None, loader: int | None, tick: Tick) -> Scouted:
+    """Run the command for a few iterations."""
+    data = data.resolve() if data else None
+    files = listed(data) if data else []
+    dropped = drop(files).cold if files else None
+    ran = run(command, [_SECTION], data=data, loader=loader, opens=True, tick=tick)
+    result = check(ran, _SECTION.skip + _SECTION.count)
+    source, section = result["source"], result["sections"][_SECTION.name]
+    batch = source["batch"] or max(round(section["samples"] / section["iterations"]), 1)
+    notes = _notes(ran, result)
+    if data is None:
+        data, files = _found(ran.opened, notes)
+    read = sum(r["handed"] * batch for r in ran.measured)
+    seen = resident_bytes(files) if dropped else None
+    size = _sample_bytes(data, files, set(ran.opened), seen, read, source["samples"], notes)
+    if size and not source["exact"]:
+        notes.append("what the loader read ahead is counted with the samples that it handed out: they may be smaller")
+    seconds = section["seconds"] / section["iterations"]
+    return Scouted(
+        kind=result["kind"],
+        workers=source["workers"],
+        queue=source["queue"],
+        again=source["again"],
+        batch=batch,
+        batches=source["batches"],
+        samples=source["samples"],
+        seconds=seconds,
+        startup=max(ran.seconds - seconds * result["handed"], 0.0),
+        ranks=result["ranks"],
+        processes=len(ran.measured),
+        loaders=result["loaders"],
+        versions=result["versions"],
+        directory=data,
+        files=files,
+        sample_bytes=size,
+        notes=notes,
+    )
+
+
+def check(ran: Ran, wanted: int) -> dict[str, Any]:
+    """The result of the first rank whose loader was measured, `wanted` iterations of it at least."""
+    for result in ran.measured:
+        if result["exhausted"]:
+            break
+        if any(2 * section["measured"] < section["iterations"] for section in result["sections"].values()):
+            raise UserError(
+                "the command begins its loader anew for almost every minibatch, so that no loop can be timed: "
+                "mark it with coordlfs_tools.analyze.analyzer.iteration()"
+            )
+    for result in ran.results:
+        if result.get("exhausted"):
+            raise UserError(
+                f"the dataset is smaller than a measurement needs: the loader ended after {result['handed']} "
+                f"minibatches, in the part {result['exhausted']!r}; give fewer --iterations or more data"
+            )
+    if ran.measured:
+        return ran.measured[0]
+    watched = ", ".join([*LOADERS, "coordlfs_tools.analyze.analyzer"])
+    if not ran.results:
+        why = "" if ran.hooked else " (no Python started in it, or one with -I, -E or -S)"
+        raise UserError(f"the command used no loader{why}; looked for: {watched}")
+    if not any(result["measured"] for result in ran.results):
+        seen = [seen for result in ran.results for seen in result["loaders"]]
+        names = ", ".join(f"{each['number']} ({each['dataset'] or each['kind']})" for each in seen)
+        raise UserError(f"no loader was used for training, with gradients: choose one with --loader: {names}")
+    handed = max((result.get("handed", 0) for result in ran.results), default=0)
+    raise UserError(
+        f"the command ended by itself after {handed} of the {wanted} iterations that are needed: "
+        "let it train longer, or give fewer --iterations"
+    )
+
+
+def _notes(ran: Ran, result: dict[str, Any]) -> list[str]:
+    notes = []
+    if result["kind"] != TorchLoader.KIND:
+        notes.append(f"the loop is measured as {result['kind']}")
+    if len(ran.measured) < result["ranks"]:
+        notes.append(f"{len(ran.measured)} of the {result['ranks']} ranks were measured: the others had no loader here")
+    return notes
+
+
+def _found(opened: Sequence[str], notes: list[str]) -> tuple[Path | None, list[File]]:
+    """The deepest directory that has almost all of the files which were opened."""
+    paths = [Path(path) for path in dict.fromkeys(opened) if os.path.isfile(path)]
+    counts = Counter(parent for path in paths for parent in path.parents)
+    found = [parent for parent, count in counts.items() if count >= _MOST * len(paths)]
+    best = max(found, key=lambda parent: len(parent.parts), default=Path("/"))
+    if best in (Path("/"), Path("/tmp"), Path.home()):
+        notes.append("where the data lies was not seen: give it with --data DIR to have storage measured")
+        return None, []
+    notes.append(f"the data was seen to lie in {best} (no --data was given)")
+    return best, listed(best)
+
+
+def _sample_bytes(
+    data: Path | None,
+    files: Sequence[File],
+    opened: set[str],
+    seen: int | None,
+    read: int,
+    samples: int | None,
+    notes: list[str],
+) -> float:
+    """Bytes that one of the `read` samples is; `seen` are those that were read, if the page cache could be asked.
+
+    Whole files, if what was opened is what was read. Raises UserError if nothing of `data` was read.
+    """
+    if data is None:
+        return 0.0
+    inside = {os.path.realpath(path) for path in opened}
+    named = [file for file in files if file.path in inside]
+    whole = sum(file.size for file in named)
+    if not whole and not seen:
+        raise UserError(f"the command read nothing from {data}: give the directory that it trains from")
+    if seen and abs(seen - whole) > _NEAR * seen:
+        notes.append("what a sample is read as is not what the files weigh that were opened: the page cache tells")
+        return seen / read
+    if samples and len(named) == read and abs(len(files) - samples) <= _ALL * samples:
+        return sum(file.size for file in files) / len(files)  # better than a few of them
+    return whole / read

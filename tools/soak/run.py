@@ -1,0 +1,247 @@
+"""A soak from beginning to end: mounts, readers, faults, someone who watches for hangs, and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from coordlfs_tools.bench.machine import cgroup, disk_of
+from coordlfs_tools.faulty_fs import served
+from coordlfs_tools.soak import readers
+from coordlfs_tools.soak.dataset import Dataset
+from coordlfs_tools.soak.faults import Faults
+from coordlfs_tools.soak.ledger import Ledger
+from coordlfs_tools.soak.target import Target, command, end, mounted
+
+_BESIDE_CACHE = 400 << 20  # bytes of the memory cgroup for processes, and for pages that readers brought
+_WORKERS = 2  # of the DataLoader
+_TELL = 15.0  # seconds
+_ENOUGH = 50  # reads that went wrong, after which there is no use in going on
+# Of a log: all that no kill explains. That keepers keep dying is said of those that were killed.
+_WORRYING = re.compile(r"level=CRITICAL(?!.*keepers keep dying)|Traceback|exception=|ended with status [1-9]")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """See `python -m coordlfs_tools.soak --help`. A limit of None is none."""
+
+    directory: Path
+    minutes: float | None
+    kills: int | None
+    seed: int
+    faults: tuple[str, ...]
+    files: int
+    readers: int
+    loader: bool
+    hang: float  # seconds
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What was done and seen. `problems` is empty if all went well."""
+
+    seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+    epochs: int = 0
+    files: int = 0
+    nbytes: int = 0
+    wrong: int = 0
+    errors: int = 0
+    expected: int = 0  # errors that a fault explains
+    hangs: int = 0
+    longest: float = 0.0
+    source_per_epoch: dict[str, float] = field(default_factory=dict)  # bytes, by mount
+    dataset: int = 0
+    cache: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def passes(self) -> bool:
+        """Whether no job would have noticed anything."""
+        return not (self.wrong or self.errors or self.hangs or self.problems)
+
+
+class Soak:
+    """One run."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.outcome = Outcome()
+        self._readers: list[subprocess.Popen[bytes]] = []
+
+    def run(self) -> Outcome:
+        """Do all of it. Raises BenchError where the machine lacks something."""
+        o = self.options
+        with ExitStack() as stack:
+            place = Path(tempfile.mkdtemp(prefix="coordlfs-soak-", dir=o.directory)).resolve()
+            stack.callback(shutil.rmtree, place, ignore_errors=True)
+            for directory in ("source", "beside"):
+                (place / directory).mkdir()
+            per_mount = o.readers + (_WORKERS + 1 if o.loader else 0)
+            ledger = Ledger(place / "ledger", o.files, 2 * per_mount)
+            dataset = Dataset(place / "source", place / "beside", o.files, ledger, o.seed)
+            self.outcome.dataset = dataset.make()
+            self.outcome.cache = cache = int(self.outcome.dataset * 0.6)
+            group = None
+            if "memory" in o.faults:
+                memory = 2 * cache + _BESIDE_CACHE
+                group = stack.enter_context(cgroup(disk_of(place), memory=memory)), cache + _BESIDE_CACHE // 2
+            faulty = None
+            sources = [place / "source"]
+            if "errors" in o.faults:
+                faulty = stack.enter_context(served(place / "source", place))
+                sources.append(faulty.path)
+            targets = [
+                stack.enter_context(
+                    mounted(
+                        source,
+                        place / f"mount{number}",
+                        cache,
+                        ["--revalidate", "5s", "--metrics", "0"],
+                        fails=number > 0,
+                        group=group and group[0],
+                    )
+                )
+                for number, source in enumerate(sources)
+            ]
+            faults = Faults(targets, ledger, dataset, faulty, group, o.faults, o.seed)
+            self._soak(targets, ledger, faults, place)
+            self._finish(targets, ledger, faults)
+        return self.outcome
+
+    def _soak(self, targets: list[Target], ledger: Ledger, faults: Faults, place: Path) -> None:
+        began = told = time.monotonic()
+        with self._reading(targets, ledger, place):
+            faults.start()
+            try:
+                while not self._enough(time.monotonic() - began, faults) and not faults.problems:
+                    time.sleep(0.2)
+                    if self._looks_bad(targets, ledger):
+                        break
+                    if time.monotonic() - told > _TELL:
+                        told = time.monotonic()
+                        self._tell(told - began, ledger, faults)
+            finally:
+                faults.stop()
+            ledger.stop()
+            deadline = time.monotonic() + self.options.hang
+            while any(r.poll() is None for r in self._readers) and time.monotonic() < deadline:
+                if self._looks_bad(targets, ledger):
+                    break
+                time.sleep(0.05)
+        self.outcome.seconds = time.monotonic() - began
+
+    def _enough(self, seconds: float, faults: Faults) -> bool:
+        o, done = self.options, faults.counts
+        killed = o.kills is not None and done["kills of servers"] >= o.kills and done["kills of keepers"] >= o.kills / 4
+        return killed or (o.minutes is not None and seconds > o.minutes * 60)
+
+    @contextmanager
+    def _reading(self, targets: list[Target], ledger: Ledger, place: Path) -> Iterator[None]:
+        o = self.options
+        index = 0
+        per_mount = o.readers + (_WORKERS + 1 if o.loader else 0)
+        for target in targets:
+            for number in range(o.readers + o.loader):
+                workers = _WORKERS if number == o.readers else 0
+                settings = readers.Settings(
+                    *(str(target.point), str(place / "ledger"), o.files, len(targets) * per_mount, index, o.seed),
+                    *(target.fails, o.hang, workers),
+                )
+                argv = [sys.executable, "-m", readers.__name__, json.dumps(asdict(settings))]
+                self._readers.append(subprocess.Popen(argv, start_new_session=True))
+                index += 1 + workers
+        try:
+            yield
+        finally:
+            for process in self._readers:
+                if process.poll() is None:
+                    os.killpg(process.pid, 9)
+            for process in self._readers:
+                process.wait()
+
+    def _looks_bad(self, targets: list[Target], ledger: Ledger) -> bool:
+        """Whether a reader hangs or has died; what it does is told, and the mounts are ended."""
+        bad = False
+        for index, file, seconds in ledger.waiting():
+            if seconds > self.options.hang:
+                self.outcome.hangs += 1
+                self.outcome.problems.append(f"reader {index} has waited for file {file:04} for {seconds:.0f} s")
+                bad = True
+        for process in self._readers:
+            if process.poll():
+                self.outcome.errors += 1
+                self.outcome.problems.append(f"a reader ended with {process.returncode}")
+                bad = True
+        if ledger.total("wrong") + ledger.total("errors") > _ENOUGH:
+            bad = True
+        if self.outcome.hangs:
+            self.outcome.problems += [
+                _doing(pid) for t in targets for pid in (*t.processes("server"), *t.processes("keeper"))
+            ]
+            for target in targets:
+                end(target.supervisor, target.point)
+        return bad
+
+    def _tell(self, seconds: float, ledger: Ledger, faults: Faults) -> None:
+        done = ", ".join(f"{count} {what}" for what, count in sorted(faults.counts.items()))
+        print(
+            f"{seconds:5.0f} s: {ledger.total('epochs')} epochs, {ledger.total('files')} files read,"
+            f" {ledger.total('wrong')} wrong, {ledger.total('errors')} errors, longest {ledger.longest():.1f} s;"
+            f" {done}",
+            flush=True,
+        )
+
+    def _finish(self, targets: list[Target], ledger: Ledger, faults: Faults) -> None:
+        """Count, and see that the mounts are as good as ever."""
+        out = self.outcome
+        out.counts, out.problems = dict(faults.counts), out.problems + faults.problems
+        for figure in ("epochs", "files", "wrong", "expected"):
+            setattr(out, figure, ledger.total(figure))
+        out.nbytes, out.longest = ledger.total("bytes"), ledger.longest()
+        out.errors += ledger.total("errors")
+        if out.hangs:
+            return
+        for target in targets:
+            try:
+                self._see(target, ledger)
+            except subprocess.CalledProcessError as e:
+                out.problems.append(f"{e}: {e.stdout}{e.stderr}")
+            except subprocess.TimeoutExpired as e:
+                out.problems.append(str(e))
+            log = target.log.read_text(errors="replace")
+            out.problems += [f"log of {target.point}: {line}" for line in log.splitlines() if _WORRYING.search(line)]
+
+    def _see(self, target: Target, ledger: Ledger) -> None:
+        command("refresh", target.point)
+        time.sleep(1)
+        figures = target.status()
+        epochs = ledger.total("epochs") / (2 if self.options.faults and "errors" in self.options.faults else 1)
+        if epochs:
+            self.outcome.source_per_epoch[target.point.name] = figures["source"]["bytes"] / epochs
+        command("verify", target.point)
+        command("umount", target.point)
+        if target.is_mounted():
+            self.outcome.problems.append(f"{target.point} is still mounted")
+
+
+def _doing(pid: int) -> str:
+    """Where in the kernel the threads of a process wait."""
+    told = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        try:
+            stack = [line.split()[1].partition("+")[0] for line in (task / "stack").read_text().splitlines()]
+            told.append(f"{(task / 'comm').read_text().strip()} in {' < '.join(stack[:5])}")
+        except OSError:
+            continue
+    return f"process {pid}: " + "; ".join(dict.fromkeys(told))

@@ -1,0 +1,1 @@
+"""Three training tasks as in the paper (Mohan et al., VLDB 2021): image and audio classification, object detection."""
