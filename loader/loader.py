@@ -144,10 +144,12 @@ class CoordinatedLoader:
         drawn = epoch_seed(self.seed, epoch)
         with undisturbed():
             set_seeds(drawn)
-            for generator in (self.generator, getattr(self.sampler, "generator", None)):
+            samplers = (self.sampler, self.batch_sampler, getattr(self.batch_sampler, "sampler", None))
+            for one in (self, *samplers):
+                generator = getattr(one, "generator", None)
                 if isinstance(generator, torch.Generator):
                     generator.manual_seed(drawn)
-            for sampler in (self.sampler, self.batch_sampler):
+            for sampler in samplers:
                 set_epoch = getattr(sampler, "set_epoch", None)
                 if set_epoch is not None:
                     set_epoch(epoch)

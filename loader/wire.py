@@ -59,7 +59,7 @@ def connect(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         sock.connect(os.fspath(path))
-        if peer(sock)[1] not in (0, os.geteuid()):
+        if os.geteuid() and peer(sock)[1] not in (0, os.geteuid()):
             raise RuntimeError(f"{path} belongs to another user")
     except BaseException:
         sock.close()
@@ -95,16 +95,22 @@ def connect_or_start(group: str) -> socket.socket:
         time.sleep(0.005)
 
 
+_brokers: list[subprocess.Popen[bytes]] = []  # that this process started: they are waited for when they have ended
+
+
 def _start(path: Path, group: str) -> subprocess.Popen[bytes]:
+    _brokers[:] = [broker for broker in _brokers if broker.poll() is None]
     # A process of its own, which imports no torch, outlives the job, and has none of the terminal's signals. -P: a
     # file in the working directory that is called like a module of the library must not be taken for it.
-    return subprocess.Popen(
+    broker = subprocess.Popen(
         [sys.executable, "-P", "-m", "coordlfs_loader.broker", os.fspath(path), group],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+    _brokers.append(broker)
+    return broker
 
 
 def lock(path: str) -> int | None:

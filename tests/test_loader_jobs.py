@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,26 +19,27 @@ MakeJob = Callable[..., Job]
 
 @pytest.fixture(autouse=True)
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A runtime directory of the test's own; afterwards nothing is in it, and nothing is new in /dev/shm."""
-    shared = set(os.listdir("/dev/shm"))
+    """A runtime directory of the test's own, in which afterwards nothing is."""
     path = tmp_path / "run"
     monkeypatch.setenv("COORDLFS_RUNTIME_DIR", str(path))
     yield path
     eventually(lambda: not path.exists() or list(path.iterdir()) == [])
-    eventually(lambda: set(os.listdir("/dev/shm")) <= shared)  # other processes of this machine use it as well
 
 
 @pytest.fixture
 def job() -> Iterator[MakeJob]:
-    """Starts jobs, and ends them."""
+    """Starts jobs, and ends them; afterwards nothing of them is in /dev/shm."""
+    pids = []
     with ExitStack() as stack:
 
         def make(**arguments: object) -> Job:
             made = Job("test", **arguments)
+            pids.append(made.pid)
             stack.callback(made.end)
             return made
 
         yield make
+    assert not [name for name in os.listdir("/dev/shm") for pid in pids if str(pid) in re.findall(r"\d+", name)]
 
 
 def test_jobs_share_their_epochs(job: MakeJob) -> None:
