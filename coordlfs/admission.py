@@ -104,6 +104,7 @@ class Admission:
         self._pending: dict[int, Pending] = {}
         self._clock: list[tuple[float, int]] = []  # when items are due; stale where `due` says otherwise
         self._chunk_misses: dict[int, tuple[int, int]] = {}  # of files of several items
+        self._passed_over: set[int] = set()  # items without room in the stash, until they miss anew
         self._dropping: set[int] = set()
         self._waiting: deque[int] = deque()  # for a keeper with room
         self._asked_for_keeper = False
@@ -172,7 +173,7 @@ class Admission:
         record, length = items.record_of(item), items.length(item, st.st_size)
         pending = self._pending.get(item)
         if pending is None:
-            if not length or not self._admits(item, pages.count(length)):
+            if not length or item in self._passed_over or not self._admits(item, pages.count(length)):
                 return
             at_home = self._at_home(record, pid)
             if at_home and len(data) == length:
@@ -181,6 +182,8 @@ class Admission:
             if not self.stash.reserve(item, length):
                 self.policy.release(item)
                 self.counters.add("not_admitted")
+                if len(data) < length:
+                    self._passed_over.add(item)  # admitted with the next READ, it would have this one read again
                 return
             pending = self._pending[item] = Pending(at_home=at_home)
             self.stash.put(item, offset, data)
@@ -271,6 +274,7 @@ class Admission:
         remember = self.epochs.miss(last, offset // pages.PAGE, nbytes, self.unpinned())
         if remember is None:
             return
+        self._passed_over.discard(item)
         if nbytes and self.catalog.last_miss(record)[0] != remember[0]:
             self.counters.add("source_files")
         if not whole:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NAME_MESSAGE = 1 << 21
-_STASH_LEAST, _STASH_MOST = 4 * items.CHUNK, 16 * items.CHUNK
+_STASH_LEAST, _STASH_MOST = 8 * items.CHUNK, 16 * items.CHUNK
 
 
 def _attach_pyfuse3(names: NameLane, init: bytes) -> tuple[socket.socket, socket.socket]:
