@@ -170,7 +170,7 @@ def workers_of(pid: int) -> list[int]:
                 found.append(child)
         except OSError:
             pass
-    return found
+    return list(filter(alive, found))
 
 
 def alive(pid: int) -> bool:

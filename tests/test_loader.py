@@ -548,7 +548,7 @@ def test_slots_are_pinned_once_and_not_freed_while_they_are_copied() -> None:
     if not child:
         signal.signal(signal.SIGSEGV, signal.SIG_DFL)
         faulthandler.disable()
-        stage.Reader(area, recorder).view(slot, lambda: None)[0] = 1
+        stage.Reader(area, Recorder()).view(slot, lambda: None)[0] = 1
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV  # rather than spoil another's batch
     del reader
