@@ -166,7 +166,8 @@ def workers_of(pid: int) -> list[int]:
     found = []
     for child in map(int, children):
         try:
-            if b"coordlfs_loader.broker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+            command = Path(f"/proc/{child}/cmdline").read_bytes()  # empty for one that is ending
+            if command and b"coordlfs_loader.broker" not in command:
                 found.append(child)
         except OSError:
             pass
