@@ -208,9 +208,11 @@ class Broker:
             self._act(actions)
 
     def _reset(self) -> None:
-        """The next job may come with another profile."""
+        """The next job may come with another profile. Workers that are still here have no job any more."""
         os.close(self._stage)
         self._group, self._stage, self._profile = None, -1, {}
+        for worker in [c for c in self._clients.values() if c.role == "worker"]:
+            self._close(worker)
         self._delivered = 0
         self._dead.clear()
         self._causes.clear()
