@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import signal
 import socket
 import sys
 import time
@@ -463,6 +464,7 @@ def main(path: str, name: str) -> None:
     listener.bind(new)
     listener.listen(128)
     os.rename(new, path)  # whoever finds it is answered
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # by way of the end, where the socket is removed
     os.chdir("/")
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
