@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from coordlfs_loader import groups
 from loader_jobs import Job, alive, broker_pid, eventually, workers_of
 from mounts import Cgroup
 
@@ -188,6 +189,23 @@ def test_others_do_not_wait_for_ever_if_told(job: MakeJob) -> None:
     stopped.check(0)
 
 
+def test_a_stopped_worker_holds_nobody_up_for_long(job: MakeJob) -> None:
+    jobs = [job(num_workers=1, length=200, prepare=0.002, step=True) for _ in range(2)]
+    for j in jobs:
+        j.until("begin")
+    eventually(lambda: groups.figures()[0]["workers"] == 2)
+    (stopped,) = workers_of(jobs[1].pid)
+    os.kill(stopped, signal.SIGSTOP)
+    for j in jobs:
+        j.go_on(1000)
+    for j in jobs:
+        j.until("batch", 50)
+    os.kill(stopped, signal.SIGCONT)
+    for j in jobs:
+        j.finish()
+        j.check(0)
+
+
 def test_the_stage_is_as_small_as_it_may_be(job: MakeJob) -> None:
     """Room for two batches, and every job keeps every tensor."""
     jobs = [job(epochs=2, num_workers=1, side=32, stage_bytes=2 * 53248, keep=True) for _ in range(3)]
@@ -220,15 +238,18 @@ def test_a_batch_that_kills_its_workers_is_given_up(job: MakeJob) -> None:
 
 def test_the_oom_killer_is_named(job: MakeJob, cgroup: Callable[[int], Cgroup]) -> None:
     """In a real memory cgroup, by a sample that takes up more than it allows."""
+    outside = job(num_workers=0, step=True)
+    outside.until("begin")  # and prepares nothing before it is told to go on
     inside = job(num_workers=1, bad={7: "eat"}, cgroup=str(cgroup(300 << 20).path))
-    outside = job(num_workers=0)
     said = inside.finish()
+    outside.go_on(1000)
     outside.finish()
     assert "was killed by the OOM killer: the memory limit of its cgroup was reached; another takes its place" in said
     for j in (inside, outside):
         raised = [e["text"] for e in j.events if e["event"] == "raised"]
-        assert len(j.batches[0]) + len(raised) == 15
-        assert all("was killed by the OOM killer" in text for text in raised)
+        assert len(j.batches[0]) == 14
+        assert len(raised) == 1
+        assert raised[0].count("was killed by the OOM killer") == 3
     eventually(lambda: broker_pid("test") is None)  # before the cgroup is taken down, which it may be in
 
 
