@@ -20,8 +20,10 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from coordlfs import hints
 from coordlfs.fetch_ahead import FetchAhead
@@ -29,7 +31,7 @@ from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.libc import quick_read, quick_write
 from coordlfs.metrics import Counters
 from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
-from coordlfs.reading import Reader, Request
+from coordlfs.reading import Answer, Reader, Request
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ class ByteLane:
         self._parked = 0
         self._parking = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._waits: dict[int, _Wait] = {}  # by the request's number
+        self._returned: deque[tuple[int, Request]] = deque()  # READs that another node did not answer
         self.ended = threading.Event()
 
     def start(self) -> None:
@@ -118,10 +121,20 @@ class ByteLane:
 
     def _park_if_many(self) -> None:
         with self._lock:
-            if self._total - self._waiting - self._parked <= _RUNNING:
+            if self._total - self._waiting - self._parked <= _RUNNING or self._returned:
                 return
             self._parked += 1
         os.eventfd_read(self._parking)
+
+    def _return(self, unique: int, asked: Request) -> None:
+        """Have a thread read from the source what another node did not answer."""
+        with self._lock:
+            self._returned.append((unique, asked))
+            if self._parked:
+                self._parked -= 1
+                os.eventfd_write(self._parking, 1)
+            elif self._total < _THREADS:
+                self._spawn()
 
     # -- serving ------------------------------------------------------------------------------------------------
 
@@ -133,8 +146,11 @@ class ByteLane:
             readable.register(self._device, select.EPOLLIN | select.EPOLLEXCLUSIVE)  # one thread a message
             had_to_wait = True
             while not self.ended.is_set():
+                while self._returned:
+                    self._read_alone(into)
                 if not had_to_wait and self._total - self._waiting - self._parked > _RUNNING:
                     self._park_if_many()
+                    continue
                 had_to_wait = False
                 try:
                     while (n := quick_read(self._device, request)) is None:
@@ -215,7 +231,7 @@ class ByteLane:
             self._reply(fuse.error_reply(unique, errno.EIO))
         finally:
             if waited:
-                del self._waits[unique]
+                self._waits.pop(unique, None)
                 self._after_wait()
 
     def look_at_waits(self) -> None:
@@ -260,9 +276,36 @@ class ByteLane:
             raise OSError(errno.EINVAL, "no file is so long")
         direct, leaves_no_trace = bool(flags & os.O_DIRECT), bool(flags & os.O_NOATIME)
         asked = Request(node, offset, min(size, fuse.MAX_READ), pid, direct, leaves_no_trace)
-        answer = self._reader.read(asked, into, before_wait)
+        if self._reader.sharing is not None:
+            self._waits[unique] = _Wait(time.monotonic(), False)
+            if self._reader.ask(asked, partial(self._shared, unique, asked), before_wait):
+                return  # it is answered when the other node has
+            del self._waits[unique]
+        self._finish_read(unique, self._reader.read(asked, into, before_wait))
+
+    def _shared(self, unique: int, asked: Request, data: memoryview | None) -> None:
+        """Another node has answered a READ, or has not; called by whatever thread."""
+        self._waits.pop(unique, None)
+        if data is None:
+            self._return(unique, asked)
+            return
+        self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(data), 0, unique), data)
+        self._reader.account_shared(asked, len(data))
+
+    def _read_alone(self, into: pages.Buffer) -> None:
+        try:
+            unique, asked = self._returned.popleft()
+        except IndexError:
+            return
+
+        def read(before_wait: Callable[[], None]) -> None:
+            self._finish_read(unique, self._reader.read(asked, into, before_wait))
+
+        self._answer(unique, asked.pid, read)
+
+    def _finish_read(self, unique: int, answer: Answer) -> None:
         length = sum(map(len, answer.data))
-        if not length and offset and not asked.direct:
+        if not length and answer.request.offset and not answer.request.direct:
             # The page cache asks for nothing behind the end of a file that it knows: the file was truncated meanwhile.
             # It would take an empty reply for the new end, and show zeros up to there.
             raise OSError(errno.ESTALE, "truncated while it was read")

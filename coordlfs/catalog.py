@@ -162,6 +162,12 @@ class Catalog:
         mtime -= (1 << 64) if mtime >> 63 else 0
         return Version(self._w[at + 3], mtime, self._w[at + 5], self._w[at + 7] >> 32)
 
+    def size_and_mtime(self, record: int) -> tuple[int, int]:
+        """Of `version`, what nodes tell each other: size and mtime_ns."""
+        at = _HEADER_WORDS + record * _WORDS
+        mtime = self._w[at + 4]
+        return self._w[at + 3], mtime - (1 << 64) if mtime >> 63 else mtime
+
     def shows(self, record: int, st: os.stat_result) -> bool:
         """Whether `st` is the version that the kernel was last told of."""
         return self.shows_bytes(record, st) and self._w[_HEADER_WORDS + record * _WORDS + 7] >> 32 == _access(st)

@@ -297,7 +297,8 @@ class Orders:
         for key in list(self.readers):
             reader = self.readers[key]
             while (entry := self._next_of(reader, share)) is not None:
-                if 0 < entry.held <= share // 2:
+                was_read = entry.missed and entry.items == 1  # by who asked for it: a reader faster than the keeper
+                if 0 < entry.held <= share // 2 and not was_read:
                     self.readers[key] = self.readers.pop(key)  # the others' turn
                     return entry
         return None

@@ -42,6 +42,7 @@ NAMES = (
 )
 
 _SOURCE_BYTES, _SOURCE_READS = NAMES.index("source_bytes"), NAMES.index("source_reads")
+_PEER_BYTES, _PEER_READS = NAMES.index("peer_bytes"), NAMES.index("peer_reads")
 
 
 class Counters:
@@ -65,6 +66,12 @@ class Counters:
         with self._lock:
             self._words[_SOURCE_READS] += 1
             self._words[_SOURCE_BYTES] += nbytes
+
+    def count_peer_read(self, nbytes: int) -> None:
+        """Count a READ that another node answered."""
+        with self._lock:
+            self._words[_PEER_READS] += 1
+            self._words[_PEER_BYTES] += nbytes
 
     def set(self, name: str, value: int) -> None:
         """Replace a counter's value."""

@@ -53,6 +53,7 @@ class Answer:
     fetched: list[tuple[int, int, memoryview, os.stat_result]] = field(default_factory=list)
     shared: list[tuple[int, int, int]] = field(default_factory=list)  # from a peer: item, offset in the file, length
     for_peer: bool = False
+    asks: bool = False  # other nodes, before the source is read
 
 
 class Reader:
@@ -77,7 +78,8 @@ class Reader:
         """The bytes that a READ asks for: from the stash what is there, and the rest from the source.
 
         `into` is page-aligned memory with room for them, which the answer refers to. `before_wait` is called if the
-        source's disk has to be waited for. Raises OSError: ESTALE for an unknown node, else what the source does.
+        source's disk has to be waited for. Other nodes are asked for parts of several items, whom it waits for; of one
+        item, `ask` does it. Raises OSError: ESTALE for an unknown node, else what the source does.
         """
         offset = request.offset
         record = self.catalog.find(request.node)
@@ -87,6 +89,8 @@ class Reader:
         if self.sharing is not None and (request.marked or not self.sharing.marks):
             answer.for_peer = self.sharing.is_peer_server(request.pid)
         at, end = offset, self.catalog.size(record)
+        several = items.item_at(record, offset) != items.item_at(record, offset + request.size - 1)
+        answer.asks = several and not answer.for_peer
         for item, start, length in items.cut(record, offset, request.size):
             for part in self.admission.stashed(item, start, length, end, request.pid):
                 if isinstance(part, int):
@@ -102,16 +106,38 @@ class Reader:
                     at += len(part)
         return answer
 
+    def ask(self, request: Request, done: Callable[[memoryview | None], None], before_wait: Callable[[], None]) -> bool:
+        """Ask the node that owns all that a READ wants; False if there is no such, and `read` is to be called.
+
+        `done` is called once, within seconds and by whatever thread: with the bytes, which are good until it returns
+        and to be accounted for by `account_shared`, or with None if the source is to be read.
+        """
+        sharing, record = self.sharing, self.catalog.find(request.node)
+        if sharing is None or record is None:
+            return False
+        offset, size = request.offset, min(request.size, self.catalog.size(record) - request.offset)
+        item = items.item_at(record, offset)
+        if size <= 0 or offset % items.CHUNK + size > items.CHUNK or not self.admission.is_absent(item):
+            return False
+        if (request.marked or not sharing.marks) and sharing.is_peer_server(request.pid):
+            return False
+        return sharing.ask(item, offset, size, done, before_wait)
+
+    def account_shared(self, request: Request, nbytes: int) -> None:
+        """`account` for what `ask` brought."""
+        record = self.catalog.find(request.node)
+        if record is not None:
+            self.admission.shared(items.item_at(record, request.offset), request.offset, nbytes, request.direct)
+
     def _fetch(
         self, answer: Answer, item: int, offset: int, size: int, into: memoryview, before_wait: Callable[[], None]
     ) -> int:
         """Read from the peer that owns the item, else from the source, into `into`; how many bytes."""
         record = answer.record
         pinning = answer.request.pid in self.admission.keeper_threads and self.admission.is_pending(item)
-        if self.sharing is not None and not answer.for_peer and not pinning:
+        if self.sharing is not None and answer.asks and not pinning:
             n = self.sharing.fetch(item, offset, into[:size], before_wait)
             if n:
-                self.catalog.set_served(record)
                 answer.shared.append((item, offset, n))
                 return n
         try:

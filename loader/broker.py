@@ -8,7 +8,6 @@ A connection that breaks is a process that died. Whatever a client sends, it end
 
 from __future__ import annotations
 
-import fcntl
 import os
 import selectors
 import socket
@@ -209,9 +208,11 @@ class Broker:
             self._act(actions)
 
     def _reset(self) -> None:
-        """The next job may come with another profile."""
+        """The next job may come with another profile. Workers that are still here have no job any more."""
         os.close(self._stage)
         self._group, self._stage, self._profile = None, -1, {}
+        for worker in [c for c in self._clients.values() if c.role == "worker"]:
+            self._close(worker)
         self._delivered = 0
         self._dead.clear()
         self._causes.clear()
@@ -450,26 +451,9 @@ class Broker:
         }
 
 
-def _lock(path: str) -> int | None:
-    """The lock of who is the broker; None if somebody else is."""
-    while True:
-        fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        try:
-            if os.stat(f"{path}.lock").st_ino == os.fstat(fd).st_ino:
-                return fd
-        except FileNotFoundError:
-            pass
-        os.close(fd)  # the last broker removed it meanwhile
-
-
 def main(path: str, name: str) -> None:
     """Be the broker of a group, unless somebody is."""
-    lock = _lock(path)
+    lock = wire.lock(path)
     if lock is None:
         return
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -490,9 +474,7 @@ def main(path: str, name: str) -> None:
             traceback.print_exc(file=file)
         raise
     finally:
-        for leftover in (path, f"{path}.lock"):
-            with suppress(FileNotFoundError):
-                os.unlink(leftover)
+        wire.unlink(path)
 
 
 if __name__ == "__main__":

@@ -49,17 +49,21 @@ class Connection:
         except OSError:
             pass  # the broker has gone, and its books with it
 
+    def close_in_child(self) -> None:
+        """The connection is the parent's."""
+        self.sock.close()
+
     def __del__(self) -> None:
         self.sock.close()
 
 
-_open: weakref.WeakSet[Connection] = weakref.WeakSet()
+_open: weakref.WeakSet[Connection | Client] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
     # A job's death is seen by its connection's end: no child may keep it open.
-    for connection in list(_open):
-        connection.sock.close()
+    for each in list(_open):
+        each.close_in_child()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -108,12 +112,14 @@ class Client:
         profile: Message,
         workers: int,
         on_task: Callable[[int, int, int], tuple[int, list[Any]]] | None = None,
+        pins: stage.Pins | None = None,
     ) -> None:
         self.group = group
         self.name = secrets.token_hex(8)
         self._profile = profile
         self._workers = workers
         self._on_task = on_task
+        self._pins = pins
         self._connection: Connection | None = None
         self._stage = -1
         self._reader: stage.Reader | None = None
@@ -125,6 +131,7 @@ class Client:
         self._size = 0  # bytes of it
         self._asked = False  # for a task
         self._died = 0  # brokers, since the last batch
+        _open.add(self)
         self._join()
 
     # The connection
@@ -144,7 +151,7 @@ class Client:
             connection.sock.settimeout(None)
             assert fd is not None
             self._close_files()
-            self._stage, self._reader, self._writer = fd, stage.Reader(fd), stage.Writer(fd)
+            self._stage, self._reader, self._writer = fd, stage.Reader(fd, self._pins), stage.Writer(fd)
             self._connection = connection
             return
 
@@ -203,6 +210,10 @@ class Client:
         self._reader = None
         self._stage = -1
         self._orders.clear()
+
+    def close_in_child(self) -> None:
+        """The stage is the parent's."""
+        self._close_files()
 
     # Epochs
 
@@ -263,8 +274,10 @@ class Client:
         """Leave the group. What was handed over stays valid."""
         self.end()
         if self._connection is not None:
-            with suppress(OSError):
+            try:
                 self._connection.send({"verb": "leave"})
+            except OSError:
+                wire.sweep(self.group)
         self._connection = None  # and ends when the last slot is let go
         self._close_files()
 
@@ -283,6 +296,13 @@ class Client:
     def waiting(self) -> bool:
         """Whether nothing can be taken yet; what this job prepared meanwhile is to be got rid of first."""
         return self._place is None or not self._place.queue or self._payload is not None
+
+    def settle(self) -> bool:
+        """Let go what a device has copied by now; whether it is still copying."""
+        if self._pins is None or self._reader is None:
+            return False
+        self._reader.trim()
+        return self._reader.fenced
 
     def work(self) -> None:
         """Offer to prepare a batch, for a job without workers that has nothing to do but wait."""

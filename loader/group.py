@@ -23,6 +23,7 @@ from coordlfs_loader.slots import UNIT, Slots
 
 CREDIT = 2  # batches that are handed to a job before it takes them
 DEATHS = 3  # workers that may die of a batch before it is given up
+_JOINING = 10.0  # seconds after a job joined within which others are likely to
 _STUCK, _STUCK_TIMES = (
     5.0,
     10.0,
@@ -162,7 +163,6 @@ class Worker:
     id: int
     job: int
     inline: bool = False
-    idle: bool = False
     retired: bool = False  # its job has gone, and so will it
     task: tuple[int, int] | None = None
     size: int | None = None  # bytes that it wants to write, and waits for room
@@ -187,8 +187,10 @@ class Group:
         self.prepared = self.delivered = self.copied = self.evicted = 0
         self._kept: dict[tuple[int, int], Batch] = {}  # staged, not held, and nobody needs them: the first to go
         self._fresh: dict[tuple[int, int], Batch] = {}  # staged, and nobody has received them
+        self._idle: dict[int, Worker] = {}
         self._wanting: dict[int, Worker] = {}  # workers that wait for room
         self._kept_bytes = 0
+        self._joined = 0.0  # when the last job did
         self._reserved = 0
         self._largest = 0
         self._usual = 0.0  # seconds that a batch takes
@@ -200,13 +202,14 @@ class Group:
     def add_job(self, job: int) -> list[Action]:
         """A job joined."""
         self.jobs[job] = Job(job)
+        self._joined = self.now
         return self._advance()
 
     def remove_job(self, job: int) -> list[Action]:
         """It has died. Its workers will as well: until one has, it may write where it was told to."""
         for worker in [w for w in self.workers.values() if w.job == job]:
             worker.retired = True
-            worker.idle = False
+            self._idle.pop(worker.id, None)
             batch = self._mine(worker)
             if batch is not None:
                 self._remove(batch)
@@ -282,7 +285,8 @@ class Group:
         one = self.workers[worker]
         if one.task is not None:
             raise ValueError("a worker has a task and wants another")
-        one.idle = not one.retired
+        if not one.retired:
+            self._idle[worker] = one
         return self._advance()
 
     def wants(self, worker: int, size: int) -> list[Action]:
@@ -340,6 +344,8 @@ class Group:
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
         self.now = now
+        for batch in [b for b in self._kept.values() if not self._may_keep(b.epoch)]:
+            self._evict(batch)
         return self._advance()
 
     # What follows from what
@@ -421,6 +427,8 @@ class Group:
     def _grant(self) -> bool:
         """Give room to workers that wait for it, the most urgent first."""
         done = False
+        if not self._wanting:
+            return done
         for worker in sorted(self._wanting.values(), key=self._urgency):
             batch = self._mine(worker)
             needed = [] if batch is None else [j for j in self.jobs.values() if j.active and j.distance(batch) >= 0]
@@ -461,7 +469,8 @@ class Group:
         if batch is not None and batch.error is None:
             self._remove(batch)
         worker.task = worker.size = None
-        worker.idle = not worker.inline and not worker.retired
+        if not worker.inline and not worker.retired:
+            self._idle[worker.id] = worker
         self._wanting.pop(worker.id, None)
         self._actions.append(Drop(worker.id))
 
@@ -472,6 +481,7 @@ class Group:
             victim = self._victim(starving)
             if victim is None:
                 return False
+            self.evicted += victim.key not in self._kept
             self._evict(victim)
         return True
 
@@ -497,19 +507,25 @@ class Group:
     def _assign(self) -> bool:
         """Give tasks to idle workers, the most urgent first."""
         done = False
-        for worker in [w for w in self.workers.values() if w.idle]:
+        if not self._idle:
+            return done
+        alike = all(not j.fallen for j in self.jobs.values())  # what one worker may have, any may
+        exhausted = False
+        for worker in list(self._idle.values()):
             if worker.inline and not self.jobs[worker.job].starving:
-                worker.idle = False
+                del self._idle[worker.id]
                 continue
-            task = self._most_urgent(worker)
+            task = None if exhausted else self._most_urgent(worker)
             if task is None:
+                exhausted = alike
                 continue
             old = self.batches.get(task)
             if old is None:
                 self.batches[task] = Batch(*task, worker=worker.id, since=self.now)
             else:  # whoever had it is stuck
                 old.worker, old.since = worker.id, self.now
-            worker.task, worker.idle = task, False
+            worker.task = task
+            del self._idle[worker.id]
             self._reserve(worker)
             slot = -1 if worker.slot is None else worker.slot
             self._actions.append(Task(worker.id, *task, slot, worker.reserved))
@@ -583,7 +599,7 @@ class Group:
             if not job.starving or (job.epoch or 0, job.number(job.pushed)) in self.batches:
                 continue
             helpers = [w for w in self._wanting.values() if not job.fallen or w.job == job.id]
-            if not helpers or any(w.idle for w in self.workers.values() if not job.fallen or w.job == job.id):
+            if not helpers or any(not job.fallen or w.job == job.id for w in self._idle.values()):
                 continue
             least = max(helpers, key=self._urgency)
             if self._urgency(least) > (0, job.progress):
@@ -651,11 +667,20 @@ class Group:
             if not any(j.active and j.distance(batch) >= 0 for j in self.jobs.values()):
                 self._remove(batch)
         elif batch.slot is not None and not batch.holders and not needed:
-            if batch.key not in self._kept:
+            if not self._may_keep(batch.epoch):
+                self._evict(batch)
+            elif batch.key not in self._kept:
                 self._kept[batch.key] = batch
                 self._kept_bytes += self.slots.size(batch.slot)
+                while self._kept_bytes > self.slots.capacity // 4:
+                    self._evict(next(iter(self._kept.values())))
         else:
             self._keep_no_longer(batch)
+
+    def _may_keep(self, epoch: int) -> bool:
+        """Whether somebody is likely to begin this epoch yet. Otherwise the fewer slots, the warmer they are."""
+        late = (j.latest is not None and (j.latest < epoch or j.entered) for j in self.jobs.values())
+        return self.now - self._joined < _JOINING or any(late)
 
     def _keep_no_longer(self, batch: Batch) -> None:
         if self._kept.pop(batch.key, None) is not None and batch.slot is not None:
@@ -665,7 +690,6 @@ class Group:
         assert batch.slot is not None
         assert not batch.holders
         self.slots.release(batch.slot)
-        self.evicted += 1
         self._remove(batch)
 
     def _remove(self, batch: Batch) -> None:
@@ -694,4 +718,5 @@ class Group:
             self._remove(batch)
         self._give_back(worker)
         self._wanting.pop(worker.id, None)
+        self._idle.pop(worker.id, None)
         del self.workers[worker.id]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from coordlfs_loader import payload, wire
+from coordlfs_loader import payload, pinned, wire
 from coordlfs_loader.announcer import Announcer, files_of
 from coordlfs_loader.client import Client, Place, wait
 from coordlfs_loader.order import Order
@@ -20,7 +20,8 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, IterableDataset
 
 STAGE_BYTES = 2 << 30
-_LOOK = 5.0  # seconds between looks at workers while a batch is waited for
+_LOOK = 5.0  # seconds between looks at the clock while a batch is waited for
+_COPIED = 0.002  # seconds between looks at what a device copies
 
 
 class CoordinatedLoader:
@@ -31,6 +32,8 @@ class CoordinatedLoader:
     Args:
         group: Name of the group; jobs of one user on one node with the same name share.
         seed: What the order and the randomness of samples derive from, together with the epoch (and the index).
+        pin_memory: Register the stage with CUDA, so that `.to(device, non_blocking=True)` is asynchronous; does nothing
+            where there is no CUDA. The tensors are then the stage itself: writing into them ends the process.
         stage_bytes: Bound of the memory that the group's prepared batches take up, in bytes; at least twice the
             largest batch.
         patience: Seconds for which the others wait for a job that is slower than they, before it falls out and
@@ -141,10 +144,12 @@ class CoordinatedLoader:
         drawn = epoch_seed(self.seed, epoch)
         with undisturbed():
             set_seeds(drawn)
-            for generator in (self.generator, getattr(self.sampler, "generator", None)):
+            samplers = (self.sampler, self.batch_sampler, getattr(self.batch_sampler, "sampler", None))
+            for one in (self, *samplers):
+                generator = getattr(one, "generator", None)
                 if isinstance(generator, torch.Generator):
                     generator.manual_seed(drawn)
-            for sampler in (self.sampler, self.batch_sampler):
+            for sampler in samplers:
                 set_epoch = getattr(sampler, "set_epoch", None)
                 if set_epoch is not None:
                     set_epoch(epoch)
@@ -221,7 +226,8 @@ class _Session:
                 return preparer.prepare(fd, epoch, number, where)
 
         alone = loader.num_workers == 0
-        self.client = Client(loader.group, loader._profile(), loader.num_workers, prepare if alone else None)
+        pins = pinned.pins(loader.pin_memory)
+        self.client = Client(loader.group, loader._profile(), loader.num_workers, prepare if alone else None, pins)
         context = loader.multiprocessing_context
         if context is None or isinstance(context, str):
             context = torch.multiprocessing.get_context(context)
@@ -282,13 +288,15 @@ class _Walk(Iterator[Any]):
         client, workers = session.client, session.workers
         deadline = time.monotonic() + self._timeout if self._timeout else None
         while client.waiting:
+            copying = client.settle()
             client.work()
-            ready = wait([client.fileno(), *workers.filenos()], _LOOK)
-            if client.fileno() in ready:
-                client.advance()
-            elif ready:
+            ready = wait([client.fileno(), *workers.filenos()], _COPIED if copying else _LOOK)
+            broker = client.fileno()
+            if any(fd != broker for fd in ready):
                 for name, why in workers.look():
                     client.lost(name, why)
+            elif ready:
+                client.advance()
             if deadline is not None and client.waiting and time.monotonic() > deadline:
                 raise RuntimeError(f"CoordinatedLoader timed out after {self._timeout} seconds")
 

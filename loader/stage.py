@@ -14,6 +14,7 @@ import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -22,6 +23,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
@@ -112,12 +114,31 @@ class Writer:
             _libc.munmap(address, size)
 
 
-class Reader:
-    """A job's view of the area, which it keeps open as long as anything that was viewed lives."""
+class Pins(Protocol):
+    """How slots are pinned for a device, which copies from them by itself."""
 
-    def __init__(self, fd: int) -> None:
+    def register(self, address: int, size: int) -> None:
+        """Pin the pages there."""
+
+    def unregister(self, address: int) -> None:
+        """Pin them no longer."""
+
+    def fence(self) -> Callable[[], bool]:
+        """What tells, when called, whether the copies that were under way have ended."""
+
+
+class Reader:
+    """A job's view of the area, which it keeps open as long as anything that was viewed lives.
+
+    Pinned memory cannot be private: it would be a copy, that of a batch of long ago. It is shared and read-only.
+    """
+
+    def __init__(self, fd: int, pins: Pins | None = None) -> None:
         self._fd = os.dup(fd)
+        self._pins = pins
         self._idle: OrderedDict[Slot, int] = OrderedDict()
+        self._fenced: list[tuple[Callable[[], bool], Slot, int, Callable[[], None]]] = []
+        _readers.add(self)
 
     def view(self, slot: Slot, released: Callable[[], None]) -> memoryview:
         """A private, writable view of a slot. `released` is called when the last that refers to its bytes has gone.
@@ -126,8 +147,8 @@ class Reader:
         """
         address = self._idle.pop(slot, None)
         if address is None:
-            address = _map(self._fd, slot, mmap.MAP_PRIVATE, _POPULATE_READ)
-        elif _written(address, slot[1]):
+            address = self._new(slot)
+        elif self._pins is None and _written(address, slot[1]):
             _libc.madvise(address, slot[1], _DONTNEED)
             _libc.madvise(address, slot[1], _POPULATE_READ)
         array = (ctypes.c_ubyte * slot[1]).from_address(address)
@@ -135,24 +156,76 @@ class Reader:
         finalizer.atexit = False  # at the end of the process tensors may still be in use
         return memoryview(array).cast("B")
 
+    def _new(self, slot: Slot) -> int:
+        if self._pins is None:
+            return _map(self._fd, slot, mmap.MAP_PRIVATE, _POPULATE_READ)
+        address = _map(self._fd, slot, mmap.MAP_SHARED, _POPULATE_WRITE)
+        self._pins.register(address, slot[1])
+        # What one job wrote there all would see: rather it ends.
+        _libc.mprotect(address, slot[1], mmap.PROT_READ)
+        return address
+
+    def _unmap(self, address: int, size: int) -> None:
+        if self._pins is not None:
+            self._pins.unregister(address)
+        _libc.munmap(address, size)
+
     def _release(self, slot: Slot, address: int, owner: int, released: Callable[[], None]) -> None:
         if os.getpid() != owner:
             return  # a forked child holds nothing of its parent's
+        if self._pins is not None:
+            self._fenced.append((self._pins.fence(), slot, address, released))
+        else:
+            self._let_go(slot, address, released)
+
+    def _let_go(self, slot: Slot, address: int, released: Callable[[], None]) -> None:
         if self._idle.setdefault(slot, address) != address:
-            _libc.munmap(address, slot[1])
+            self._unmap(address, slot[1])
         released()
 
+    @property
+    def fenced(self) -> bool:
+        """Whether a device still copies from what was dropped."""
+        return bool(self._fenced)
+
     def trim(self) -> None:
-        """Unmap what was not used for longest."""
+        """Let go what a device has copied by now, and unmap what was not used for longest."""
+        fenced, self._fenced = self._fenced, []
+        for entry in fenced:
+            if entry[0]():
+                self._let_go(*entry[1:])
+            else:
+                self._fenced.append(entry)
         while len(self._idle) > _MAPPINGS:
             (_, size), address = self._idle.popitem(last=False)
-            _libc.munmap(address, size)
+            self._unmap(address, size)
 
-    def __del__(self) -> None:
+    def close_in_child(self) -> None:
+        """What nobody refers to, no child may keep: the area would be there as long as it."""
+        os.close(self._fd)
+        self._fd = -1
         while self._idle:
             (_, size), address = self._idle.popitem()
             _libc.munmap(address, size)
+
+    def __del__(self) -> None:
+        if self._fd < 0:
+            return
+        while self._idle:
+            (_, size), address = self._idle.popitem()
+            self._unmap(address, size)
         os.close(self._fd)
+
+
+_readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for reader in list(_readers):
+        reader.close_in_child()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _written(address: int, size: int) -> bool:

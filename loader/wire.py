@@ -7,6 +7,7 @@ not at all, so that even a finalizer may send one at any time; a descriptor may 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -20,7 +21,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-MAX_PACKET = 1 << 16
+MAX_PACKET = 1 << 15
 _STARTING = 30.0  # seconds that a broker may take to start
 _CREDENTIALS = struct.Struct("3i")
 
@@ -58,7 +59,7 @@ def connect(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         sock.connect(os.fspath(path))
-        if peer(sock)[1] not in (0, os.geteuid()):
+        if os.geteuid() and peer(sock)[1] not in (0, os.geteuid()):
             raise RuntimeError(f"{path} belongs to another user")
     except BaseException:
         sock.close()
@@ -94,16 +95,54 @@ def connect_or_start(group: str) -> socket.socket:
         time.sleep(0.005)
 
 
+_brokers: list[subprocess.Popen[bytes]] = []  # that this process started: they are waited for when they have ended
+
+
 def _start(path: Path, group: str) -> subprocess.Popen[bytes]:
+    _brokers[:] = [broker for broker in _brokers if broker.poll() is None]
     # A process of its own, which imports no torch, outlives the job, and has none of the terminal's signals. -P: a
     # file in the working directory that is called like a module of the library must not be taken for it.
-    return subprocess.Popen(
+    broker = subprocess.Popen(
         [sys.executable, "-P", "-m", "coordlfs_loader.broker", os.fspath(path), group],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+    _brokers.append(broker)
+    return broker
+
+
+def lock(path: str) -> int | None:
+    """The lock of who is the broker, as long as this process lives; None if somebody else is."""
+    while True:
+        fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(f"{path}.lock").st_ino == os.fstat(fd).st_ino:
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(fd)  # the last broker removed it meanwhile
+
+
+def unlink(path: str) -> None:
+    """Remove a broker's socket and lock. Only who holds the lock does."""
+    for leftover in (path, f"{path}.lock"):
+        with suppress(FileNotFoundError):
+            os.unlink(leftover)
+
+
+def sweep(group: str) -> None:
+    """Remove what a broker left behind that was killed, unless there is another."""
+    path = os.fspath(socket_path(group))
+    fd = lock(path)
+    if fd is not None:
+        unlink(path)
+        os.close(fd)
 
 
 def send(sock: socket.socket, message: Message, fd: int | None = None, flags: int = 0) -> None:

@@ -76,11 +76,11 @@ class Workers:
         """Replace those that died; names and causes of death. Raises what a worker could not begin for."""
         lost = []
         for number, (process, pipe, name) in list(self._processes.items()):
+            failure = None
             with suppress(EOFError, OSError):
-                if pipe.poll():
-                    failure = pipe.recv()
-                    if isinstance(failure, ExceptionWrapper):
-                        failure.reraise()
+                failure = pipe.recv() if pipe.poll() else None
+            if isinstance(failure, ExceptionWrapper):
+                failure.reraise()
             if process.is_alive():
                 continue
             process.join()

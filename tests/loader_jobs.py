@@ -243,5 +243,7 @@ def _be(arguments: dict[str, Any], *fds: int) -> None:
     for handler in logging.root.handlers[:]:
         logging.root.removeHandler(handler)  # pytest's
     torch.set_num_threads(1)
+    if "cgroup" in arguments:
+        Path(arguments["cgroup"], "cgroup.procs").write_text("0")
     main(arguments)
     sys.stdout.flush()

@@ -73,6 +73,7 @@ class GroupMachine(RuleBasedStateMachine):
                 case Task(worker, epoch, number, slot, room):
                     assert worker in self.idle
                     assert worker not in self.retired
+                    assert worker not in self.jobs or not self.jobs[worker].queue  # it has better to do
                     self.idle.discard(worker)
                     self.tasks[worker] = (epoch, number)
                     if room:

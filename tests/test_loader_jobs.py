@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,32 +12,34 @@ from pathlib import Path
 
 import pytest
 from loader_jobs import Job, alive, broker_pid, eventually, workers_of
+from mounts import Cgroup
 
 MakeJob = Callable[..., Job]
 
 
 @pytest.fixture(autouse=True)
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A runtime directory of the test's own; afterwards nothing is in it, and nothing is new in /dev/shm."""
-    shared = set(os.listdir("/dev/shm"))
+    """A runtime directory of the test's own, in which afterwards nothing is."""
     path = tmp_path / "run"
     monkeypatch.setenv("COORDLFS_RUNTIME_DIR", str(path))
     yield path
-    eventually(lambda: not path.exists() or not [p for p in path.iterdir() if not p.name.endswith(".lock")])
-    eventually(lambda: set(os.listdir("/dev/shm")) <= shared)  # other processes of this machine use it as well
+    eventually(lambda: not path.exists() or list(path.iterdir()) == [])
 
 
 @pytest.fixture
 def job() -> Iterator[MakeJob]:
-    """Starts jobs, and ends them."""
+    """Starts jobs, and ends them; afterwards nothing of them is in /dev/shm."""
+    pids = []
     with ExitStack() as stack:
 
         def make(**arguments: object) -> Job:
             made = Job("test", **arguments)
+            pids.append(made.pid)
             stack.callback(made.end)
             return made
 
         yield make
+    assert not [name for name in os.listdir("/dev/shm") for pid in pids if str(pid) in re.findall(r"\d+", name)]
 
 
 def test_jobs_share_their_epochs(job: MakeJob) -> None:
@@ -72,14 +75,19 @@ def test_a_killed_job_holds_nobody_up(job: MakeJob, after: int) -> None:
 
 @pytest.mark.parametrize("whose", ["one", "all", "again"])
 def test_killed_workers_are_replaced(job: MakeJob, whose: str) -> None:
-    jobs = [job(epochs=2, num_workers=2, prepare=0.01) for _ in range(2)]
+    jobs = [job(epochs=2, num_workers=2, prepare=0.01, step=True) for _ in range(2)]
     for j in jobs:
+        j.until("begin")
+        j.go_on(2)
         j.until("batch", 2)
-    for _ in range(3 if whose == "again" else 1):
+    for _ in range(2 if whose == "again" else 1):  # a third time, and the batch is given up
         pids = [pid for j in jobs for pid in workers_of(j.pid)]
         for pid in pids[:1] if whose == "one" else pids:
             os.kill(pid, signal.SIGKILL)
+        jobs[0].go_on()
         jobs[0].until("batch")
+    for j in jobs:
+        j.go_on(1000)
     said = [j.finish() for j in jobs]
     assert "was killed by signal: Killed; another takes its place" in said[0]
     for j in jobs:
@@ -88,29 +96,33 @@ def test_killed_workers_are_replaced(job: MakeJob, whose: str) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_killed_brokers_are_replaced(job: MakeJob, workers: int) -> None:
-    jobs = [job(epochs=2, num_workers=workers, prepare=0.005, keep=True) for _ in range(3)]
+    jobs = [job(epochs=2, num_workers=workers, prepare=0.005, keep=True, step=True) for _ in range(3)]
+    for j in jobs:
+        j.until("begin")
     for batches in (1, 3, 6):
         for j in jobs:
+            j.go_on(batches)
             j.until("batch", batches)
-        pid = broker_pid("test")
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        os.kill(eventually(lambda: broker_pid("test")), signal.SIGKILL)
+    for j in jobs:
+        j.go_on(1000)
     for j in jobs:
         j.finish()
-    for j in jobs:
         j.check(*j.batches)
 
 
 def test_everything_killed_at_once(job: MakeJob) -> None:
     """Broker, workers and a job: the one that is left goes on."""
-    arguments = {"epochs": 2, "num_workers": 1, "prepare": 0.005}
+    arguments = {"epochs": 2, "num_workers": 1, "prepare": 0.005, "step": True}
     victim, survivor = job(**arguments), job(**arguments)
-    victim.until("batch", 3)
-    survivor.until("batch", 3)
-    pid = broker_pid("test")
-    assert pid is not None
-    for doomed in (pid, victim.pid, *workers_of(victim.pid), *workers_of(survivor.pid)):
+    for j in (victim, survivor):
+        j.until("begin")
+        j.go_on(3)
+        j.until("batch", 3)
+    broker = eventually(lambda: broker_pid("test"))
+    for doomed in (broker, victim.pid, *workers_of(victim.pid), *workers_of(survivor.pid)):
         os.kill(doomed, signal.SIGKILL)
+    survivor.go_on(1000)
     survivor.finish()
     survivor.check(*survivor.batches)
 
@@ -204,6 +216,20 @@ def test_a_batch_that_kills_its_workers_is_given_up(job: MakeJob) -> None:
         assert "3 workers died while they prepared this batch" in raised["text"]
         assert "was killed by signal: Killed" in raised["text"]
         assert len(j.batches[0]) == 14
+
+
+def test_the_oom_killer_is_named(job: MakeJob, cgroup: Callable[[int], Cgroup]) -> None:
+    """In a real memory cgroup, by a sample that takes up more than it allows."""
+    inside = job(num_workers=1, bad={7: "eat"}, cgroup=str(cgroup(300 << 20).path))
+    outside = job(num_workers=0)
+    said = inside.finish()
+    outside.finish()
+    assert "was killed by the OOM killer: the memory limit of its cgroup was reached; another takes its place" in said
+    for j in (inside, outside):
+        raised = [e["text"] for e in j.events if e["event"] == "raised"]
+        assert len(j.batches[0]) + len(raised) == 15
+        assert all("was killed by the OOM killer" in text for text in raised)
+    eventually(lambda: broker_pid("test") is None)  # before the cgroup is taken down, which it may be in
 
 
 def test_a_stage_that_is_too_small_says_what_it_needs(job: MakeJob) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import os
 import subprocess
+import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import trio
+from coordlfs_tools.bench.network import Host
 from hypothesis import given
 from hypothesis import strategies as st
 from mounts import MakeMount, Mount, coordlfs, eventually, read, write_files
 from test_peers import free_ports
 
-from coordlfs.peers import discovery
+from coordlfs.peers import discovery, hostlist
 
 
 @pytest.mark.parametrize(
@@ -29,13 +34,82 @@ from coordlfs.peers import discovery
     ],
 )
 def test_host_lists_of_slurm(text: str, hosts: list[str]) -> None:
-    assert discovery.expand(text) == hosts
+    assert hostlist.expand(text) == hosts
 
 
-@given(st.text("ab[]-,0123", max_size=12))
+NAMES = st.text("abz-.9", min_size=1, max_size=4)
+RANGES = st.lists(st.tuples(st.integers(0, 120), st.integers(0, 12), st.integers(1, 4)), min_size=1, max_size=3)
+
+
+@given(st.lists(st.tuples(NAMES, st.lists(st.tuples(RANGES, st.just("") | NAMES), max_size=2)), max_size=3))
+def test_host_lists_as_slurm_writes_them(
+    entries: list[tuple[str, list[tuple[list[tuple[int, int, int]], str]]]],
+) -> None:
+    """Names with ranges of numbers in them, padded with zeros to a width."""
+    written, hosts = [], []
+    for name, brackets in entries:
+        text, heads = name, [name]
+        for ranges, tail in brackets:
+            parts, numbers = [], []
+            for first, more, width in ranges:
+                parts.append(f"{first:0{width}}" + (f"-{first + more:0{width}}" if more else ""))
+                numbers += [f"{n:0{len(parts[-1].split('-')[0])}}" for n in range(first, first + more + 1)]
+            text += f"[{','.join(parts)}]{tail}"
+            heads = [head + number + tail for head in heads for number in numbers]
+        written.append(text)
+        hosts += heads
+    assert hostlist.expand(",".join(written)) == hosts
+
+
+@given(st.text("ab[]-,0123 ", max_size=12))
 def test_host_lists_that_make_no_sense_are_refused_or_harmless(text: str) -> None:
     with suppress(ValueError):
-        assert all("," not in host for host in discovery.expand(text))
+        assert all(host and not set(host) & set(",[] ") for host in hostlist.expand(text))
+
+
+@pytest.mark.parametrize(
+    "text", ["a[", "a[1", "a]", "a[]", "a[1-]", "a[3-1]", "a,,b", "a,", "a[1]]", "a[0-99999999999]"]
+)
+def test_host_lists_that_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"hosts|numbers"):
+        hostlist.expand(text)
+
+
+def test_the_hosts_of_a_job_that_grows_and_ends(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a program in scontrol's place, since there is no Slurm here: it prints what the real one prints."""
+    said = place / "said"
+    program = place / "scontrol"
+    program.write_text(f'#!/bin/sh\n[ "$*" = "-o show job 7" ] && cat {said}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setattr(discovery, "_ASK_SLURM_EVERY", 0.01)
+    found: list[set[tuple[str, int]]] = []
+
+    async def watch() -> None:
+        async def until(hosts: set[str]) -> None:
+            with trio.fail_after(20):
+                while found[-1] != {(host, 7070) for host in hosts}:
+                    await trio.sleep(0.01)
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(discovery.watch, {"peers": "slurm:7070"}, found.append)
+            assert found == [{("n1", 7070), ("n2", 7070)}]
+            line = "JobId=7 JobName=train ReqNodeList=(null) ExcNodeList=x NodeList={} BatchHost=n1 NumNodes=3\n"
+            said.write_text(line.format("n[1-3]"))
+            await until({"n1", "n2", "n3"})
+            said.write_text(line.format("n2"))
+            await until({"n2"})
+            for nothing in ("(null)", "n[", ""):
+                said.write_text(line.format(nothing))
+                await trio.sleep(0.1)
+            said.unlink()
+            await trio.sleep(0.1)
+            assert found[-1] == {("n2", 7070)}  # what is known stays
+            nursery.cancel_scope.cancel()
+
+    trio.run(watch)
 
 
 @pytest.mark.parametrize("nodelist", ["localhost", "127.0.0.[1-1]"])
@@ -79,12 +153,20 @@ def _alive(nodes: list[Mount], count: int) -> None:
 # -- etcd -----------------------------------------------------------------------------------------------------------
 
 
-class _Etcd:
-    """A server of its own, with its data in `directory`."""
+_GET = """
+import sys, urllib.request
+body = sys.argv[2].encode() if len(sys.argv) > 2 else None
+print(urllib.request.urlopen(sys.argv[1], body, timeout=2).read().decode())
+"""
 
-    def __init__(self, directory: Path) -> None:
+
+class Etcd:
+    """A server of its own, with its data in `directory`; in the network of `host` if there is one."""
+
+    def __init__(self, directory: Path, host: Host | None = None) -> None:
         client, peer = free_ports(2)
-        self.url = f"http://127.0.0.1:{client}"
+        self.url = f"http://{host.address if host else '127.0.0.1'}:{client}"
+        self._inside = host.inside if host else list
         other = f"http://127.0.0.1:{peer}"
         self._command = ["etcd", "--data-dir", str(directory), "--name", "test", "--initial-cluster", f"test={other}"]
         self._command += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
@@ -93,13 +175,21 @@ class _Etcd:
 
     def start(self) -> None:
         quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen(self._command, stdout=quiet, stderr=quiet, start_new_session=True)
+        self._process = subprocess.Popen(
+            self._inside(self._command), stdout=quiet, stderr=quiet, start_new_session=True
+        )
         eventually(self._answers, 40, "etcd answers")
 
     def _answers(self) -> bool:
-        with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=1) as response:
-            return bool(response.status == 200)
-        return False
+        return b"true" in self._get("health")
+
+    def _get(self, path: str, body: str | None = None) -> bytes:
+        command = [sys.executable, "-c", _GET, f"{self.url}/{path}", *([body] if body else [])]
+        return subprocess.run(self._inside(command), capture_output=True, timeout=20).stdout
+
+    def put(self, key: str) -> None:
+        """Write an empty key, which is there for good."""
+        assert self._get("v3/kv/put", json.dumps({"key": base64.b64encode(key.encode()).decode()}))
 
     def stop(self) -> None:
         if self._process is not None:
@@ -113,8 +203,8 @@ class _Etcd:
 
 
 @pytest.fixture
-def etcd(place: Path) -> Iterator[_Etcd]:
-    server = _Etcd(place / "etcd")
+def etcd(place: Path) -> Iterator[Etcd]:
+    server = Etcd(place / "etcd")
     server.start()
     try:
         yield server
@@ -124,7 +214,7 @@ def etcd(place: Path) -> Iterator[_Etcd]:
 
 @pytest.mark.timeout(180)
 def test_nodes_find_each_other_through_etcd_which_may_stop(
-    source: Path, mount: MakeMount, etcd: _Etcd, make_node: Callable[..., Mount]
+    source: Path, mount: MakeMount, etcd: Etcd, make_node: Callable[..., Mount]
 ) -> None:
     names = write_files(source, 30, 50_000)
     peers = f"etcd:{etcd.url}/training/imagenet"

@@ -8,16 +8,20 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import liars
 import pytest
+from liars import Liar
 from mounts import (
     MIB,
+    Cgroup,
     MakeMount,
     Mount,
     coordlfs,
@@ -29,10 +33,11 @@ from mounts import (
     unmount_lazily,
     write_files,
 )
+from test_mount_memory import holding
 
 from coordlfs.peers import connection, protocol
 from coordlfs.peers.connection import Credentials
-from coordlfs.peers.protocol import ProtocolError, Reply, Request, Requests, Status, Verb
+from coordlfs.peers.protocol import ProtocolError, Reply, Request, Status, Verb
 
 _STALL = 20.0  # seconds that one read may take whatever the peers do: the limits, on a machine four times slower
 _KEY = b"0123456789abcdef0123456789abcdef"
@@ -112,6 +117,15 @@ def _unanswered(node: Mount) -> int:
     return int(peers["failures"] + peers["skipped"] + peers["refusals"])
 
 
+def _check_storage(nodes: Sequence[Mount], before: list[int], unanswered: list[int]) -> None:
+    """No node has read from its source since, but for what others did not answer, which is counted.
+
+    On a machine that is so busy that a node does not answer in time, its neighbour reads for itself, once a READ.
+    """
+    for node, bytes_before, unanswered_before in zip(nodes, before, unanswered, strict=True):
+        assert node.source_bytes() - bytes_before <= (_unanswered(node) - unanswered_before) * MIB
+
+
 # -- the caches add up ----------------------------------------------------------------------------------------------
 
 
@@ -136,9 +150,7 @@ def test_what_is_cached_somewhere_is_read_from_no_source(source: Path, nodes: Ca
         for node in made:
             _check(node, names, seed)
         drop_caches()
-    for node, bytes_before, unanswered_before in zip(made, before, unanswered, strict=True):
-        # On a machine that is so busy that a node does not answer in time, its neighbour reads for itself, once a READ.
-        assert node.source_bytes() - bytes_before <= (_unanswered(node) - unanswered_before) * MIB
+    _check_storage(made, before, unanswered)
     figures = [node.stats() for node in made]
     assert sum(f["pinned_items"] for f in figures) == 121 + 3
     assert all(f["pinned_items"] > 30 and f["peers"]["bytes"] > 0 for f in figures)
@@ -178,10 +190,41 @@ def test_what_belongs_to_a_node_that_joins_gives_way(source: Path, mount: MakeMo
             _check(node, names, seed)
             node.settle()
         drop_caches()
-    before = first.source_bytes(), second.source_bytes()
-    _check(first, names, 9)
-    _check(second, names, 9)
-    assert (first.source_bytes(), second.source_bytes()) == before
+    made = (first, second)
+    before, unanswered = [node.source_bytes() for node in made], [_unanswered(node) for node in made]
+    for node in made:
+        _check(node, names, 9)
+    _check_storage(made, before, unanswered)
+
+
+@pytest.mark.timeout(120)
+def test_an_owner_whose_memory_gets_tight_says_no(
+    cgroup: Callable[[int], Cgroup], source: Path, nodes: Callable[..., list[Mount]]
+) -> None:
+    """It gives back what it caches; the others read what it refuses, and are right."""
+    names = write_files(source, 128, MIB)
+    asker, owner = nodes(2, "256M")
+    group = cgroup(500 * MIB)
+    for pid in owner.pids:
+        (group.path / "cgroup.procs").write_text(str(pid))
+    for node in (asker, owner):
+        _check(node, names)
+        node.settle()
+    drop_caches()
+    held = owner.stats()["pinned_bytes"]
+    with holding(400 * MIB, group) as neighbour:
+        assert neighbour.stdout is not None
+        assert neighbour.stdout.readline() == "held\n"
+        eventually(lambda: owner.stats()["pinned_bytes"] < held)
+        owner.settle()
+        drop_caches()
+        before = asker.stats()["peers"]["refusals"]
+        _check(asker, names, 1)
+        figures = asker.stats()["peers"]
+        assert figures["refusals"] > before
+        assert figures["failures"] == 0
+        assert neighbour.poll() is None
+    assert owner.stats()["pinned_bytes"] < held
 
 
 # -- nodes that go and come -----------------------------------------------------------------------------------------
@@ -301,134 +344,36 @@ def test_a_frozen_node_costs_a_bounded_delay_once(source: Path, nodes: Callable[
 # -- peers that lie -------------------------------------------------------------------------------------------------
 
 
-class _Liar:
-    """A node that knows the key and says who it is, and answers requests for bytes with `lie`."""
-
-    def __init__(self, port: int, key: bytes, lie: Callable[[socket.socket, Request], None]) -> None:
-        self._listener = socket.create_server(("127.0.0.1", port))
-        self._credentials = Credentials(key)
-        self._lie = lie
-        self.asked = 0
-        self.strangers = 0
-        self._socks: list[socket.socket] = []
-        self._port = port
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                sock, _ = self._listener.accept()
-                self._socks.append(sock)
-                self._threads.append(threading.Thread(target=self._serve, args=(sock,)))
-                self._threads[-1].start()
-
-    def _serve(self, sock: socket.socket) -> None:
-        with suppress(OSError, ProtocolError):
-            try:
-                connection.accept(sock, self._credentials, None)
-            except ProtocolError:
-                self.strangers += 1
-                sock.close()
-                return
-            connection.set_limits(sock, 30, 30)
-            requests = Requests()
-            while data := sock.recv(1 << 16):
-                for request in requests.feed(data):
-                    if request.verb is Verb.INFO:
-                        text = json.dumps(
-                            {"name": f"127.0.0.1:{self._port}", "instance": "liar", "capacity": 1 << 40, "pinned": 0}
-                        ).encode()
-                        reply = Reply(Status.OK, request.number, len(text), protocol.checksum(text))
-                        sock.sendall(protocol.encode_reply(reply) + text)
-                    else:
-                        self.asked += 1
-                        self._lie(sock, request)
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for sock in self._socks:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for sock in self._socks:
-            sock.close()
-
-
 @pytest.fixture
-def liar() -> Iterator[Callable[..., _Liar]]:
+def liar() -> Iterator[Callable[..., Liar]]:
     """Makes a node that lies."""
     with ExitStack() as stack:
 
-        def make(port: int, lie: Callable[[socket.socket, Request], None], key: bytes = b"") -> _Liar:
-            made = _Liar(port, key, lie)
+        def make(port: int, lie: liars.Lie, key: bytes = b"", says: bytes | None = None) -> Liar:
+            made = Liar(socket.create_server(("127.0.0.1", port)), key, lie, says)
             stack.callback(made.close)
             return made
 
         yield make
 
 
-def _garbage(sock: socket.socket, request: Request) -> None:
-    sock.sendall(os.urandom(5000))
-
-
-def _wrong_bytes(sock: socket.socket, request: Request) -> None:
-    data = bytes(request.length)
-    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number, len(data), protocol.checksum(b"x"))) + data)
-
-
-def _wrong_version(sock: socket.socket, request: Request) -> None:
-    sock.sendall(protocol.encode_reply(Reply(Status.WRONG_VERSION, request.number)))
-
-
-def _half_a_frame(sock: socket.socket, request: Request) -> None:
-    data = bytes(request.length // 2)
-    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number, request.length, 1)) + data)
-    sock.shutdown(socket.SHUT_RDWR)
-
-
-def _half_a_head(sock: socket.socket, request: Request) -> None:
-    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number, request.length, 1))[:7])
-    sock.shutdown(socket.SHUT_RDWR)
-
-
-def _nothing(sock: socket.socket, request: Request) -> None:
-    pass
-
-
-def _too_much(sock: socket.socket, request: Request) -> None:
-    data = bytes(request.length + 4096)
-    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number, len(data), protocol.checksum(data))) + data)
-
-
-def _another_answer(sock: socket.socket, request: Request) -> None:
-    data = bytes(request.length)
-    sock.sendall(protocol.encode_reply(Reply(Status.OK, request.number + 1, len(data), protocol.checksum(data))) + data)
-
-
-def _an_error(sock: socket.socket, request: Request) -> None:
-    sock.sendall(protocol.encode_reply(Reply(Status.ERROR, request.number)))
-
-
 _LIES = [
-    (_garbage, "failures"),
-    (_wrong_bytes, "bad_payloads"),
-    (_wrong_version, "wrong_versions"),
-    (_half_a_frame, "failures"),
-    (_half_a_head, "failures"),
-    (_nothing, "failures"),
-    (_too_much, "failures"),
-    (_another_answer, "failures"),
-    (_an_error, "failures"),
+    (liars.garbage, "failures"),
+    (liars.wrong_bytes, "bad_payloads"),
+    (liars.wrong_version, "wrong_versions"),
+    (liars.half_a_frame, "failures"),
+    (liars.half_a_head, "failures"),
+    (liars.nothing, "failures"),
+    (liars.too_much, "failures"),
+    (liars.another_answer, "failures"),
+    (liars.an_error, "failures"),
 ]
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("lie", "counted"), _LIES)
 def test_whatever_a_peer_answers_readers_get_right_bytes(
-    source: Path, mount: MakeMount, liar: Callable[..., _Liar], lie: Any, counted: str
+    source: Path, mount: MakeMount, liar: Callable[..., Liar], lie: Any, counted: str
 ) -> None:
     names = write_files(source, 30, 50_000)
     ports = free_ports(2)
@@ -446,7 +391,38 @@ def test_whatever_a_peer_answers_readers_get_right_bytes(
 
 
 @pytest.mark.timeout(60)
-def test_a_slow_peer_is_left_alone(source: Path, mount: MakeMount, liar: Callable[..., _Liar]) -> None:
+@pytest.mark.parametrize(
+    "says",
+    [
+        b"[" * 10_000,
+        b"null",
+        liars.introduction("\ud800:1"),
+        liars.introduction("[red]\n:1"),
+        liars.introduction("no address"),
+        liars.introduction("a:1", -1),
+    ],
+)
+def test_who_does_not_say_who_it_is_is_no_member_and_harms_nobody(
+    source: Path, mount: MakeMount, liar: Callable[..., Liar], says: bytes
+) -> None:
+    names = write_files(source, 3, 50_000)
+    ports = free_ports(2)
+    liar(ports[1], liars.nothing, says=says)
+    node = mount(source, "16M", *_options(ports[0], ports))
+    before = node.stats()["processes"]
+
+    def problem() -> str:
+        found: str = json.loads(coordlfs("peers", node.path, "--json").stdout)[1]["problem"]
+        return found
+
+    eventually(lambda: node.stats()["peers"].get("known") == 1 and problem() != "not yet reached")
+    _check(node, names)
+    assert node.stats()["peers"]["alive"] == 0
+    assert node.stats()["processes"] == before
+
+
+@pytest.mark.timeout(60)
+def test_a_slow_peer_is_left_alone(source: Path, mount: MakeMount, liar: Callable[..., Liar]) -> None:
     """It sends right bytes at 100 kB/s."""
     names = write_files(source, 20, 100_000)
 
@@ -504,28 +480,33 @@ def test_nodes_with_the_key_share_and_a_stranger_learns_nothing(
                 said += data
         assert len(said) == protocol.GREETING  # a nonce, and nothing about anything
     # Whoever says nothing is not waited for, and does not keep others away.
+    _check_silence(where, Credentials(_KEY))
+
+
+def _check_silence(where: tuple[str, int], credentials: Credentials) -> None:
+    """A hundred connections on which nothing is said keep nobody who knows the key away for long."""
+
+    def meets() -> bool:
+        with suppress(OSError, ProtocolError):
+            connection.connect(where, credentials, credentials.context(server=False)).close()
+            return True
+        return False
+
     silent = [socket.create_connection(where, 5) for _ in range(100)]
     try:
-        eventually(lambda: _meets(where), 20)
+        eventually(meets, 20)
     finally:
         for sock in silent:
             sock.close()
 
 
-def _meets(where: tuple[str, int]) -> bool:
-    with suppress(OSError, ProtocolError):
-        connection.connect(where, Credentials(_KEY), None).close()
-        return True
-    return False
-
-
 @pytest.mark.timeout(60)
 def test_a_node_with_another_key_is_no_member(
-    source: Path, mount: MakeMount, liar: Callable[..., _Liar], key_file: Path
+    source: Path, mount: MakeMount, liar: Callable[..., Liar], key_file: Path
 ) -> None:
     names = write_files(source, 20, 50_000)
     ports = free_ports(2)
-    bad = liar(ports[1], _nothing, b"another key of no use")
+    bad = liar(ports[1], liars.nothing, b"another key of no use")
     node = mount(source, "16M", *_options(ports[0], ports, "--cluster-key-file", key_file))
     eventually(lambda: bad.strangers > 0)
     _check(node, names)
@@ -607,19 +588,34 @@ def test_what_makes_no_sense_is_refused_in_one_line(
 @pytest.mark.timeout(60)
 def test_the_commands_tell_of_the_nodes(source: Path, nodes: Callable[..., list[Mount]]) -> None:
     names = write_files(source, 40, 50_000)
-    one, two = nodes(2)
+    made = nodes(3)
+    one = made[0]
     for seed in range(2):
-        for node in (one, two):
+        for node in made:
             _check(node, names, seed)
             node.settle()
         drop_caches()
-    eventually(lambda: json.loads(coordlfs("peers", one.path, "--json").stdout)[1]["served_bytes"] > 0)
-    here, there = json.loads(coordlfs("peers", one.path, "--json").stdout)
+
+    def rows(node: Mount) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(coordlfs("peers", node.path, "--json").stdout)
+        return found
+
+    def exchanged() -> list[tuple[str, str, int, int]]:
+        tables = {rows(node)[0]["name"]: rows(node)[1:] for node in made}
+        received = {(here, row["name"]): row["received_bytes"] for here, table in tables.items() for row in table}
+        served = {(row["name"], here): row["served_bytes"] for here, table in tables.items() for row in table}
+        return [(*pair, received[pair], served[pair]) for pair in received]
+
+    # What one has received of another is what that has sent it, as it says with its next greeting; on a machine so busy
+    # that an answer is not waited for, that was sent all the same.
+    lost = sum(map(_unanswered, made)) * MIB
+    eventually(lambda: all(0 < received <= served <= received + lost for _, _, received, served in exchanged()))
+    here, there, _ = rows(one)
     assert here["self"]
     assert there["state"] == "alive"
-    assert there["received_bytes"] == one.stats()["peers"]["bytes"] > 0
+    assert sum(row["received_bytes"] for row in rows(one)[1:]) == one.stats()["peers"]["bytes"]
     assert there["latency_seconds"] < 1
-    assert here["share"] + there["share"] == pytest.approx(1)
+    assert sum(row["share"] for row in rows(one)) == pytest.approx(1)
     assert here["pinned_bytes"] == one.stats()["pinned_bytes"]
     assert there["name"] in coordlfs("peers", one.path).stdout.replace("\n", "")
     assert "local / peer / source" in coordlfs("status", one.path).stdout
@@ -628,6 +624,42 @@ def test_the_commands_tell_of_the_nodes(source: Path, nodes: Callable[..., list[
     assert any(epoch["peer_bytes"] for epoch in epochs)
     for epoch in epochs:
         assert epoch["local_bytes"] + epoch["peer_bytes"] + epoch["bytes"] == 40 * 50_000
+
+
+@pytest.mark.timeout(60)
+def test_two_mounts_on_one_host_as_the_readme_shows_it(source: Path, place: Path, mount: MakeMount) -> None:
+    """The lines as they are printed; only the directories are others."""
+    (source / "train").mkdir()
+    names = [f"train/{name}" for name in write_files(source / "train", 60, 100_000)]
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    [block] = [part for part in text.split("```") if part.startswith("sh\n") and "--peers" in part]
+    lines = block.replace("/data/imagenet", str(source)).replace("/mnt/", f"{place}/").splitlines()[1:]
+    assert len(lines) == 4
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with ExitStack() as stack:
+        for path in (place / "a", place / "b"):
+            stack.callback(unmount_lazily, path)
+        said = [
+            subprocess.run(["sh", "-c", line], env=environment, capture_output=True, text=True, timeout=60)
+            for line in lines
+        ]
+        assert [done.returncode for done in said] == [0] * 4, said
+        assert "127.0.0.1:7071" in said[3].stdout
+        assert "127.0.0.1:7072" in said[3].stdout
+        made = [Mount(source, place / name, place / f"log-{name}") for name in ("a", "b")]
+        for node in made:
+            stack.callback(node.end)
+        _alive(*made, count=1)
+
+        def share() -> bool:
+            drop_caches()
+            for node in made:
+                _check(node, names)
+                node.settle()
+            # One of them, at least: what the other has read before it knew of a neighbour, it keeps.
+            return any(node.stats()["peers"]["bytes"] > 0 for node in made)
+
+        eventually(share)
 
 
 @pytest.mark.timeout(60)
@@ -678,3 +710,4 @@ def test_tls_between_nodes_and_a_foreign_authority(source: Path, mount: MakeMoun
     where = ("127.0.0.1", ports[0])
     with pytest.raises((ProtocolError, OSError)):
         connection.connect(where, Credentials(_KEY), None)  # the key alone is not enough
+    _check_silence(where, Credentials(_KEY, *map(str, ours)))

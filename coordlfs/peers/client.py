@@ -1,12 +1,16 @@
 """Asking a peer: a pool of connections to each, on which requests are pipelined, and a breaker before it.
 
-Called by byte-lane threads, which receive straight into the memory that the reply to the kernel is sent from. Replies
-come in the order of the requests, so each thread waits for its turn and reads its own; no thread is needed to
-distribute them. Whatever goes wrong costs a bounded time, and the caller reads the source.
+Whoever asks sends its request and goes on. Replies come in the order of the requests; one thread, the receiver, takes
+them from all connections and hands each to the function that waits for it, in memory that is used for the next one
+afterwards. So a READ that another node answers holds no thread, and costs no switch between threads. Whatever goes
+wrong is said within a bounded time, and the source is read.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import select
 import socket
 import ssl
 import threading
@@ -14,17 +18,24 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import Enum
 
+from coordlfs.kernel import pages
 from coordlfs.peers import connection, protocol
 from coordlfs.peers.breaker import Breaker
 from coordlfs.peers.connection import Credentials
-from coordlfs.peers.protocol import ProtocolError, Request, Status, Verb
+from coordlfs.peers.protocol import ProtocolError, Reply, Request, Status, Verb
+
+log = logging.getLogger(__name__)
 
 _CONNECTIONS = 8  # per peer
-_WAITING = 64  # requests that wait for one peer: half of the byte lane's threads, which all have other things to do
-_ALL_WAITING = 96  # and for all peers
+_ASKED = 64  # requests that one peer has not answered
+_OPENING = 96  # threads that wait for connections to be opened: so many are left for the source
 _SLOW_AFTER, _SLOW_RATE = 0.3, 1e6  # a payload that takes so many seconds at fewer bytes a second is a failure
+_AT_ONCE = 0.02  # seconds that the receiver stays with one reply which has begun, while others wait
+_LOOK_EVERY = 0.2  # seconds between two looks for what is late
+_ROOMS = 4  # buffers for payloads that are kept
 
 
 class Outcome(Enum):
@@ -39,106 +50,212 @@ class Outcome(Enum):
     SKIPPED = "skipped"  # not asked: the breaker is open, or too many wait
 
 
-_OUTCOMES = {Status.NO: Outcome.NO, Status.WRONG_VERSION: Outcome.WRONG_VERSION, Status.ERROR: Outcome.ERROR}
+Done = Callable[[Outcome, memoryview | None], None]  # the payload goes with OK, and is good until the call returns
+_OUTCOMES = {
+    Status.OK: Outcome.OK,
+    Status.NO: Outcome.NO,
+    Status.WRONG_VERSION: Outcome.WRONG_VERSION,
+    Status.ERROR: Outcome.ERROR,
+}
+_PAYLOAD_AT = pages.PAGE  # in a buffer: a payload begins with a page, and its head lies before it
+_HEAD_AT = _PAYLOAD_AT - protocol.REPLY
+
+
+@dataclass(slots=True)
+class _Call:
+    """A request that is under way."""
+
+    request: Request
+    since: float
+    done: Done
 
 
 class Pipe:
-    """One connection. Requests go out at once; replies are read in turn, each by who asked."""
+    """One connection. Any thread sends; the receiver alone receives, and closes."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, on_end: Callable[[Pipe], None]) -> None:
         self.sock = sock
+        self.calls: deque[_Call] = deque()
         self.broken = False
-        self.number = 0
-        self.turns: deque[threading.Lock] = deque()
+        self._on_end = on_end
+        # Also keeps receiving apart from sending where that is TLS: OpenSSL wants one thread at a time.
         self._lock = threading.Lock()
-        # OpenSSL wants one thread at a time, also of a sender and a receiver.
-        self._alone = threading.Lock() if isinstance(sock, ssl.SSLSocket) else None
+        self._is_tls = isinstance(sock, ssl.SSLSocket)
+        self._room: memoryview | None = None  # what was received of the reply that is due lies here
+        self._got = 0  # bytes of it, its head included
+        self._reply: Reply | None = None  # its head, once that is there
+        self._began = self._heard = 0.0  # the reply that is due; the last one
+        if self._is_tls:
+            sock.setblocking(False)
+        else:
+            connection.set_limits(sock, _AT_ONCE, connection.CONNECT)
 
-    def ask(self, request: Callable[[int], Request], into: memoryview) -> protocol.Reply:
-        """Send a request and receive its reply and payload. Raises OSError, ProtocolError, and is broken then."""
-        if self._alone is None:
-            return self._ask(request, into)
-        if not self._alone.acquire(timeout=connection.ANSWER):
-            raise TimeoutError("too slow")
-        try:
-            return self._ask(request, into)
-        finally:
-            self._alone.release()
-
-    def _ask(self, request: Callable[[int], Request], into: memoryview) -> protocol.Reply:
-        turn = threading.Lock()
-        turn.acquire()
+    def send(self, request: Request, done: Done) -> bool:
+        """Send a request, after which `done` is called once. False: the connection is broken, and it is not."""
+        encoded = protocol.encode_request(request)
         with self._lock:
-            self.number = self.number + 1 & 0xFFFFFFFF
-            asked = request(self.number)
             if self.broken:
-                raise ProtocolError("the connection broke before")
+                return False
+            self.calls.append(_Call(request, time.monotonic(), done))
             try:
-                self.sock.sendall(protocol.encode_request(asked))
+                self.sock.sendall(encoded)
+                return True
             except OSError:
-                self._break()
-                raise
-            self.turns.append(turn)
-            if len(self.turns) == 1:
-                turn.release()
+                pass
+        self.fail()
+        return True
+
+    def fail(self, outcome: Outcome = Outcome.FAILED) -> None:
+        """Break the connection: the first call that is under way gets `outcome`, all others FAILED."""
+        with self._lock:
+            calls, self.calls = self.calls, deque()
+            self.broken = True
+            with suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)  # which tells the receiver
+        self._on_end(self)
+        for call in calls:
+            call.done(outcome, None)
+            outcome = Outcome.FAILED
+
+    # -- called by the receiver ---------------------------------------------------------------------------------
+
+    def _take(self, view: memoryview, flags: int) -> int:
+        """Receive into `view` what there is; 0 if there is nothing now. Raises OSError, ProtocolError."""
         try:
-            if not turn.acquire(timeout=connection.ANSWER):
-                raise TimeoutError("too slow")
-            return self._receive(asked, into)
-        except BaseException:
-            self._break()
-            raise
-        finally:
-            with self._lock:
-                first = self.turns[0] is turn
-                self.turns.remove(turn)
-                if first and self.turns:
-                    self.turns[0].release()
-                self._close_if_unused()
+            if self._is_tls:
+                with self._lock:
+                    if self.broken:
+                        raise ProtocolError("the connection broke before")
+                    n = self.sock.recv_into(view)
+            else:
+                n = self.sock.recv_into(view, 0, flags)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
+        if not n:
+            raise ProtocolError("the connection ended")
+        return n
 
-    def _receive(self, asked: Request, into: memoryview) -> protocol.Reply:
-        if self.broken:
-            raise ProtocolError("the connection broke before")
-        head = bytearray(protocol.REPLY)
-        connection.fill(self.sock, memoryview(head))
-        reply = protocol.parse_reply(head, asked)
-        if reply.length:
-            began = time.monotonic()
-            connection.fill(self.sock, into[: reply.length])
-            took = time.monotonic() - began
-            if took > _SLOW_AFTER and reply.length / took < _SLOW_RATE:
-                raise TimeoutError("too slow")
-        return reply
+    def receive(self, rooms: list[memoryview]) -> None:
+        """Take what has come, and hand on what is complete. Raises OSError, ProtocolError.
 
-    def _break(self) -> None:
-        self.broken = True
-        with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)  # wakes whoever is receiving
+        One call of recv takes head and payload of the reply that is due, where both have come. If it is a refusal, what
+        was taken for its payload is of the replies that follow.
+        """
+        if self._room is None:
+            self._room = rooms.pop() if rooms else memoryview(pages.buffer(_PAYLOAD_AT + protocol.MOST_PAYLOAD))
+        self._receive(self._room)
+        if not self._got:  # else it is kept for what is still to come
+            if len(rooms) < _ROOMS:
+                rooms.append(self._room)
+            self._room = None
+
+    def _receive(self, room: memoryview) -> None:
+        flags = socket.MSG_DONTWAIT
+        while True:
+            try:
+                due = self._reply.length if self._reply else self.calls[0].request.length
+            except IndexError:
+                due = 0
+            if self._got < protocol.REPLY or (self._reply and self._got < protocol.REPLY + due):
+                n = self._take(room[_HEAD_AT + self._got : _PAYLOAD_AT + due], flags)
+                if not n:
+                    return
+                self._got += n
+            if self._reply is None and self._got >= protocol.REPLY:
+                if not self.calls:
+                    raise ProtocolError("a reply that nobody asked for")
+                self._reply = protocol.parse_reply(room[_HEAD_AT:_PAYLOAD_AT], self.calls[0].request)
+                self._began = time.monotonic()
+                # A peer that has begun goes on, nearly always: to wait here for the rest is cheaper than to come again.
+                flags = socket.MSG_WAITALL
+            reply = self._reply
+            if reply is None or self._got < protocol.REPLY + reply.length:
+                if reply is not None and flags == socket.MSG_WAITALL and time.monotonic() - self._began > _AT_ONCE:
+                    return
+                continue
+            payload = room[_PAYLOAD_AT : _PAYLOAD_AT + reply.length]
+            if reply.status is Status.OK and protocol.checksum(payload) != reply.checksum:
+                self.fail(Outcome.BAD)
+                return
+            self._finish(_OUTCOMES[reply.status], payload)
+            self._got -= protocol.REPLY + reply.length
+            if self._got:
+                after = _PAYLOAD_AT + reply.length
+                room[_HEAD_AT : _HEAD_AT + self._got] = room[after : after + self._got]
+            elif not self._is_tls or self.broken:  # OpenSSL may have more, of which the kernel knows nothing
+                return
+            flags = socket.MSG_DONTWAIT
+
+    def _finish(self, outcome: Outcome, payload: memoryview) -> None:
+        self._reply, self._heard = None, time.monotonic()
+        with self._lock:
+            if self.broken:
+                return  # and who waited was told
+            call = self.calls.popleft()
+        call.done(outcome, payload)
+
+    def is_late(self, now: float) -> bool:
+        """Whether a reply should have come by now, or goes on too slowly."""
+        if self._reply is not None:
+            took = now - self._began
+            return took > connection.ANSWER or (took > _SLOW_AFTER and self._got < took * _SLOW_RATE)
+        try:
+            since = self.calls[0].since
+        except IndexError:
+            return False
+        return now - max(since, self._heard) > connection.ANSWER or now - since > 2 * connection.ANSWER
+
+
+class Receiver:
+    """Receives what peers answer, on a thread of its own that calls `run`."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._pipes: dict[int, Pipe] = {}
+        self._rooms: list[memoryview] = []
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._closing = False
+
+    def add(self, pipe: Pipe) -> None:
+        """Receive of a connection from now on, and close it when it is broken."""
+        self._pipes[pipe.sock.fileno()] = pipe
+        self._epoll.register(pipe.sock, select.EPOLLIN)
+
+    def run(self) -> None:
+        """Receive, until `close`."""
+        look = 0.0
+        while not self._closing:
+            for fd, _ in self._epoll.poll(_LOOK_EVERY):
+                pipe = self._pipes.get(fd)
+                if pipe is not None:
+                    self._receive(pipe)
+            now = time.monotonic()
+            if now >= look:
+                look = now + _LOOK_EVERY
+                for pipe in list(self._pipes.values()):
+                    if pipe.is_late(now):
+                        pipe.fail()
+        for pipe in list(self._pipes.values()):
+            pipe.fail()
+            pipe.sock.close()
+
+    def _receive(self, pipe: Pipe) -> None:
+        if not pipe.broken:
+            try:
+                pipe.receive(self._rooms)
+            except (OSError, ProtocolError) as e:
+                log.debug("a connection to a peer ends: %s", e)
+                pipe.fail()
+        if pipe.broken:
+            del self._pipes[pipe.sock.fileno()]
+            self._epoll.unregister(pipe.sock)
+            pipe.sock.close()
 
     def close(self) -> None:
-        """Break the connection; its descriptor is closed when nobody uses it any more."""
-        with self._lock:
-            self._break()
-            self._close_if_unused()
-
-    def _close_if_unused(self) -> None:
-        if self.broken and not self.turns:
-            self.sock.close()
-
-
-class Waiting:
-    """How many threads wait for peers: never so many that none is left for the source."""
-
-    def __init__(self, most: int = _ALL_WAITING) -> None:
-        self._free = threading.Semaphore(most)
-
-    def enter(self) -> bool:
-        """Whether one more may wait; it calls `leave` afterwards."""
-        return self._free.acquire(blocking=False)
-
-    def leave(self) -> None:
-        """It waits no longer."""
-        self._free.release()
+        """End `run`, and every connection."""
+        self._closing = True
+        os.eventfd_write(self._wake, 1)
 
 
 class Peer:
@@ -150,115 +267,118 @@ class Peer:
         address: tuple[str, int],
         credentials: Credentials,
         tls: ssl.SSLContext | None,
-        waiting: Waiting,
+        receiver: Receiver,
+        opening: threading.Semaphore,
+        asker: str,
     ) -> None:
+        """`opening` bounds how many threads wait for the connections of all peers; `asker` is the name of this node."""
         self.name = name
+        self._asker = asker
         self.address = address
         self.received_bytes = 0
-        self.received = 0
         self.outcomes = dict.fromkeys(Outcome, 0)
         self.breaker = Breaker()
         self._credentials = credentials
         self._tls = tls
-        self._waiting = waiting
+        self._receiver = receiver
+        self._openers = opening
         self._pipes: list[Pipe] = []
         self._opening = 0
-        self._asking = 0
+        self._asked = self._number = 0
         self._lock = threading.Lock()
 
-    def get(
+    def ask(
         self,
         path: bytes,
         version: tuple[int, int],
         offset: int,
-        into: memoryview,
+        length: int,
+        done: Done,
         before_wait: Callable[[], None],
-    ) -> Outcome:
-        """Have the peer fill `into` with the bytes at `offset` of a file in `version` (size, mtime_ns).
+    ) -> Outcome | None:
+        """Ask for `length` bytes at `offset` of a file in `version` (size, mtime_ns).
 
-        `before_wait` is called before anything that may wait. Takes a few seconds at most, and raises nothing.
+        None: it is asked, and `done` will be called, by whatever thread, within a few seconds. Else why it is not.
+        `before_wait` is called before a connection is opened, which may take a second or three.
         """
-        if not self._waiting.enter():
-            return self._count(Outcome.SKIPPED, 0)
-        try:
-            with self._lock:
-                if self._asking >= _WAITING or not self.breaker.allows(time.monotonic()):
-                    self.outcomes[Outcome.SKIPPED] += 1
-                    return Outcome.SKIPPED
-                self._asking += 1
-            outcome = Outcome.FAILED
-            try:
-                before_wait()
-                outcome = self._ask(path, version, offset, into)
-            finally:
-                with self._lock:
-                    self._asking -= 1
-                    if outcome in (Outcome.FAILED, Outcome.BAD):
-                        self.breaker.failed(time.monotonic())
-                    else:
-                        self.breaker.succeeded()
-            return self._count(outcome, len(into))
-        finally:
-            self._waiting.leave()
-
-    def _count(self, outcome: Outcome, nbytes: int) -> Outcome:
         with self._lock:
-            self.outcomes[outcome] += 1
-            if outcome is Outcome.OK:
-                self.received += 1
-                self.received_bytes += nbytes
+            if self._asked >= _ASKED or not self.breaker.allows(time.monotonic()):
+                return self._count(Outcome.SKIPPED)
+            self._asked += 1
+            self._number = self._number + 1 & 0xFFFFFFFF
+            request = Request(Verb.GET, self._number, length, offset, *version, path)
+            pipe = self._free_pipe()
+            if pipe is None:
+                self._opening += 1
+        if pipe is None:
+            pipe = self._open(before_wait)
+
+        def answered(outcome: Outcome, payload: memoryview | None) -> None:
+            with self._lock:
+                self._asked -= 1
+                if outcome is Outcome.OK:
+                    self.received_bytes += length
+                if outcome in (Outcome.FAILED, Outcome.BAD):
+                    self.breaker.failed(time.monotonic())
+                else:
+                    self.breaker.succeeded()
+                self._count(outcome)
+            done(outcome, payload)
+
+        if pipe is not None and pipe.send(request, answered):
+            return None
+        with self._lock:
+            self._asked -= 1
+            self.breaker.failed(time.monotonic())
+            return self._count(Outcome.FAILED)
+
+    def _count(self, outcome: Outcome) -> Outcome:
+        self.outcomes[outcome] += 1
         return outcome
 
-    def _ask(self, path: bytes, version: tuple[int, int], offset: int, into: memoryview) -> Outcome:
-        pipe = None
-        try:
-            pipe = self._pipe()
-            reply = pipe.ask(lambda number: Request(Verb.GET, number, len(into), offset, *version, path), into)
-        except (OSError, ProtocolError, ValueError):
-            if pipe is not None:
-                self._remove(pipe)
-            self._close_idle()
-            return Outcome.FAILED
-        if reply.status is not Status.OK:
-            return _OUTCOMES[reply.status]
-        if protocol.checksum(into) != reply.checksum:
-            self._remove(pipe)
-            return Outcome.BAD
-        return Outcome.OK
+    def _free_pipe(self) -> Pipe | None:
+        """A connection without requests; the one with the fewest if there may be no more; else None: open another."""
+        for pipe in self._pipes:
+            if not pipe.calls:
+                return pipe
+        if len(self._pipes) + self._opening < _CONNECTIONS:
+            return None
+        return min(self._pipes, key=lambda pipe: len(pipe.calls), default=None)
 
-    def _pipe(self) -> Pipe:
-        """The connection with the fewest requests under way; a new one if all are in use and there may be more."""
-        with self._lock:
-            best = min(self._pipes, key=lambda pipe: len(pipe.turns), default=None)
-            if best is not None and (not best.turns or len(self._pipes) + self._opening >= _CONNECTIONS):
-                return best
-            self._opening += 1
+    def _open(self, before_wait: Callable[[], None]) -> Pipe | None:
         pipe = None
         try:
-            pipe = Pipe(connection.connect(self.address, self._credentials, self._tls))
+            if self._openers.acquire(blocking=False):
+                before_wait()
+                try:
+                    pipe = Pipe(connection.connect(self.address, self._credentials, self._tls), self._ended)
+                finally:
+                    self._openers.release()
+        except (OSError, ProtocolError) as e:
+            log.debug("%s cannot be reached: %s", self.name, e)
         finally:
             with self._lock:
                 self._opening -= 1
                 if pipe is not None:
                     self._pipes.append(pipe)
+        if pipe is not None:
+            self._receiver.add(pipe)
+            # Says for whom the peer counts what it sends; what it says of itself in turn is known.
+            pipe.send(Request(Verb.INFO, 0, path=self._asker.encode()), lambda outcome, payload: None)
         return pipe
 
-    def _remove(self, pipe: Pipe) -> None:
-        pipe.close()
+    def _ended(self, pipe: Pipe) -> None:
         with self._lock, suppress(ValueError):
             self._pipes.remove(pipe)
-
-    def _close_idle(self) -> None:
-        """If the peer was restarted every connection is of no use: find that out once, and not for each."""
-        with self._lock:
-            idle = [pipe for pipe in self._pipes if not pipe.turns]
-            self._pipes = [pipe for pipe in self._pipes if pipe.turns]
-        for pipe in idle:
-            pipe.close()
 
     def close(self) -> None:
         """Close every connection; who waits on one gets FAILED."""
         with self._lock:
             pipes, self._pipes = self._pipes, []
         for pipe in pipes:
-            pipe.close()
+            pipe.fail()
+
+
+def openers() -> threading.Semaphore:
+    """What bounds the threads that open connections to peers: never so many that none is left for the source."""
+    return threading.Semaphore(_OPENING)

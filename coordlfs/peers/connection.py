@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 
 from coordlfs.peers import protocol
-from coordlfs.peers.protocol import ProtocolError
+from coordlfs.peers.protocol import ProtocolError, Reply, Request
 
 CONNECT = 1.0  # seconds for each step until both sides know each other
 ANSWER = 3.0  # seconds until a reply begins, and then until its payload is there
@@ -48,7 +48,14 @@ class Credentials:
 
 
 def set_limits(sock: socket.socket, receive: float, send: float) -> None:
-    """Seconds after which a call on a blocking socket gives up, with BlockingIOError."""
+    """Seconds after which a call on a blocking socket gives up, with BlockingIOError; with TLS, `receive` for both.
+
+    OpenSSL's calls, the handshake among them, would try again for ever what the kernel gave up: there the interpreter
+    watches the time, and says TimeoutError.
+    """
+    if isinstance(sock, ssl.SSLSocket):
+        sock.settimeout(receive)
+        return
     for option, seconds in ((socket.SO_RCVTIMEO, receive), (socket.SO_SNDTIMEO, send)):
         sock.setsockopt(socket.SOL_SOCKET, option, _TIME.pack(int(seconds), int(seconds % 1 * 1e6)))
 
@@ -82,13 +89,20 @@ def _prepare(sock: socket.socket) -> None:
     set_limits(sock, CONNECT, CONNECT)
 
 
+def _wrap(sock: socket.socket, tls: ssl.SSLContext, *, server: bool) -> socket.socket:
+    wrapped = tls.wrap_socket(sock, server_side=server, do_handshake_on_connect=False)
+    set_limits(wrapped, CONNECT, CONNECT)
+    wrapped.do_handshake()
+    return wrapped
+
+
 def connect(address: tuple[str, int], credentials: Credentials, tls: ssl.SSLContext | None) -> socket.socket:
     """A connection on which requests may be sent. Raises OSError, ProtocolError."""
     sock = socket.create_connection(address, CONNECT)
     try:
         _prepare(sock)
         if tls is not None:
-            sock = tls.wrap_socket(sock)
+            sock = _wrap(sock, tls, server=False)
         server_nonce = protocol.parse_greeting(_receive(sock, protocol.GREETING))
         client_nonce = os.urandom(protocol.NONCE)
         sock.sendall(protocol.client_proof(credentials.key, server_nonce, client_nonce))
@@ -104,8 +118,19 @@ def accept(sock: socket.socket, credentials: Credentials, tls: ssl.SSLContext | 
     """The other end of `connect`: a connection on which requests may be awaited. Raises OSError, ProtocolError."""
     _prepare(sock)
     if tls is not None:
-        sock = tls.wrap_socket(sock, server_side=True)
+        sock = _wrap(sock, tls, server=True)
     nonce = os.urandom(protocol.NONCE)
     sock.sendall(protocol.greeting(nonce))
     sock.sendall(protocol.check_client(credentials.key, nonce, _receive(sock, protocol.CLIENT_PROOF)))
     return sock
+
+
+def ask(sock: socket.socket, request: Request, room: memoryview) -> Reply:
+    """Send one request, and receive the reply; its payload is in `room` then. Raises OSError, ProtocolError.
+
+    For who has nothing else under way on the connection.
+    """
+    sock.sendall(protocol.encode_request(request))
+    reply = protocol.parse_reply(_receive(sock, protocol.REPLY), request)
+    fill(sock, room[: reply.length])
+    return reply

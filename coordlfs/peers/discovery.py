@@ -10,13 +10,15 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from coordlfs.peers import settings
+from coordlfs.peers import hostlist, settings
 
 if TYPE_CHECKING:
     import httpx
@@ -27,6 +29,8 @@ Addresses = set[tuple[str, int]]
 Found = Callable[[Addresses], None]
 
 _RESOLVE_EVERY = 5.0  # seconds
+_ASK_SLURM_EVERY, _SLURM_THINKS = 15.0, 10.0  # seconds: its controller is asked by every node of the job
+_NODE_LIST = re.compile(r"(?:^|\s)NodeList=([^\s(]+)")
 _LEASE = 10  # seconds that etcd keeps a node which says nothing
 _RENEW_EVERY = 3.0
 _AGAIN_AFTER = 1.0  # seconds after which an etcd that failed is asked again
@@ -47,11 +51,10 @@ async def watch(
         await _watch_names(settings.address(rest), found, task_status)
     elif kind == "etcd":
         await _watch_etcd(rest, config["name"], found, task_status)
+    elif kind == "slurm":
+        await _watch_job(int(rest), found, task_status)
     else:
-        if kind == "slurm":
-            found({(host, int(rest)) for host in expand(os.environ.get("SLURM_JOB_NODELIST", ""))})
-        else:
-            found(static(text))
+        found(static(text))
         task_status.started()
         await trio.sleep_forever()
 
@@ -59,27 +62,25 @@ async def watch(
 # -- Slurm ----------------------------------------------------------------------------------------------------------
 
 
-def expand(nodelist: str) -> list[str]:
-    """The hosts of Slurm's notation: `a[01-03,7],b` are a01, a02, a03, a7 and b. Raises ValueError."""
-    hosts: list[str] = []
-    for entry in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
-        hosts += _expand_entry(entry)
-    return hosts
-
-
-def _expand_entry(entry: str) -> list[str]:
-    head, bracket, rest = entry.partition("[")
-    if not bracket:
-        return [head]
-    ranges, _, tail = rest.partition("]")
-    tails = _expand_entry(tail)
-    numbers: list[str] = []
-    for part in ranges.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"{entry!r} is no list of hosts")
-        numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
-    return [head + number + end for number in numbers for end in tails]
+async def _watch_job(port: int, found: Found, task_status: trio.TaskStatus[None]) -> None:
+    """The hosts of the job: as it began, from the environment; then, where there is scontrol, as it has become."""
+    found({(host, port) for host in hostlist.expand(os.environ["SLURM_JOB_NODELIST"])})
+    task_status.started()
+    job, scontrol = os.environ.get("SLURM_JOB_ID"), shutil.which("scontrol")
+    if job is None or scontrol is None:
+        log.info("the hosts of the job are taken for good: there is no %s", "scontrol" if job else "SLURM_JOB_ID")
+        await trio.sleep_forever()
+    while True:
+        await trio.sleep(_ASK_SLURM_EVERY)
+        try:
+            with trio.fail_after(_SLURM_THINKS):
+                done = await trio.run_process([scontrol, "-o", "show", "job", job], capture_stdout=True)
+            said = _NODE_LIST.search(done.stdout.decode(errors="replace"))
+            if said is None:
+                raise ValueError("it names no hosts")  # of a job that waits or has ended
+            found({(host, port) for host in hostlist.expand(said[1])})
+        except (OSError, ValueError, trio.TooSlowError, subprocess.CalledProcessError) as e:
+            log.info("scontrol show job %s: %s", job, e)
 
 
 # -- the name service -----------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
+import socket
 import ssl
 import time
 from collections import Counter
@@ -18,8 +20,7 @@ from typing import Any
 
 import trio
 
-from coordlfs.peers import connection, discovery, link, protocol
-from coordlfs.peers.client import Pipe
+from coordlfs.peers import connection, discovery, link, protocol, settings
 from coordlfs.peers.connection import Credentials
 from coordlfs.peers.protocol import ProtocolError, Request, Status, Verb
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 _ROUND = 1.0  # seconds between two greetings
 _DEAD_AFTER = 6.0  # seconds without an answer after which a member is none: longer than a restart takes
 _AT_ONCE = 40  # greetings
+_LONGEST = 300  # characters of a node's name
 _FIRST_ROUND = 3.0  # seconds that the first greetings may take, before members are told without the rest
 
 
@@ -41,7 +43,9 @@ class _Known:
     heard: float = 0.0  # when
     latency: float | None = None
     problem: str = "not yet reached"
-    pipe: Pipe | None = None
+    sock: socket.socket | None = None
+    asking: bool = False  # a thread is greeting it, perhaps one that was given up
+    gone: bool = False  # whoever is greeting it closes the connection
 
     def is_alive(self, now: float) -> bool:
         return self.info is not None and now - self.heard < _DEAD_AFTER
@@ -76,6 +80,10 @@ class Membership:
             "pinned": pinned,
         }
 
+    def knows(self, name: str) -> bool:
+        """Whether some node has called itself so."""
+        return any(known.info is not None and known.info["name"] == name for known in list(self._known.values()))
+
     async def run(self) -> None:
         """Watch, until cancelled."""
         async with trio.open_nursery() as nursery:
@@ -83,7 +91,7 @@ class Membership:
             while True:
                 with trio.move_on_after(_FIRST_ROUND):
                     async with trio.open_nursery() as round_:
-                        for known in list(self._known.values()):
+                        for known in self._in_order():
                             round_.start_soon(self._greet, known)
                 await trio.to_thread.run_sync(self._report)
                 await trio.sleep(_ROUND)
@@ -91,22 +99,31 @@ class Membership:
     def _set_addresses(self, addresses: set[tuple[str, int]]) -> None:
         for gone in self._known.keys() - addresses:
             known = self._known.pop(gone)
-            if known.pipe is not None:
-                known.pipe.close()
+            known.gone = True
+            if known.sock is not None and not known.asking:
+                known.sock.close()
         for new in addresses - self._known.keys():
             self._known[new] = _Known(*new)
+
+    def _in_order(self) -> list[_Known]:
+        """Who lives comes first: however many do not answer, no live one is taken for dead for want of a greeting."""
+        now = time.monotonic()
+        waiting = [known for known in self._known.values() if not known.asking]
+        random.shuffle(waiting)
+        return sorted(waiting, key=lambda known: not known.is_alive(now))
 
     async def _greet(self, known: _Known) -> None:
         await trio.to_thread.run_sync(self._ask, known, limiter=self._limiter, abandon_on_cancel=True)
 
     def _ask(self, known: _Known) -> None:
-        began = time.monotonic()
+        """Greet one address; on a thread, which is not waited for if that takes too long."""
+        known.asking, began = True, time.monotonic()
         try:
-            if known.pipe is None or known.pipe.broken:
-                known.pipe = Pipe(connection.connect((known.host, known.port), self._credentials, self._tls))
+            if known.sock is None:
+                known.sock = connection.connect((known.host, known.port), self._credentials, self._tls)
                 began = time.monotonic()
             room = memoryview(bytearray(protocol.MOST_INFO))
-            reply = known.pipe.ask(lambda number: Request(Verb.INFO, number), room)
+            reply = connection.ask(known.sock, Request(Verb.INFO, 0), room)
             text = bytes(room[: reply.length])
             if reply.status is not Status.OK or protocol.checksum(text) != reply.checksum:
                 raise ProtocolError("it does not say who it is")
@@ -114,11 +131,15 @@ class Membership:
             known.heard = time.monotonic()
             known.latency = known.heard - began
             known.problem = ""
-        except (OSError, ProtocolError, ValueError, KeyError, TypeError) as e:
-            if known.pipe is not None:
-                known.pipe.close()
-                known.pipe = None
+        except (OSError, ProtocolError, ValueError, KeyError, TypeError, RecursionError) as e:
+            if known.sock is not None:
+                known.sock.close()
+                known.sock = None
             known.problem = (e.strerror if isinstance(e, OSError) else None) or str(e) or type(e).__name__
+        finally:
+            known.asking = False
+            if known.gone and known.sock is not None:
+                known.sock.close()
 
     def _members(self) -> list[link.Member]:
         now = time.monotonic()
@@ -141,7 +162,7 @@ class Membership:
                 info["pinned"] if info else 0,
                 alive,
                 known.latency if alive else None,
-                self._served[known.host],
+                self._served[name],
                 "" if alive else problem,
             )
         return list(found.values())
@@ -161,9 +182,10 @@ def _checked(info: Any) -> dict[str, Any]:
     """What a node says of itself, if it makes sense. Raises ValueError, KeyError, TypeError."""
     checked = {"name": info["name"], "instance": info["instance"], "capacity": info["capacity"]}
     checked["pinned"] = info["pinned"]
-    texts = all(isinstance(checked[key], str) and 0 < len(checked[key]) < 300 for key in ("name", "instance"))
-    if not texts or not all(
-        isinstance(checked[key], int) and 0 <= checked[key] < 1 << 62 for key in ("capacity", "pinned")
-    ):
+    texts = all(isinstance(text := checked[key], str) and 0 < len(text) < _LONGEST for key in ("name", "instance"))
+    numbers = all(isinstance(checked[key], int) and 0 <= checked[key] < 1 << 62 for key in ("capacity", "pinned"))
+    # The name is hashed, logged and shown: no more than the address that it is made of.
+    if not texts or not numbers or not (checked["name"].isascii() and checked["name"].isprintable()):
         raise ValueError("what it says of itself makes no sense")
+    settings.address(checked["name"])
     return checked

@@ -66,6 +66,11 @@ class Ownership:
 
     def owner(self, key: int) -> Node | None:
         """The owner of one item; None if nobody caches anything."""
+        index = self.index(key)
+        return None if index is None else self.nodes[index]
+
+    def index(self, key: int) -> int | None:
+        """The index in `nodes` of the owner of one item; None if nobody caches anything."""
         if not self._draws:
             return None
         log = math.log
@@ -74,7 +79,7 @@ class Ownership:
             drawn = -log((_mix(key ^ seed) >> 11) * 2.0**-53 + 2.0**-54) * scale
             if drawn < best:  # of equals the first by name
                 best, owner = drawn, index
-        return self.nodes[owner]
+        return owner
 
     def owners(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
         """Indices into `nodes` of the owners of many items (shape: that of `keys`, one-dimensional); −1: nobody."""

@@ -16,8 +16,8 @@ import hashlib
 import hmac
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import xxhash
 
@@ -45,7 +45,7 @@ class Verb(IntEnum):
     """What is asked for."""
 
     GET = 1  # bytes of a file
-    INFO = 2  # the node's description of itself, JSON
+    INFO = 2  # the node's description of itself, JSON; the path is the asker's name, or empty
 
 
 class Status(IntEnum):
@@ -57,8 +57,10 @@ class Status(IntEnum):
     ERROR = 3  # it could not be read
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+_VERBS, _STATUSES = {int(verb): verb for verb in Verb}, tuple(Status)  # by number: faster than to call the class
+
+
+class Request(NamedTuple):
     """`length` bytes at `offset` of the file at `path` in the version given by `size` and `mtime_ns`."""
 
     verb: Verb
@@ -70,8 +72,7 @@ class Request:
     path: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """The head of a reply; `length` bytes with `checksum` (xxh3, 64 bits) follow."""
 
     status: Status
@@ -163,7 +164,7 @@ class Requests:
             if end - start < path_length:
                 break
             at = start + path_length
-            yield Request(Verb(verb), number, length, offset, size, mtime_ns, pending[start:at])
+            yield Request(_VERBS[verb], number, length, offset, size, mtime_ns, pending[start:at])
         self._pending = pending[at:]
 
 
@@ -172,7 +173,7 @@ def encode_reply(reply: Reply) -> bytes:
     return _REPLY.pack(reply.status, reply.number, reply.length, reply.checksum)
 
 
-def parse_reply(data: bytes | bytearray, request: Request) -> Reply:
+def parse_reply(data: bytes | bytearray | memoryview, request: Request) -> Reply:
     """The head of the reply to `request`. Raises ProtocolError if it is another's, or offers what was not asked for."""
     if len(data) != REPLY:
         raise ProtocolError("a reply is cut short")
@@ -187,4 +188,4 @@ def parse_reply(data: bytes | bytearray, request: Request) -> Reply:
         wanted = length <= MOST_INFO
     if not wanted:
         raise ProtocolError(f"a reply of {length} bytes, where {request.length} were asked for")
-    return Reply(Status(status), number, length, check)
+    return Reply(_STATUSES[status], number, length, check)

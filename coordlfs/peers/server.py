@@ -99,7 +99,7 @@ class PeerServer:
         self._checksums = Checksums()
         self._lock = threading.Lock()
         self._connections = self._strangers = 0
-        self.served: Counter[str] = Counter()  # bytes by the address of the asker
+        self.served: Counter[str] = Counter()  # bytes by the name of the asker
         self.membership = Membership(config, self._credentials, self._questions.tell, self.served)
 
     def accept(self) -> None:
@@ -146,8 +146,12 @@ class PeerServer:
             for request in requests.feed(data):
                 if request.verb is Verb.INFO:
                     self._info(sock, request)
+                    if request.path and self.membership.knows(name := request.path.decode(errors="replace")):
+                        who = name
                 else:
-                    self.served[who] += self._get(sock, request, buffer, plain)
+                    sent = self._get(sock, request, buffer, plain)
+                    with self._lock:
+                        self.served[who] += sent
 
     def _info(self, sock: socket.socket, request: Request) -> None:
         text = json.dumps(self.membership.own(self._questions.pinned)).encode()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordlfs.errors import UserError
+from coordlfs.peers import hostlist
 from coordlfs.peers.connection import Credentials
 
 _SHORTEST_KEY = 16  # bytes
@@ -72,6 +73,11 @@ def _check_peers(text: str) -> None:
         return
     if kind == "slurm" and not os.environ.get("SLURM_JOB_NODELIST"):
         raise UserError(f"--peers {text}: there is no SLURM_JOB_NODELIST: mount from within the job")
+    if kind == "slurm":
+        try:
+            hostlist.expand(os.environ["SLURM_JOB_NODELIST"])
+        except ValueError as e:
+            raise UserError(f"--peers {text}: SLURM_JOB_NODELIST: {e}") from None
     try:
         if kind == "dns" and rest:
             address(rest)

@@ -13,10 +13,11 @@ import os
 import select
 import socket
 import threading
+from array import array
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from coordlfs import items
@@ -25,8 +26,8 @@ from coordlfs.catalog import Catalog, node_of_path
 from coordlfs.kernel import pages, process
 from coordlfs.metrics import Counters
 from coordlfs.minio import State
-from coordlfs.peers import link, protocol, settings
-from coordlfs.peers.client import Outcome, Peer, Waiting
+from coordlfs.peers import client, link, protocol, settings
+from coordlfs.peers.client import Outcome, Peer, Receiver
 from coordlfs.peers.ownership import Node, Ownership, key_of
 
 log = logging.getLogger(__name__)
@@ -42,12 +43,33 @@ _COUNTED = {
 }
 
 
+_UNKNOWN = 0xFFFF
+
+
 @dataclass(frozen=True, slots=True)
 class _View:
     """The cluster at one moment."""
 
     ownership: Ownership
     peers: dict[str, Peer]  # by name; without this node
+    owners: array[int] = field(default_factory=lambda: array("H"))  # of records' first items, as far as asked for
+
+    def owner(self, item: int, catalog: Catalog) -> Node | None:
+        """The owner of an item: a hash of its path, and a draw for each node, unless that was done before."""
+        record = items.record_of(item)
+        is_first = items.chunk_of(item) == 0
+        if is_first and record < len(self.owners) and self.owners[record] != _UNKNOWN:
+            return self.ownership.nodes[self.owners[record]]
+        # By the path, not by the node id, which is the same but for hard links and files that were replaced.
+        key = key_of(node_of_path(catalog.path(record)), items.chunk_of(item))
+        index = self.ownership.index(key)
+        if index is None:
+            return None
+        if is_first and index < _UNKNOWN:
+            while record >= len(self.owners):
+                self.owners.extend([_UNKNOWN] * 4096)
+            self.owners[record] = index
+        return self.ownership.nodes[index]
 
 
 class Sharing:
@@ -63,7 +85,8 @@ class Sharing:
         self.marks = process.has_capability(process.CAP_FOWNER) and process.in_initial_user_namespace()
         self._credentials = settings.credentials(mine)
         self._tls = self._credentials.context(server=False)
-        self._waiting = Waiting()
+        self._receiver = Receiver()
+        self._openers = client.openers()
         self._view: _View | None = None
         self._members: list[link.Member] = []
         self._arriving: list[link.Member] = []
@@ -81,42 +104,67 @@ class Sharing:
         """Whether a thread belongs to this mount's peer server, whose READs are answered from the source alone."""
         return os.path.exists(f"/proc/{self.pid}/task/{tid}")
 
-    def _owner(self, view: _View, item: int) -> Node | None:
-        # By the path, not by the node id, which is the same but for hard links and files that were replaced.
-        path = self._catalog.path(items.record_of(item))
-        return view.ownership.owner(key_of(node_of_path(path), items.chunk_of(item)))
-
     def owns(self, item: int) -> bool:
         """Whether this node is the one that caches an item."""
         view = self._view
-        return view is not None and self._owner(view, item) == self._own
+        return view is not None and view.owner(item, self._catalog) == self._own
 
-    def fetch(self, item: int, offset: int, into: memoryview, before_wait: Callable[[], None]) -> int:
-        """Have the owner of an item fill `into` with the bytes at `offset` of its file; how many came.
+    def ask(
+        self,
+        item: int,
+        offset: int,
+        length: int,
+        done: Callable[[memoryview | None], None],
+        before_wait: Callable[[], None],
+    ) -> bool:
+        """Ask the owner of an item for `length` bytes at `offset` of its file; False if there is nobody to be asked.
 
-        0 if they have to come from the source, for whatever reason.
+        `done` is called once, within seconds and by whatever thread: with the bytes, which are good until it returns,
+        or with None if they have to come from the source.
         """
         view = self._view
         if view is None or not view.peers:
-            return 0
-        owner = self._owner(view, item)
-        if owner is None or owner == self._own:
-            return 0
+            return False
+        owner = view.owner(item, self._catalog)
+        if owner is None or owner is self._own:
+            return False
         record = items.record_of(item)
-        version = self._catalog.version(record)
-        length = min(len(into), version.size - offset, protocol.MOST_PAYLOAD)
+        version = self._catalog.size_and_mtime(record)
         path = self._catalog.path(record)
-        if length <= 0 or len(path) > protocol.LONGEST_PATH:
-            return 0
-        peer = view.peers[owner.name]
-        outcome = peer.get(path, (version.size, version.mtime_ns), offset, into[:length], before_wait)
-        if outcome is not Outcome.OK:
-            self._counters.add(_COUNTED[outcome])
-            return 0
-        if self._catalog.version(record) != version:
-            return 0  # somebody has seen another one meanwhile
-        self._counters.add("peer_reads")
-        self._counters.add("peer_bytes", length)
+        if not 0 < length <= protocol.MOST_PAYLOAD or len(path) > protocol.LONGEST_PATH:
+            return False
+
+        def answered(outcome: Outcome, data: memoryview | None) -> None:
+            if outcome is not Outcome.OK:
+                self._counters.add(_COUNTED[outcome])
+                done(None)
+            elif self._catalog.size_and_mtime(record) != version:
+                done(None)  # somebody has seen another one meanwhile
+            else:
+                self._catalog.set_served(record)
+                self._counters.count_peer_read(length)
+                done(data)
+
+        said = view.peers[owner.name].ask(path, version, offset, length, answered, before_wait)
+        if said is not None:
+            self._counters.add(_COUNTED[said])
+        return said is None
+
+    def fetch(self, item: int, offset: int, into: memoryview, before_wait: Callable[[], None]) -> int:
+        """`ask`, and wait: the bytes are in `into` then. How many came; 0 if they have to come from the source."""
+        came, length = threading.Event(), 0
+
+        def done(data: memoryview | None) -> None:
+            nonlocal length
+            if data is not None:
+                length = len(data)
+                into[:length] = data
+            came.set()
+
+        size = self._catalog.size(items.record_of(item))
+        if self.ask(item, offset, min(len(into), size - offset), done, before_wait):
+            before_wait()
+            came.wait()
         return length
 
     # -- admission ----------------------------------------------------------------------------------------------
@@ -133,7 +181,9 @@ class Sharing:
         wanted = max(wanted, policy.capacity // _AT_ONCE)
         with self._lock:
             if self._displaceable is None:
-                strangers = [i for i in policy.items() if self._owner(view, i) != self._own] if view.peers else []
+                strangers = (
+                    [i for i in policy.items() if view.owner(i, self._catalog) != self._own] if view.peers else []
+                )
                 self._displaceable = deque(strangers)
             chosen: list[int] = []
             while wanted > 0 and self._displaceable:
@@ -220,7 +270,15 @@ class Sharing:
             return
         for place in places.keys() - self._peers.keys():
             name, host, port = place
-            self._peers[place] = Peer(name, (host, port), self._credentials, self._tls, self._waiting)
+            self._peers[place] = Peer(
+                name,
+                (host, port),
+                self._credentials,
+                self._tls,
+                self._receiver,
+                self._openers,
+                self._own.name,
+            )
         for gone in self._peers.keys() - places.keys():
             self._peers.pop(gone).close()
         self._view = _View(ownership, {place[0]: peer for place, peer in self._peers.items()})
@@ -228,12 +286,15 @@ class Sharing:
             self._displaceable = None
         log.info("the cache is shared by %s", ", ".join(node.name for node in ownership.nodes))
 
+    def receive(self) -> None:
+        """Receive what other nodes answer, until `close`: the work of a thread of its own."""
+        self._receiver.run()
+
     def close(self) -> None:
-        """End `run`, and every connection."""
+        """End `run` and `receive`, and every connection."""
         self._closing = True
         os.eventfd_write(self._wake, 1)
-        for peer in list(self._peers.values()):
-            peer.close()
+        self._receiver.close()
 
     # -- figures ------------------------------------------------------------------------------------------------
 

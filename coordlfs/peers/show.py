@@ -23,6 +23,7 @@ def show(mountpoint: str, *, as_json: bool) -> None:
         print(json.dumps(rows, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"nodes that share the cache of {mounting.find(mountpoint).source.decode(errors='replace')}")
@@ -33,8 +34,8 @@ def show(mountpoint: str, *, as_json: bool) -> None:
         here = row["self"]
         latency = None if here else row["latency_seconds"]
         table.add_row(
-            row["name"],
-            "this node" if here else row["state"] + (f": {row['problem']}" if row["problem"] else ""),
+            escape(row["name"]),
+            "this node" if here else row["state"] + (f": {escape(row['problem'])}" if row["problem"] else ""),
             f"{text(row['pinned_bytes'])} of {text(row['capacity_bytes'])}",
             f"{row['share']:.1%}",
             "" if here else text(row["received_bytes"]),

@@ -1,6 +1,6 @@
-"""The data that is measured: image-sized files in directories like ImageNet's, and a tree of a million names.
+"""The data that is measured: image-sized files in directories like ImageNet's, photographs, a tree of a million names.
 
-Both are made once and kept for the next run; what says that they are complete is a file beside them, written last.
+They are made once and kept for the next run; what says that they are complete is a file beside them, written last.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PER_CLASS = 1000
 _MEAN = 110_000  # bytes of a file
 _SPREAD = 0.45  # standard deviation of the size's logarithm, as with photographs
 _SIZES = (4_000, 700_000)  # bytes; nothing is smaller or larger
-_KINDS = ("images", "names", "equal")
+_KINDS = ("images", "names", "equal", "photos")
 FIRST = "first-byte"  # the one file of the tree of names that is not empty
 
 
@@ -81,6 +81,15 @@ def _write_equal(root: Path, files: int, size: int) -> None:
     os.sync()
 
 
+def photographs(directory: Path, files: int) -> Path:
+    """`files` JPEG files that decode as photographs do, made if they are not there. Needs the extra `tools`."""
+    from coordlfs_tools.demo import photos  # Pillow is not needed for anything else here
+
+    root = directory / f"photos-{files}"
+    _make(root, {"files": files}, lambda: list(photos.write(root, files)))
+    return root
+
+
 def names(directory: Path, files: int) -> Path:
     """A tree of `files` empty files in directories of a thousand, and of one that is not, made if it is not there."""
     root = directory / f"names-{files}"
@@ -101,7 +110,7 @@ def _write_directory(directory: Path) -> None:
         os.mknod(directory / f"sample-{i:04}.jpg", stat.S_IFREG | 0o644)
 
 
-def _make(root: Path, is_: dict[str, int], write: Callable[[], None]) -> None:
+def _make(root: Path, is_: dict[str, int], write: Callable[[], object]) -> None:
     complete = root.with_suffix(".json")
     if complete.exists() and json.loads(complete.read_text()) == is_ and root.is_dir():
         return
