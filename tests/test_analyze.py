@@ -444,6 +444,14 @@ for batch in DataLoader(torch.zeros({n}, 1), 4):
     time.sleep(0.001)
     {then}
 """
+STOPS = """
+import itertools, time
+from coordlfs_tools.analyze.synthetic import Files
+from pathlib import Path
+from torch.utils.data import DataLoader
+for batch in itertools.islice(DataLoader(Files(Path("DATA"), 0.0), 4), 30):
+    time.sleep(0.001)
+"""
 NO_GRAD = "import torch; torch.set_grad_enabled(False)\n"
 LOADERS = r"torch\.utils\.data.*nvidia\.dali.*coordlfs_loader"
 
@@ -460,13 +468,15 @@ LOADERS = r"torch\.utils\.data.*nvidia\.dali.*coordlfs_loader"
         ([sys.executable, "-c", SHORT.format(n=24, then="")], 1, r"smaller than a measurement needs.*after 6 minib"),
         ([sys.executable, "-c", SHORT.format(n=400, then="break")], 1, r"ended by itself after 1 of the 12"),
         ([sys.executable, "-c", SHORT.format(n=400, then="")], 1, r"read nothing from /"),
+        ([sys.executable, "-c", STOPS], 1, r"ended by itself after 30 of the"),
         ([sys.executable, "-c", NO_GRAD + SHORT.format(n=400, then="")], 1, r"no loader was used for training.*: 1 "),
     ],
 )
 def test_bad_jobs_are_told(job: list[str], status: int, words: str, data: Path, tmp_path: Path) -> None:
+    job = [word.replace("DATA", str(data)) for word in job]
     done = coordlfs("analyze", f"--data={data}", f"--report={tmp_path / 'report.html'}", "--", *job, status=status)
-    assert re.match(f"coordlfs: .*{words}", done.stderr), done.stderr
-    assert len(done.stderr.splitlines()) == words.count(r"\n") + 1
+    assert re.search(f"^coordlfs: .*{words}", done.stderr, re.M), done.stderr
+    assert len(done.stderr.splitlines()) - ("rounds of" in done.stderr) == words.count(r"\n") + 1
     assert done.stdout == ""
     assert os.listdir(tmp_path) == []
 
