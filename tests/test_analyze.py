@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from coordlfs_tools.analyze import scout
 from coordlfs_tools.analyze.hook.coordlfs_stall_hook import ranks
 from coordlfs_tools.analyze.hook.coordlfs_stall_hook.config import Section
 from coordlfs_tools.analyze.runs import run
@@ -203,6 +204,20 @@ for x, index in DataLoader(Pairs(), 4, shuffle=True, num_workers=1):
     # Less only if somebody else empties the page cache meanwhile.
     assert 1.2 * SIZE < found["job"]["sample_bytes"] <= 2 * SIZE
     assert found["job"]["samples"] == FILES // 2
+
+
+def test_where_the_data_lies_is_seen(tmp_path: Path) -> None:
+    """By what is opened: almost all of that, for a script also opens other files."""
+    opened = [tmp_path / "config.yaml", *(tmp_path / "data" / f"class-{i % 3}" / f"{i}.jpg" for i in range(20))]
+    for path in opened:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"something")
+    notes: list[str] = []
+    directory, files = scout.where_opened([*map(str, opened), str(tmp_path / "gone")], notes)
+    assert directory == tmp_path / "data"
+    assert len(files) == 20
+    assert scout.where_opened([], notes) == (None, [])
+    assert "--data" in notes[-1]
 
 
 def test_an_iterable_dataset_is_run_again_on_warm_data(data: Path, script: Callable[[str], list[str]]) -> None:

@@ -60,7 +60,7 @@ def scout(command: Sequence[str], data: Path | None, loader: int | None, tick: T
     batch = source["batch"] or max(round(section["samples"] / section["iterations"]), 1)
     notes = _notes(ran, result)
     if data is None:
-        data, files = _found(ran.opened, notes)
+        data, files = where_opened(ran.opened, notes)
     read = sum(r["handed"] * batch for r in ran.measured)
     seen = resident_bytes(files) if dropped else None
     size = _sample_bytes(data, files, set(ran.opened), seen, read, source["samples"], notes)
@@ -128,7 +128,7 @@ def _notes(ran: Ran, result: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _found(opened: Sequence[str], notes: list[str]) -> tuple[Path | None, list[File]]:
+def where_opened(opened: Sequence[str], notes: list[str]) -> tuple[Path | None, list[File]]:
     """The deepest directory that has almost all of the files which were opened."""
     paths = [Path(path) for path in dict.fromkeys(opened) if os.path.isfile(path)]
     counts = Counter(parent for path in paths for parent in path.parents)
