@@ -235,7 +235,7 @@ for x, index in DataLoader(Stream(), {BATCH}):
     found = _analyse([*job, str(data)], f"--data={data}", "--rounds=1", "--iterations=5")
     assert found["rates"]["ingestion"] < 100 * BATCH
     assert found["job"]["sample_bytes"] == SIZE
-    assert resident_share(listed(data)) == 1
+    assert not [note for note in found["notes"] if "not warm" in note]
 
 
 LOOP = """
