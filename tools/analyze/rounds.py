@@ -176,7 +176,7 @@ def measure_round(
         if number and scouted.files:
             notes += _warm(scouted)
         ran = run(command, sections, data=scouted.directory, loader=loader, tick=tick)
-        check(ran, sum(section.skip + section.count for section in sections))
+        check(ran, sections)
         processes = processes or [{} for _ in ran.measured]
         for known, result in zip(processes, ran.measured, strict=False):
             known |= result["sections"]

@@ -18,6 +18,7 @@ from typing import Any
 from coordlfs_tools.analyze.hook.coordlfs_stall_hook.config import ENVIRONMENT, Config, Section
 
 from coordlfs.errors import UserError
+from coordlfs.kernel.process import end_with_parent
 
 Tick = Callable[[], None]
 
@@ -105,6 +106,13 @@ def _status(
     prepare: Callable[[], None] | None,
     tick: Tick,
 ) -> int:
+    ours = os.getpid()
+
+    def before() -> None:
+        end_with_parent(ours, signal.SIGTERM)  # even if we are killed
+        if prepare:
+            prepare()
+
     try:
         # A session of its own, so that Ctrl-C comes to us alone, and all that it started can be told to end.
         process = subprocess.Popen(
@@ -114,7 +122,7 @@ def _status(
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=prepare,
+            preexec_fn=before,
         )
     except OSError as e:
         raise UserError(f"{command[0]} cannot be run: {e.strerror}", 2) from e

@@ -55,12 +55,12 @@ def scout(command: Sequence[str], data: Path | None, loader: int | None, tick: T
     files = listed(data) if data else []
     dropped = drop(files).cold if files else None
     ran = run(command, [_SECTION], data=data, loader=loader, opens=True, tick=tick)
-    result = check(ran, _SECTION.skip + _SECTION.count)
+    result = check(ran, [_SECTION])
     source, section = result["source"], result["sections"][_SECTION.name]
     batch = source["batch"] or max(round(section["samples"] / section["iterations"]), 1)
     notes = _notes(ran, result)
     if data is None:
-        data, files = _found(ran.opened, notes)
+        data, files = where_opened(ran.opened, notes)
     read = sum(r["handed"] * batch for r in ran.measured)
     seen = resident_bytes(files) if dropped else None
     size = _sample_bytes(data, files, set(ran.opened), seen, read, source["samples"], notes)
@@ -88,37 +88,35 @@ def scout(command: Sequence[str], data: Path | None, loader: int | None, tick: T
     )
 
 
-def check(ran: Ran, wanted: int) -> dict[str, Any]:
-    """The result of the first rank whose loader was measured, `wanted` iterations of it at least."""
-    for result in ran.measured:
-        if result["exhausted"]:
-            break
-        if any(2 * section["measured"] < section["iterations"] for section in result["sections"].values()):
-            raise UserError(
-                "the command begins its loader anew for almost every minibatch, so that no loop can be timed: "
-                "mark it with coordlfs_tools.analyze.analyzer.iteration()"
-            )
+def check(ran: Ran, sections: Sequence[Section]) -> dict[str, Any]:
+    """The result of the first rank whose loader was measured. Raises UserError if one lacks a section, or is odd."""
     for result in ran.results:
         if result.get("exhausted"):
             raise UserError(
                 f"the dataset is smaller than a measurement needs: the loader ended after {result['handed']} "
                 f"minibatches, in the part {result['exhausted']!r}; give fewer --iterations or more data"
             )
-    if ran.measured:
-        return ran.measured[0]
-    watched = ", ".join([*LOADERS, "coordlfs_tools.analyze.analyzer"])
+        if any(2 * section["measured"] < section["iterations"] for section in result.get("sections", {}).values()):
+            raise UserError(
+                "the command begins its loader anew for almost every minibatch, so that no loop can be timed: "
+                "mark it with coordlfs_tools.analyze.analyzer.iteration()"
+            )
     if not ran.results:
         why = "" if ran.hooked else " (no Python started in it, or one with -I, -E or -S)"
+        watched = ", ".join([*LOADERS, "coordlfs_tools.analyze.analyzer"])
         raise UserError(f"the command used no loader{why}; looked for: {watched}")
     if not any(result["measured"] for result in ran.results):
         seen = [seen for result in ran.results for seen in result["loaders"]]
         names = ", ".join(f"{each['number']} ({each['dataset'] or each['kind']})" for each in seen)
-        raise UserError(f"no loader was used for training, with gradients: choose one with --loader: {names}")
-    handed = max((result.get("handed", 0) for result in ran.results), default=0)
-    raise UserError(
-        f"the command ended by itself after {handed} of the {wanted} iterations that are needed: "
-        "let it train longer, or give fewer --iterations"
-    )
+        raise UserError(f"no loader was used for training, with gradients, or as --loader says; there were: {names}")
+    if not ran.measured or any(section.name not in r["sections"] for r in ran.measured for section in sections):
+        handed = max((result.get("handed", 0) for result in ran.results), default=0)
+        wanted = sum(section.skip + section.count for section in sections if not section.drain)
+        raise UserError(
+            f"the command ended by itself after {handed} of the {wanted} iterations that are needed: "
+            "let it train longer, or give fewer --iterations"
+        )
+    return ran.measured[0]
 
 
 def _notes(ran: Ran, result: dict[str, Any]) -> list[str]:
@@ -130,7 +128,7 @@ def _notes(ran: Ran, result: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _found(opened: Sequence[str], notes: list[str]) -> tuple[Path | None, list[File]]:
+def where_opened(opened: Sequence[str], notes: list[str]) -> tuple[Path | None, list[File]]:
     """The deepest directory that has almost all of the files which were opened."""
     paths = [Path(path) for path in dict.fromkeys(opened) if os.path.isfile(path)]
     counts = Counter(parent for path in paths for parent in path.parents)

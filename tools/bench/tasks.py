@@ -17,10 +17,10 @@ from coordlfs_tools.storage.files import drop, listed
 from coordlfs_tools.tasks import data
 
 _CACHED = 0.35
-_SPARE = 32 << 20  # bytes of memory for the job beyond what it was seen to need
+_SPARE = 48 << 20  # bytes of memory for the job beyond what it was seen to need
 _EPOCHS = 3
 _BYTES_PER_SECOND = 15_000_000  # of the disk, about what one of many nodes gets of a storage that they share
-_SAMPLES = {"images": 512, "detection": 192, "audio": 96}
+_SAMPLES = {"images": 960, "detection": 320, "audio": 200}
 _FEW = 4  # times fewer in a quick run
 
 
