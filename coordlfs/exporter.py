@@ -33,6 +33,8 @@ _ADDRESS = re.compile(r"(?:(?P<host>[^:\[\]]*):|\[(?P<six>[0-9a-fA-F:.]+)\]:)?(?
 # Where a figure is found in `Stats.collect()`, its name less `coordlfs_` (that of a counter gets `_total`), and what it
 # says. Labels stand in braces. A figure that is None, as before the first epoch, is left out.
 GAUGES = {
+    "locked_memory.limit_bytes": ("locked_memory_limit_bytes", "Memory that a keeper may lock; missing: no limit."),
+    "locked_memory.wanted_bytes": ("locked_memory_wanted_bytes", "Memory that a keeper must be allowed to lock."),
     "memory.limit_bytes": ("memory_limit_bytes", "Memory that may be pinned now, given what is available."),
     "revalidation.interval_seconds": ("revalidation_interval_seconds", "Within which a change is noticed."),
     "memory.available_bytes": ("memory_available_bytes", "Memory that could be had without swapping."),

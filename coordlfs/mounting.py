@@ -376,7 +376,9 @@ def _processes(mountpoint: str) -> tuple[list[int], bool]:
     except UserError:
         return [], False
     processes = figures["processes"]
-    return [processes["supervisor"], processes["server"], *processes["keepers"]], figures["umount_needs_coordlfs"]
+    return [processes["supervisor"], processes["server"], *processes["keepers"]], figures.get(
+        "umount_needs_coordlfs", False
+    )
 
 
 def holders(device: int) -> list[tuple[int, str]]:

@@ -314,7 +314,7 @@ class Supervisor:
         log.warning("server %d has ended, but a thread of it waits for the source", self.server.pid)
         self.held_up.append(self.server)
         self.leaving_since = None
-        return left
+        return left if self.ending else left or -signal.SIGKILL  # before it is unmounted, none ends well
 
     def _restart_server(self) -> None:
         """Start another server; where that cannot be done, as for want of memory, it is tried until it can."""

@@ -28,6 +28,8 @@ EXPLAINED = {
     "epoch_history",
     "hits_known_by",
     "hints.jobs",
+    "locked_memory.remedy",
+    "umount_needs_coordlfs",
 }  # exported in a form of their own, or words
 
 

@@ -578,7 +578,7 @@ def _is_dead(path: Path) -> bool:
 
 
 @pytest.mark.usefixtures("_may_mount")
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_supervisor_is_killed_while_it_mounts(source: Path, place: Path, seed: int) -> None:
     """At any moment from its first on: the command says how it went, nothing is left, and it can be mounted again."""
     (source / "f").write_bytes(noise(5000))

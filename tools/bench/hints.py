@@ -19,7 +19,7 @@ from coordlfs_tools.bench.report import Bound, Context, Figure, alternate
 
 _THROTTLE = 25_000_000  # bytes per second
 _FILES, _QUICK_FILES = 4_000, 600
-_BATCH = 128  # so that a batch takes longer than the tenth of a second in which the kernel lets a slow disk catch up
+_BATCH = 64  # so that a batch takes longer than the tenth of a second in which the kernel lets a slow disk catch up
 _READERS = 8
 _ROUNDS = 2
 _WORKERS = (0, 2)  # of the DataLoader; 0: the training process reads, and computes in turn
