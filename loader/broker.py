@@ -20,7 +20,7 @@ from contextlib import suppress
 from itertools import count
 from typing import Any
 
-from coordlfs_loader import stage, wire
+from coordlfs_loader import area, wire
 from coordlfs_loader.group import Action, Deliver, Discard, Drop, Group, Notice, Task, Write
 from coordlfs_loader.wire import Message, integer, text
 
@@ -231,7 +231,7 @@ class Broker:
         if self._group is None:
             self._group = Group(stage_bytes, patience)
             self._group.now = time.monotonic()
-            self._profile, self._stage, self._length = profile, stage.create("coordlfs-stage"), 0
+            self._profile, self._stage, self._length = profile, area.create("coordlfs-stage"), 0
         different = [
             f"{key.replace('_', ' ')} is {profile.get(key)!r} here and {self._profile.get(key)!r} there"
             for key in {**self._profile, **profile}
@@ -350,7 +350,7 @@ class Broker:
                 case Drop(worker) if worker in self._clients:
                     self._send(self._clients[worker], {"verb": "drop"})
                 case Discard(slot, size):
-                    stage.discard(self._stage, slot, size)
+                    area.discard(self._stage, slot, size)
                 case Notice(job, said):
                     self._send(self._clients[job], {"verb": "notice", "text": said})
 
@@ -360,7 +360,7 @@ class Broker:
             message |= {"slot": d.slot, "room": d.room}
         if d.error is not None:
             message["error"] = d.error
-        copied = stage.copy(self._stage, d.slot, d.size) if d.copied else None
+        copied = area.copy(self._stage, d.slot, d.size) if d.copied else None
         self._send(self._clients[d.job], message, copied)
         if copied is not None:
             os.close(copied)

@@ -186,10 +186,11 @@ class Group:
         self.now = 0.0
         self.prepared = self.delivered = self.copied = self.evicted = 0
         self._kept: dict[tuple[int, int], Batch] = {}  # staged, not held, and nobody needs them: the first to go
+        self._owed: dict[tuple[int, int], Batch] = {}  # the same, but jobs that fell out need them: the next to go
         self._fresh: dict[tuple[int, int], Batch] = {}  # staged, and nobody has received them
         self._idle: dict[int, Worker] = {}
         self._wanting: dict[int, Worker] = {}  # workers that wait for room
-        self._kept_bytes = 0
+        self._kept_bytes = self._owed_bytes = 0
         self._joined = 0.0  # when the last job did
         self._reserved = 0
         self._largest = 0
@@ -438,7 +439,7 @@ class Group:
                 continue
             assert worker.size is not None
             starving = [j for j in needed if j.starving and j.distance(batch) == 0]
-            if not self._make_room(worker.size, starving):
+            if not self._make_room(worker.size, starving, all(j.fallen for j in needed)):
                 for job in starving:
                     job.blocked_since = self.now if job.blocked_since is None else job.blocked_since
                 continue
@@ -474,20 +475,25 @@ class Group:
         self._wanting.pop(worker.id, None)
         self._actions.append(Drop(worker.id))
 
-    def _make_room(self, size: int, starving: list[Job]) -> bool:
-        """Evict what may be evicted for these jobs until a slot of this size can be had."""
+    def _make_room(self, size: int, starving: list[Job], fallen: bool) -> bool:
+        """Evict what may be evicted for these jobs until a slot of this size can be had.
+
+        Jobs that fell out do not evict what such jobs need: they would prepare it again, and evict what comes next.
+        """
         size = max(1, -(-size // UNIT)) * UNIT
         while self.slots.room < size:
-            victim = self._victim(starving)
+            victim = self._victim(starving, fallen)
             if victim is None:
                 return False
             self.evicted += victim.key not in self._kept
             self._evict(victim)
         return True
 
-    def _victim(self, starving: list[Job]) -> Batch | None:
+    def _victim(self, starving: list[Job], fallen: bool) -> Batch | None:
         if self._kept:
             return next(iter(self._kept.values()))
+        if self._owed and not fallen:
+            return next(iter(self._owed.values()))
         if not starving:
             return None
         ahead = [(d, b.key) for b in self._fresh.values() if (d := self._nearest(b)) > 0]
@@ -536,7 +542,7 @@ class Group:
         """Where there is ample room, a worker need not ask for it."""
         if not self._largest or self._reserved + 2 * self._largest > self.slots.capacity // 4:
             return
-        allocated = self.slots.allocate(self._largest) if self._make_room(self._largest, []) else None
+        allocated = self.slots.allocate(self._largest) if self._make_room(self._largest, [], True) else None
         if allocated is not None:
             worker.slot, discarded = allocated
             worker.reserved = self.slots.size(worker.slot)
@@ -560,7 +566,7 @@ class Group:
             stuck = self._stuck(job)
             position = job.pushed if stuck else self._first_missing(job)
             distance = position - job.pushed
-            if position >= job.count or distance > depth or (distance and not self._may_prefetch()):
+            if position >= job.count or distance > depth or (distance and not self._may_prefetch(job)):
                 continue
             if best is None or (distance, job.progress) < best:
                 best = distance, job.progress
@@ -574,9 +580,9 @@ class Group:
         job.scan = position
         return position
 
-    def _may_prefetch(self) -> bool:
+    def _may_prefetch(self, job: Job) -> bool:
         """Whether one more batch is likely to find room."""
-        room = self.slots.room + self._kept_bytes
+        room = self.slots.room + self._kept_bytes + (0 if job.fallen else self._owed_bytes)
         under_way = sum(1 for w in self.workers.values() if w.task is not None and w.slot is None)
         return room >= self._largest * (under_way + 1)
 
@@ -661,21 +667,25 @@ class Group:
             self._classify(batch)
 
     def _classify(self, batch: Batch) -> None:
-        """Whether it is kept only in case somebody comes late."""
-        needed = any(j.active and not j.fallen and j.distance(batch) >= 0 for j in self.jobs.values())
+        """Whether it is still needed, and by whom."""
+        needing = [j.fallen for j in self.jobs.values() if j.active and j.distance(batch) >= 0]
         if batch.error is not None:
-            if not any(j.active and j.distance(batch) >= 0 for j in self.jobs.values()):
+            if not needing:
                 self._remove(batch)
-        elif batch.slot is not None and not batch.holders and not needed:
-            if not self._may_keep(batch.epoch):
-                self._evict(batch)
-            elif batch.key not in self._kept:
-                self._kept[batch.key] = batch
-                self._kept_bytes += self.slots.size(batch.slot)
-                while self._kept_bytes > self.slots.capacity // 4:
-                    self._evict(next(iter(self._kept.values())))
+            return
+        self._keep_no_longer(batch)
+        if batch.slot is None or batch.holders or not all(needing):
+            return
+        if needing:
+            self._owed[batch.key] = batch
+            self._owed_bytes += self.slots.size(batch.slot)
+        elif not self._may_keep(batch.epoch):
+            self._evict(batch)
         else:
-            self._keep_no_longer(batch)
+            self._kept[batch.key] = batch
+            self._kept_bytes += self.slots.size(batch.slot)
+            while self._kept_bytes > self.slots.capacity // 4:
+                self._evict(next(iter(self._kept.values())))
 
     def _may_keep(self, epoch: int) -> bool:
         """Whether somebody is likely to begin this epoch yet. Otherwise the fewer slots, the warmer they are."""
@@ -685,6 +695,8 @@ class Group:
     def _keep_no_longer(self, batch: Batch) -> None:
         if self._kept.pop(batch.key, None) is not None and batch.slot is not None:
             self._kept_bytes -= self.slots.size(batch.slot)
+        if self._owed.pop(batch.key, None) is not None and batch.slot is not None:
+            self._owed_bytes -= self.slots.size(batch.slot)
 
     def _evict(self, batch: Batch) -> None:
         assert batch.slot is not None

@@ -1,4 +1,4 @@
-"""The staging area's memory: a memfd, so that nothing can stay behind whoever dies.
+"""The staging area as workers write it and jobs read it.
 
 Workers and jobs map a slot when they first use it and keep the mapping, since slots are reused and faulting in pages
 costs as much as copying them. Jobs map privately: a tensor is theirs to write into, and what they write no other job
@@ -24,29 +24,14 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _MAP_FAILED = ctypes.c_void_p(-1).value
-_PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 _DONTNEED, _POPULATE_READ, _POPULATE_WRITE = 4, 22, 23  # the latter two: Linux 5.14
-_GIGABYTE = 1 << 30
 _MAPPINGS = 1024  # that a process keeps
 
 # In /proc/self/pagemap, of a private mapping of a file: a page that is there but not the file's is a copy.
 _PRESENT, _FILE = np.uint64(3 << 62), np.uint64(1 << 61)
 
 Slot = tuple[int, int]  # offset and size
-
-
-def create(name: str) -> int:
-    """A new area, without memory yet."""
-    return os.memfd_create(name, os.MFD_CLOEXEC)
-
-
-def discard(fd: int, offset: int, size: int) -> None:
-    """Give the memory of a part back."""
-    if _libc.fallocate(fd, _PUNCH_HOLE, offset, size):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
 
 
 def read(fd: int, into: memoryview) -> None:
@@ -57,21 +42,6 @@ def read(fd: int, into: memoryview) -> None:
         if not done:
             raise OSError("a copy is shorter than it should be")
         position += done
-
-
-def copy(fd: int, offset: int, size: int) -> int:
-    """A memfd of its own with the bytes of a part."""
-    private = os.memfd_create("coordlfs-copy", os.MFD_CLOEXEC)
-    try:
-        while size:
-            done = os.sendfile(private, fd, offset, min(size, _GIGABYTE))
-            if not done:
-                raise OSError("the staging area is shorter than it should be")
-            offset, size = offset + done, size - done
-    except BaseException:
-        os.close(private)
-        raise
-    return private
 
 
 def _map(fd: int, slot: Slot, sharing: int, populate: int) -> int:

@@ -166,11 +166,12 @@ def workers_of(pid: int) -> list[int]:
     found = []
     for child in map(int, children):
         try:
-            if b"coordlfs_loader.broker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+            command = Path(f"/proc/{child}/cmdline").read_bytes()  # empty for one that is ending
+            if command and b"coordlfs_loader.broker" not in command:
                 found.append(child)
         except OSError:
             pass
-    return found
+    return list(filter(alive, found))
 
 
 def alive(pid: int) -> bool:

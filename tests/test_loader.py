@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coordlfs_loader import CoordinatedLoader, Refused, payload, stage, wire
+from coordlfs_loader import CoordinatedLoader, Refused, area, payload, stage, wire
 from loader_jobs import Noise, broker_pid, digest, eventually, plain
-from mounts import coordlfs
+from mounts import coordlfs, script
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -527,10 +527,10 @@ class Recorder:
 
 def test_slots_are_pinned_once_and_not_freed_while_they_are_copied() -> None:
     """But for CUDA itself, which is not here."""
-    area = stage.create("test")
-    os.ftruncate(area, 1 << 20)
-    writer, recorder = stage.Writer(area), Recorder()
-    reader = stage.Reader(area, recorder)
+    memory = area.create("test")
+    os.ftruncate(memory, 1 << 20)
+    writer, recorder = stage.Writer(memory), Recorder()
+    reader = stage.Reader(memory, recorder)
     slot, freed = (8192, 8192), []
     for turn in range(5):
         writer.write(slot, [bytes([turn]) * 8192])
@@ -548,18 +548,23 @@ def test_slots_are_pinned_once_and_not_freed_while_they_are_copied() -> None:
     if not child:
         signal.signal(signal.SIGSEGV, signal.SIG_DFL)
         faulthandler.disable()
-        stage.Reader(area, recorder).view(slot, lambda: None)[0] = 1
+        stage.Reader(memory, Recorder()).view(slot, lambda: None)[0] = 1
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV  # rather than spoil another's batch
     del reader
     assert recorder.pinned == {}
     writer.close()
-    os.close(area)
+    os.close(memory)
 
 
 def test_pinned_or_not_it_gives_the_same(make: MakeLoader) -> None:
     loader = make(Noise(21), 4, shuffle=True, num_workers=1, pin_memory=True)
     assert all(map(equal, loader, plain(Noise(21), 0, 0, batch_size=4, shuffle=True)))
+
+
+def test_broker_and_groups_need_no_torch() -> None:
+    script("import sys; sys.modules['torch'] = sys.modules['numpy'] = None; import coordlfs_loader.broker")
+    script("import sys; sys.modules['torch'] = sys.modules['numpy'] = None; import coordlfs_loader.groups")
 
 
 def test_groups_are_shown(make: MakeLoader, runtime: Path) -> None:

@@ -6,6 +6,7 @@ from collections import deque
 from itertools import pairwise
 from typing import Any
 
+import pytest
 from coordlfs_loader.group import CREDIT, DEATHS, Deliver, Discard, Drop, Group, Notice, Task, Write
 from coordlfs_loader.slots import UNIT, Slots
 from hypothesis import settings
@@ -323,7 +324,9 @@ class GroupMachine(RuleBasedStateMachine):
     def what_is_kept_adds_up(self) -> None:
         group = self.group
         kept = {k for k, b in group.batches.items() if b.slot is not None and not b.holders}
-        assert set(group._kept) <= kept
+        assert set(group._kept) | set(group._owed) <= kept
+        assert not set(group._kept) & set(group._owed)
+        assert group._owed_bytes == sum(group.slots.size(b.slot or 0) for b in group._owed.values())
         assert group._kept_bytes == sum(group.slots.size(b.slot or 0) for b in group._kept.values())
         assert set(group._fresh) <= {k for k, b in group.batches.items() if b.slot is not None}
 
@@ -361,6 +364,54 @@ class GroupMachine(RuleBasedStateMachine):
                 break
         for job, model in self.jobs.items():
             assert model.epoch is None or model.taken == model.count, (job, vars(model))
+
+
+def _go_on(machine: GroupMachine, going: set[int]) -> None:
+    """All workers, and the jobs that are `going`, do what they can."""
+    moved = True
+    while moved:
+        moved = False
+        for worker in list(machine.tasks):
+            if worker in machine.writes:
+                machine.write_one(worker)
+                moved = True
+            elif worker in machine.tasks and worker not in machine.wants:
+                machine.finish_one(worker, UNIT)
+                moved = True
+        for job in going:
+            if machine.jobs[job].queue:
+                machine.take_one(job)
+                held = machine.jobs[job].held
+                while held:
+                    slot, _ = held.pop()
+                    machine.act(machine.group.free(job, slot))
+                moved = True
+
+
+@pytest.mark.parametrize("patience", [None, 5.0])
+def test_a_stopped_job_is_waited_for_as_long_as_is_said(patience: float | None) -> None:
+    machine = GroupMachine()
+    machine.group = Group(16 * UNIT, patience)
+    machine.counts[0] = 100
+    for job in (1, 2):
+        machine.jobs[job] = JobModel()
+        machine.act(machine.group.add_job(job))
+        machine.number = 10 * job
+        machine.add_worker(job)
+        machine.begin(job, 0, None)
+    stopped, going = machine.jobs[1], machine.jobs[2]
+    _go_on(machine, {2})
+    far = going.taken
+    assert 10 <= far <= 16  # as far as the stage reaches
+    machine.act(machine.group.tick(4.0))
+    _go_on(machine, {2})
+    assert going.taken == far
+    machine.act(machine.group.tick(6.0))
+    _go_on(machine, {2})
+    assert going.taken == (far if patience is None else 100)
+    _go_on(machine, {1, 2})
+    assert stopped.taken == going.taken == 100
+    assert machine.group.prepared <= 300  # and nothing was prepared again and again
 
 
 TestGroup = GroupMachine.TestCase

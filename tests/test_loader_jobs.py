@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from coordlfs_loader import groups
 from loader_jobs import Job, alive, broker_pid, eventually, workers_of
 from mounts import Cgroup
 
@@ -186,6 +187,23 @@ def test_others_do_not_wait_for_ever_if_told(job: MakeJob) -> None:
     stopped.go_on(1000)
     assert "waits no longer" in stopped.finish()
     stopped.check(0)
+
+
+def test_a_stopped_worker_holds_nobody_up_for_long(job: MakeJob) -> None:
+    jobs = [job(num_workers=1, length=200, prepare=0.002, step=True) for _ in range(2)]
+    for j in jobs:
+        j.until("begin")
+    eventually(lambda: groups.figures()[0]["workers"] == 2)
+    (stopped,) = workers_of(jobs[1].pid)
+    os.kill(stopped, signal.SIGSTOP)
+    for j in jobs:
+        j.go_on(1000)
+    for j in jobs:
+        j.until("batch", 50)
+    os.kill(stopped, signal.SIGCONT)
+    for j in jobs:
+        j.finish()
+        j.check(0)
 
 
 def test_the_stage_is_as_small_as_it_may_be(job: MakeJob) -> None:
