@@ -137,7 +137,7 @@ class Keeper:
         """Open the file, drop what is resident, start reading; False if the request is answered already."""
         try:
             self._unpin(request.item)
-            if not self._has_room(request.length):
+            if len(self.pins) >= self.limit or not self._may_lock(request.length):
                 self.sock.send(request.reply(Outcome.FULL if self.pins else Outcome.FAILED, errno.ENOMEM))
                 return False
             request.fd = fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY)
@@ -153,9 +153,8 @@ class Keeper:
             return False
         return True
 
-    def _has_room(self, length: int) -> bool:
-        room = pages.count(length) * pages.PAGE
-        return len(self.pins) < self.limit and (self.lockable is None or self.locked + room <= self.lockable)
+    def _may_lock(self, length: int) -> bool:
+        return self.lockable is None or self.locked + pages.count(length) * pages.PAGE <= self.lockable
 
     def _make_absent(self, request: _Request) -> bool:
         pages.drop(request.fd, request.offset, request.length)
@@ -182,7 +181,7 @@ class Keeper:
         self.sock.send(request.reply(Outcome.FETCHED))
 
     def _finish(self, request: _Request) -> None:
-        if not self._has_room(request.length):  # others of the batch took it
+        if not self._may_lock(request.length):  # others of the batch took it
             os.close(request.fd)
             self.sock.send(request.reply(Outcome.FULL))
             return
