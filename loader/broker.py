@@ -223,7 +223,7 @@ class Broker:
         profile = message.get("profile")
         if not isinstance(profile, dict):
             raise ValueError("a job without a profile")
-        stage_bytes = integer(profile, "stage_bytes", 1 << 16)
+        stage_bytes = integer(profile, "stage_bytes", wire.LEAST_STAGE)
         patience = profile.get("patience")
         if patience is not None and not (isinstance(patience, int | float) and patience >= 0):
             raise ValueError("patience is no time")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from coordlfs_loader import wire
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 _INTERVAL = 1.0
 _ANSWER = 2.0  # seconds
@@ -67,8 +67,9 @@ def _size(nbytes: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def table(f: dict[str, Any]) -> Table:
+def view(f: dict[str, Any]) -> Group:
     """A group, for a terminal."""
+    from rich.console import Group
     from rich.table import Table
 
     caption = "no job has joined yet"
@@ -80,13 +81,12 @@ def table(f: dict[str, Any]) -> Table:
             f"{f['workers']} workers prepare {f['samples_per_second']:.0f} samples/s\n"
             f"{f['samples_prepared']} samples prepared for {f['samples_delivered']} delivered: {saved:.0%} saved"
         )
-    grid = Table(title=f"group {f['group']} (broker {f['pid']})", caption=caption, title_justify="left")
-    grid.caption_justify = "left"
+    grid = Table(title=f"group {f['group']} (broker {f['pid']})", title_justify="left")
     for heading in ("job (pid)", "workers", "epoch: batches", "lag", "holds", ""):
         grid.add_column(heading)
     for job in f["jobs"]:
         grid.add_row(*_row(job))
-    return grid
+    return Group(grid, caption)
 
 
 def show(*, as_json: bool, watch: bool) -> None:
@@ -101,11 +101,11 @@ def show(*, as_json: bool, watch: bool) -> None:
         if not found:
             print("no group is at work on this node")
         for f in found:
-            Console().print(table(f))
+            Console().print(view(f))
         return
     from rich.live import Live
 
     with Live(refresh_per_second=4) as live:
         while True:
-            live.update(Group(*map(table, figures())))
+            live.update(Group(*map(view, figures())))
             time.sleep(_INTERVAL)

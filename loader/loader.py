@@ -14,6 +14,7 @@ from coordlfs_loader.announcer import Announcer, files_of
 from coordlfs_loader.client import Client, Place, wait
 from coordlfs_loader.order import Order
 from coordlfs_loader.randomness import epoch_seed, set_seeds, undisturbed
+from coordlfs_loader.wire import LEAST_STAGE
 from coordlfs_loader.worker import Preparer
 from coordlfs_loader.workers import Workers
 from torch._utils import ExceptionWrapper
@@ -75,6 +76,8 @@ class CoordinatedLoader:
             )
         if num_workers < 0 or timeout < 0:
             raise ValueError("num_workers and timeout must not be negative")
+        if stage_bytes < LEAST_STAGE or (patience is not None and patience < 0):
+            raise ValueError(f"stage_bytes must be at least {LEAST_STAGE}, and patience not negative")
         # It checks the arguments, makes samplers of them, and says how many batches there are.
         self._like = DataLoader(
             dataset,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_PACKET = 1 << 15
+LEAST_STAGE = 1 << 16  # bytes
 _STARTING = 30.0  # seconds that a broker may take to start
 _CREDENTIALS = struct.Struct("3i")
 

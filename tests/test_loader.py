@@ -373,6 +373,9 @@ def test_what_cannot_be_is_refused(make: MakeLoader) -> None:
         make(Noise(10), shuffle=True, sampler=SequentialSampler(range(10)))
     with pytest.raises(ValueError, match="must not be negative"):
         make(Noise(10), num_workers=-1)
+    for bad in ({"stage_bytes": 1000}, {"patience": -1}):
+        with pytest.raises(ValueError, match="stage_bytes must be at least 65536, and patience not negative"):
+            make(Noise(10), **bad)
 
 
 @pytest.mark.parametrize(

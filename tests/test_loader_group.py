@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from coordlfs_loader.group import CREDIT, DEATHS, Deliver, Discard, Drop, Group, Notice, Task, Write
 from coordlfs_loader.slots import UNIT, Slots
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 LARGEST = 4 * UNIT
+SLOW = HealthCheck.too_slow  # as everything is on a machine with other things to do
 
 
 class JobModel:
@@ -415,7 +416,7 @@ def test_a_stopped_job_is_waited_for_as_long_as_is_said(patience: float | None) 
 
 
 TestGroup = GroupMachine.TestCase
-TestGroup.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestGroup.settings = settings(max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=[SLOW])
 
 
 class SlotsMachine(RuleBasedStateMachine):
@@ -459,4 +460,4 @@ class SlotsMachine(RuleBasedStateMachine):
 
 
 TestSlots = SlotsMachine.TestCase
-TestSlots.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestSlots.settings = settings(max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=[SLOW])
