@@ -21,7 +21,8 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,6 +61,21 @@ class _Wait:
     since: float
     is_keepers: bool
     interrupted: bool = False
+
+
+@contextmanager
+def _waiting_for(device: int) -> Iterator[Callable[[], object]]:
+    """How to wait for a message: by epoll, which wakes one thread a message; by poll where no descriptor is left."""
+    try:
+        readable = select.epoll(1)
+    except OSError:
+        poll = select.poll()
+        poll.register(device, select.POLLIN)
+        yield poll.poll
+        return
+    with readable:
+        readable.register(device, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        yield readable.poll
 
 
 class ByteLane:
@@ -142,8 +158,7 @@ class ByteLane:
         request = bytearray(fuse.REQUEST_BUFFER)
         view = memoryview(request)
         into = pages.buffer(fuse.MAX_READ + pages.PAGE)
-        with select.epoll(1) as readable:
-            readable.register(self._device, select.EPOLLIN | select.EPOLLEXCLUSIVE)  # one thread a message
+        with _waiting_for(self._device) as wait:
             had_to_wait = True
             while not self.ended.is_set():
                 while self._returned:
@@ -155,7 +170,7 @@ class ByteLane:
                 try:
                     while (n := quick_read(self._device, request)) is None:
                         had_to_wait = True
-                        readable.poll()
+                        wait()
                 except OSError as e:
                     if e.errno in (errno.EINTR, errno.ENOENT):
                         continue

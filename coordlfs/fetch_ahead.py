@@ -142,6 +142,7 @@ class FetchAhead:
             self._epochs.told = True
             if not goes_on:
                 self._epochs.advance(self._admission.unpinned())
+                self._counters.set("epochs_before", self._epochs.current.number)
             self._counters.set("told_epoch", mark)
         self._note()
 
