@@ -469,6 +469,10 @@ def main(path: str, name: str) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     os.close(null)
+    # Nobody's child: Ray, for one, ends all that a trial started when the trial ends, and others need the broker.
+    if os.fork():
+        os._exit(0)
+    listener.listen(128)  # once more: peers are told the process that called it last
     try:
         Broker(listener, name).run()
     except Exception:

@@ -79,8 +79,10 @@ def connect_or_start(group: str) -> socket.socket:
         except (FileNotFoundError, ConnectionError):
             sock = None
         if sock is not None:
-            if broker is not None and broker.stderr is not None:
+            if broker is not None:
+                assert broker.stderr is not None
                 broker.stderr.close()
+                broker.wait()  # its child is the broker, or somebody else's is
             return sock
         if broker is None:
             broker = _start(path, group)
@@ -96,22 +98,16 @@ def connect_or_start(group: str) -> socket.socket:
         time.sleep(0.005)
 
 
-_brokers: list[subprocess.Popen[bytes]] = []  # that this process started: they are waited for when they have ended
-
-
 def _start(path: Path, group: str) -> subprocess.Popen[bytes]:
-    _brokers[:] = [broker for broker in _brokers if broker.poll() is None]
     # A process of its own, which imports no torch, outlives the job, and has none of the terminal's signals. -P: a
     # file in the working directory that is called like a module of the library must not be taken for it.
-    broker = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-P", "-m", "coordlfs_loader.broker", os.fspath(path), group],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    _brokers.append(broker)
-    return broker
 
 
 def lock(path: str) -> int | None:

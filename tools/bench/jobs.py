@@ -34,7 +34,7 @@ Message = dict[str, Any]
 class Job:
     """One process that runs a module; what it prints, a JSON object a line, is kept as messages."""
 
-    def __init__(self, module: str, spec: Mapping[str, Any], errors: IO[str]) -> None:
+    def __init__(self, module: str, spec: Mapping[str, Any], errors: IO[str], sockets: str) -> None:
         self.messages: list[Message] = []
         self._errors = errors
         self._news = Condition()
@@ -45,7 +45,7 @@ class Job:
             stderr=errors,
             text=True,
             start_new_session=True,  # Ctrl-C is ours alone
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COORDLFS_RUNTIME_DIR": sockets},
         )
         self._listener = Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -120,13 +120,15 @@ class Node:
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
+        # Who is killed leaves its socket behind.
+        self._sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="coordlfs-bench-"))
         self._others = set(_children(os.getpid()))
         self.jobs: list[Job] = []
 
     def start(self, module: str, spec: Mapping[str, Any]) -> Job:
         """Start a job. It waits for a word from us, if the module so wants."""
         errors = self._stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
-        job = Job(module, spec, errors)
+        job = Job(module, spec, errors, self._sockets)
         self.jobs.append(job)
         return job
 

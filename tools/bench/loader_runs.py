@@ -19,7 +19,7 @@ from coordlfs_tools.bench.machine import BenchError
 
 MODULE = "coordlfs_tools.bench.loader_job"
 LIMIT = 200.0  # seconds that a run may take
-_BEGINNING = 40.0  # seconds until every job has its first batch
+_BEGINNING = 60.0  # seconds until every job has its first batch
 _TRIES = 3  # to begin
 _groups = count(1)
 

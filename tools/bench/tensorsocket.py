@@ -17,7 +17,7 @@ from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratio
 
 _ROUNDS = 3
 _JOBS = 4
-_BATCHES = 48
+_BATCHES = 32
 
 
 def measure(context: Context) -> list[Figure]:
