@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from coordlfs_loader import area, wire
@@ -461,7 +462,8 @@ def main(path: str, name: str) -> None:
     new = f"{path}.new"
     with suppress(FileNotFoundError):
         os.unlink(new)
-    listener.bind(new)
+    with wire.address(Path(new)) as address:
+        listener.bind(address)
     listener.listen(128)
     os.rename(new, path)  # whoever finds it is answered
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # by way of the end, where the socket is removed

@@ -16,7 +16,8 @@ import struct
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,16 @@ def socket_path(group: str) -> Path:
     return directory() / f"{blake2b(group.encode('utf-8', 'surrogateescape'), digest_size=12).hexdigest()}.sock"
 
 
+@contextmanager
+def address(path: Path) -> Iterator[str]:
+    """A name of `path` that a socket takes, which a path longer than 107 bytes is not."""
+    above = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{above}/{path.name}"
+    finally:
+        os.close(above)
+
+
 def peer(sock: socket.socket) -> tuple[int, int]:
     """Process and user at the other end."""
     pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
@@ -59,7 +70,8 @@ def connect(path: Path) -> socket.socket:
     """Connect to a broker that runs. Raises ConnectionError or FileNotFoundError where there is none."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        sock.connect(os.fspath(path))
+        with address(path) as name:
+            sock.connect(name)
         if os.geteuid() and peer(sock)[1] not in (0, os.geteuid()):
             raise RuntimeError(f"{path} belongs to another user")
     except BaseException:

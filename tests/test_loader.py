@@ -42,7 +42,7 @@ MakeLoader = Callable[..., CoordinatedLoader]
 @pytest.fixture(autouse=True)
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A runtime directory of the test's own."""
-    path = tmp_path / "run"
+    path = tmp_path / ("run" * 50)  # longer than a socket's address may be
     monkeypatch.setenv("COORDLFS_RUNTIME_DIR", str(path))
     return path
 
