@@ -22,6 +22,7 @@ from mounts import MIB, MakeMount, Mount, coordlfs, read, write_files
 
 from coordlfs import items, memfds, wire
 from coordlfs.kernel import fuse
+from coordlfs.residence import Residence
 from coordlfs.wire import PINS, REPLY, REQUEST, How, Outcome, Verb
 
 SHORT, LONG = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
@@ -152,6 +153,10 @@ class FakeKernel(Harness):
             "is_remote": False,
             "fstype": None,
             "resend": True,
+            "memory": None,
+            "residence": Residence.PAGE_CACHE,
+            "lockable": None,
+            "is_busy": False,
             "metrics": None,
             "revalidate": None,
             "peers": None,
@@ -320,7 +325,7 @@ def test_requests_to_a_keeper(source: Path) -> None:
     write_files(source, 2, 1000)
     tree = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
     device = os.open("/dev/null", os.O_WRONLY)
-    config = {"parent": os.getpid(), "tree": tree, "device": device, "readahead": 1 << 20}
+    config = {"parent": os.getpid(), "tree": tree, "device": device, "readahead": 1 << 20, "in_memory": False}
     with ExitStack() as stack:
         stack.callback(os.close, tree)
         stack.callback(os.close, device)
