@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import stat
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,11 +15,12 @@ from typing import Any, BinaryIO
 
 from coordlfs import mounting
 from coordlfs.errors import UserError
-from coordlfs.kernel import fiemap, pages
+from coordlfs.kernel import fiemap, pages, process
 from coordlfs.source import Source
 
 _BATCH = 64
 _REPLACED_WITHIN, _SETTLED_WITHIN = 60.0, 30.0  # seconds
+_LOOK_EVERY = 1.0  # seconds between looks whether a server that has not answered is still there
 _SORTED_AT_ONCE = 200_000  # files whose place on the disk is asked for before the first of them is read
 
 
@@ -35,6 +38,8 @@ class Client:
             raise UserError(f"only root and who mounted {mountpoint} may do this") from None
         except OSError as e:
             raise UserError(f"{mountpoint} does not answer: {e.strerror}") from e
+        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        self._server: int = struct.unpack("3i", credentials)[0]  # 0 in a container that cannot see it
         self._lines: BinaryIO = self._sock.makefile("rb")
 
     def close(self) -> None:
@@ -42,10 +47,20 @@ class Client:
         self._lines.close()
         self._sock.close()
 
+    def _await(self) -> None:
+        """Wait for a reply. Raises ConnectionError if the server ended without one.
+
+        It may not be told by the connection: a thread that waits for the source keeps a dead server's sockets open.
+        """
+        while not select.select([self._sock], [], [], _LOOK_EVERY)[0]:
+            if self._server and process.exit_status(self._server) is not None:
+                raise ConnectionError
+
     def source(self) -> Source:
         """The mounted directory itself, even where it is mounted over."""
         try:
             self._sock.sendall(b'{"verb": "source"}\n')
+            self._await()
             _, fds, _, _ = socket.recv_fds(self._sock, 1, 1)
         except ConnectionError:
             fds = []
@@ -57,6 +72,7 @@ class Client:
         """One request and its reply."""
         try:
             self._sock.sendall(json.dumps({"verb": verb, **arguments}).encode() + b"\n")
+            self._await()
             line = self._lines.readline()
         except ConnectionError:
             line = b""

@@ -319,6 +319,26 @@ def test_a_server_with_a_thread_that_never_returns_is_replaced(
     assert read(mounted.path / "hung") == noise(50_000)
 
 
+def test_a_command_notices_that_the_server_it_waits_for_was_killed(
+    source: Path, faults: Callable[[], Faulty], mount: MakeMount
+) -> None:
+    """A thread that waits for the source keeps the dead server's sockets open: none of them says that it died."""
+    with _hanging(source, faults, mount) as (mounted, faulty, _):
+        command = [sys.executable, "-m", "coordlfs", "warm", str(mounted.path), str(mounted.path / "hung")]
+        warm = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            time.sleep(2)
+            assert warm.poll() is None
+            os.kill(mounted.processes["server"], signal.SIGKILL)
+            assert "broke off" in warm.communicate(timeout=20)[1]
+            assert warm.returncode == 1
+        finally:
+            warm.kill()
+            warm.communicate()
+        faulty.clear()
+        faulty.kill()
+
+
 def test_unmounting_what_never_answers(source: Path, faults: Callable[[], Faulty], mount: MakeMount) -> None:
     with _hanging(source, faults, mount) as (mounted, faulty, reader):
         refused = coordlfs("umount", mounted.path, status=1)
