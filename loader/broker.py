@@ -31,6 +31,7 @@ _FIRST = 30.0
 _TICK = 0.25  # seconds between looks at the clock while jobs are there
 _ORDERS = 4  # descriptors of orders that a worker keeps
 _RATE_WINDOW = 2.0
+_NEWS = 256  # batches taken and slots freed that a job tells of at once
 
 
 class Client:
@@ -88,8 +89,7 @@ class Broker:
             ("viewer", "stats"): self._stats,
             ("job", "enter"): self._enter,
             ("job", "begin"): self._begin,
-            ("job", "take"): self._take,
-            ("job", "free"): self._free,
+            ("job", "took"): self._took,
             ("job", "end"): self._end,
             ("job", "leave"): self._leave,
             ("job", "lost"): self._lost,
@@ -289,13 +289,17 @@ class Broker:
         self._forget_epochs()
         self._act(actions)
 
-    def _take(self, client: Client, message: Message, fd: int | None) -> None:
+    def _took(self, client: Client, message: Message, fd: int | None) -> None:
         assert self._group is not None
-        self._act(self._group.take(client.id))
-
-    def _free(self, client: Client, message: Message, fd: int | None) -> None:
-        assert self._group is not None
-        self._act(self._group.free(client.id, integer(message, "slot")))
+        taken, freed = integer(message, "taken", 0, _NEWS), message.get("freed")
+        if not isinstance(freed, list) or len(freed) > _NEWS or any(type(slot) is not int for slot in freed):
+            raise ValueError("what was freed is no list of slots")
+        actions: list[Action] = []
+        for _ in range(taken):
+            actions += self._group.take(client.id)
+        for slot in freed:
+            actions += self._group.free(client.id, slot)
+        self._act(actions)
 
     def _end(self, client: Client, message: Message, fd: int | None) -> None:
         assert self._group is not None

@@ -13,41 +13,58 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from coordlfs_loader import stage, wire
 from coordlfs_loader.order import Order
 from coordlfs_loader.wire import Message
 
+T = TypeVar("T")
 log = logging.getLogger("coordlfs_loader")
 
 _BROKERS = 5  # that may die without having handed over a batch
 _HANDSHAKE = 30.0  # seconds
+_NEWS = 256  # slots that are told with one message
 
 
 class Connection:
-    """A socket to the broker, and the slots that are held by it: open as long as anything refers to it."""
+    """A socket to the broker, and the slots that are held by it: open as long as anything refers to it.
+
+    That a batch was taken is told with what is let go next, which is mostly the batch before, and a moment later.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self._unsent: deque[Message] = deque()  # what a finalizer could not send
+        self._taken: deque[None] = deque()  # one for each batch, and not told yet
+        self._freed: deque[int] = deque()  # slots, and not told yet
         _open.add(self)
 
     def send(self, message: Message, fd: int | None = None) -> None:
-        """Send a message, after what waits. Raises OSError."""
-        while self._unsent:
-            wire.send(self.sock, self._unsent.popleft())
+        """Send a message, after what is not told yet. Raises OSError."""
+        self.tell()
         wire.send(self.sock, message, fd)
+
+    def take(self) -> None:
+        """A batch was taken: to be told soon."""
+        self._taken.append(None)
 
     def free(self, slot: int) -> None:
         """Say that a slot is held no longer. From a finalizer: it waits for nothing and raises nothing."""
-        message = {"verb": "free", "slot": slot}
-        try:
-            wire.send(self.sock, message, flags=socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            self._unsent.append(message)
-        except OSError:
-            pass  # the broker has gone, and its books with it
+        self._freed.append(slot)
+        with suppress(OSError):  # the broker has gone, and its books with it
+            self.tell(socket.MSG_DONTWAIT)
+
+    def tell(self, flags: int = 0) -> None:
+        """Say what was taken and freed. Raises OSError."""
+        while self._taken or self._freed:
+            # In any thread, and as finalizers are, in the middle of this: what one has popped no other says.
+            taken, freed = _pop(self._taken), _pop(self._freed)
+            try:
+                wire.send(self.sock, {"verb": "took", "taken": len(taken), "freed": freed}, flags=flags)
+            except BlockingIOError:  # it goes with the next
+                self._taken.extend(taken)
+                self._freed.extend(freed)
+                return
 
     def close_in_child(self) -> None:
         """The connection is the parent's."""
@@ -55,6 +72,14 @@ class Connection:
 
     def __del__(self) -> None:
         self.sock.close()
+
+
+def _pop(queue: deque[T]) -> list[T]:
+    found: list[T] = []
+    with suppress(IndexError):
+        while len(found) < _NEWS:
+            found.append(queue.popleft())
+    return found
 
 
 _open: weakref.WeakSet[Connection | Client] = weakref.WeakSet()
@@ -188,6 +213,15 @@ class Client:
         assert self._connection is not None
         try:
             self._connection.send(message, fd)
+        except OSError:
+            self._drain()
+            self._again()
+
+    def tell(self) -> None:
+        """Tell the broker what it should know before this job waits."""
+        assert self._connection is not None
+        try:
+            self._connection.tell()
         except OSError:
             self._drain()
             self._again()
@@ -372,12 +406,15 @@ class Client:
         """The next batch that was handed over: its number, its payload, or why it cannot be had."""
         place = self._place
         assert place is not None
+        self.tell()
         handed = place.queue.popleft()
         place.taken += 1
         message, fd = handed.message, handed.copy
         number, size = wire.integer(message, "number"), wire.integer(message, "size")
         if handed.connection is self._connection:  # another broker did not hand it over
-            self._send({"verb": "take"})
+            handed.connection.take()
+            if fd is not None or message.get("error") is not None or place.taken == place.order.count:
+                self.tell()
         if message.get("error") is not None:
             return number, None, wire.text(message, "error")
         if fd is None:

@@ -657,7 +657,7 @@ class Group:
         epoch, job.epoch, job.blocked_since = job.epoch, None, None
         while job.untaken:
             batch = job.untaken.popleft()
-            if batch is not None:
+            if batch is not None and job.id in batch.holders:  # threads may let go of it before it is told as taken
                 self._let_go(job, batch)
         if epoch is not None:
             self._sort_out(epoch)

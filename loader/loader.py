@@ -291,6 +291,7 @@ class _Walk(Iterator[Any]):
         client, workers = session.client, session.workers
         deadline = time.monotonic() + self._timeout if self._timeout else None
         while client.waiting:
+            client.tell()
             copying = client.settle()
             client.work()
             ready = wait([client.fileno(), *workers.filenos()], _COPIED if copying else _LOOK)

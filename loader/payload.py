@@ -1,6 +1,7 @@
 """Batches as bytes: pickle protocol 5 with the bytes of tensors and arrays out of band, and back without a copy.
 
-A payload is a head (how many parts, their lengths), the pickle, and the out-of-band buffers, each aligned.
+A payload is the pickle and the out-of-band buffers, each aligned and in any order, and a table of where they are: the
+offset and length of each, the pickle first, and in the very end how many there are.
 """
 
 from __future__ import annotations
@@ -12,50 +13,53 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from coordlfs_loader.room import ALIGN, LEAST, Room
 
-_ALIGN = 64
-_INLINE = 512  # bytes below which a buffer is not worth a place of its own
-_U64 = struct.Struct("=Q")
+_COUNT = struct.Struct("=Q")
+_PLACE = struct.Struct("=QQ")
 
 Buffer = memoryview | bytes
 
 
-def encode(batch: object) -> tuple[int, list[Buffer]]:
-    """The payload's size in bytes, and the buffers that make it up; they refer to the batch's own memory."""
-    out_of_band: list[Any] = []
+def encode(batch: object, room: Room | None = None) -> tuple[int, list[Buffer]]:
+    """The payload's size in bytes, and the buffers that make it up; they refer to the batch's own memory.
+
+    What lies in `room` already has the same place in the payload.
+    """
+    out_of_band: list[memoryview] = []
 
     def take(buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
-        if raw.nbytes < _INLINE:
+        if raw.nbytes < LEAST:
             return True
         out_of_band.append(raw)
         return False
 
     stream = io.BytesIO()
     _Pickler(stream, take).dump(batch)
-    parts: list[Any] = [stream.getbuffer(), *out_of_band]
-    head = struct.pack(f"={1 + len(parts)}Q", len(parts), *(p.nbytes for p in parts))
+    parts = [stream.getbuffer(), *out_of_band]
+    there = {i: at for i, part in enumerate(parts) if (at := room.offset(part) if room else None) is not None}
+    places = [(0, 0)] * len(parts)
     buffers: list[Buffer] = []
     size = 0
-    for part in (head, *parts):
-        pad = -size % _ALIGN
-        if pad:
-            buffers.append(bytes(pad))
-        buffers.append(part)
-        size += pad + (part.nbytes if isinstance(part, memoryview) else len(part))
-    return size, buffers
+    for i in sorted(range(len(parts)), key=lambda i: there.get(i, 1 << 62)):
+        at = there.get(i, size + -size % ALIGN)
+        if at > size:
+            buffers.append(bytes(at - size))
+        buffers.append(parts[i])
+        size = at + parts[i].nbytes
+        places[i] = at, parts[i].nbytes
+    table = b"".join(_PLACE.pack(*place) for place in places) + _COUNT.pack(len(places))
+    return size + len(table), [*buffers, table]
 
 
 def decode(payload: memoryview) -> Any:
     """The batch; its tensors and arrays are views of the payload, writable if that is, and keep it alive."""
-    (count,) = _U64.unpack_from(payload)
-    position = _U64.size * (1 + count)
-    parts = []
-    for (length,) in _U64.iter_unpack(payload[_U64.size : position]):
-        position += -position % _ALIGN
-        parts.append(payload[position : position + length])
-        position += length
-    return pickle.loads(parts[0], buffers=parts[1:])
+    end = len(payload) - _COUNT.size
+    (count,) = _COUNT.unpack_from(payload, end)
+    table = _PLACE.iter_unpack(payload[end - count * _PLACE.size : end])
+    pickled, *buffers = [payload[at : at + length] for at, length in table]
+    return pickle.loads(pickled, buffers=buffers)
 
 
 class _Pickler(pickle.Pickler):

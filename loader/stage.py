@@ -14,7 +14,7 @@ import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -54,6 +54,12 @@ def _map(fd: int, slot: Slot, sharing: int, populate: int) -> int:
     return address
 
 
+def address_of(array: np.ndarray[Any, Any]) -> int:
+    """Of an array's first byte."""
+    found: int = array.__array_interface__["data"][0]
+    return found
+
+
 class Writer:
     """A worker's view of the area."""
 
@@ -61,18 +67,25 @@ class Writer:
         self._fd = fd
         self._mapped: OrderedDict[Slot, int] = OrderedDict()
 
-    def write(self, slot: Slot, buffers: Sequence[memoryview | bytes]) -> None:
-        """Write buffers into a slot, one after the other."""
+    def memory(self, slot: Slot) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The bytes of a slot, valid until the next slot is written."""
         address = self._mapped.get(slot)
         if address is None:
             address = self._mapped[slot] = _map(self._fd, slot, mmap.MAP_SHARED, _POPULATE_WRITE)
         self._mapped.move_to_end(slot)
-        into = np.frombuffer(memoryview((ctypes.c_ubyte * slot[1]).from_address(address)), np.uint8)
+        return np.frombuffer(memoryview((ctypes.c_ubyte * slot[1]).from_address(address)), np.uint8)
+
+    def write(self, slot: Slot, buffers: Sequence[memoryview | bytes]) -> None:
+        """Write buffers into a slot, one after the other; what lies there already is left alone."""
+        into = self.memory(slot)
         position = 0
         for buffer in buffers:
-            data = np.frombuffer(buffer, np.uint8) if len(buffer) else into[:0]
-            into[position : position + len(data)] = data
-            position += len(data)
+            if len(buffer):
+                data = np.frombuffer(buffer, np.uint8)
+                target = into[position : position + len(data)]
+                if address_of(data) != address_of(target):
+                    target[:] = data
+                position += len(data)
         if len(self._mapped) > _MAPPINGS:
             (_, size), gone = self._mapped.popitem(last=False)
             _libc.munmap(gone, size)

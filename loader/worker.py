@@ -18,7 +18,9 @@ import torch
 from coordlfs_loader import order, payload, stage, wire
 from coordlfs_loader.client import keep_order, slot_of
 from coordlfs_loader.randomness import Seeded
+from coordlfs_loader.room import Room
 from torch._utils import ExceptionWrapper
+from torch.utils.data import default_collate
 from torch.utils.data._utils import worker as torch_worker
 
 _RETRY = 0.02  # seconds between looks for a broker that the job is to start
@@ -32,13 +34,20 @@ class Preparer:
         self._collate = collate
         self._batched = batched
 
-    def prepare(self, fd: int, epoch: int, number: int, where: str) -> tuple[int, list[Any]]:
-        """The payload of a batch, or of the exception that preparing it raised: its size and buffers."""
+    def prepare(
+        self, fd: int, epoch: int, number: int, where: str, room: Room | None = None
+    ) -> tuple[int, list[payload.Buffer]]:
+        """The payload of a batch, or of the exception that preparing it raised: its size and buffers.
+
+        It may lie in `room`. What a collate function of the user's returns does not: it may be kept.
+        """
         try:
             self._dataset.set_epoch(epoch)
             wanted = order.indices(fd, number)
             found = self._dataset.__getitems__(wanted) if self._batched else self._dataset[wanted]
-            return payload.encode(self._collate(found))
+            if room is None or self._collate is not default_collate:
+                return payload.encode(self._collate(found))
+            return payload.encode(room.collate(found), room)
         except Exception:
             failure = ExceptionWrapper(where=where)
         try:
@@ -155,10 +164,14 @@ class _Worker:
                         if fd is not None:
                             keep_order(orders, serial, fd)
                         epoch, batch = wire.integer(message, "epoch"), wire.integer(message, "number")
-                        size, buffers = self._preparer.prepare(orders[serial], epoch, batch, self._where)
-                        if size <= message.get("room", 0):
+                        given = message.get("room", 0)
+                        room = Room(writer.memory(slot_of(message))) if given else None
+                        size, buffers = self._preparer.prepare(orders[serial], epoch, batch, self._where, room)
+                        if size <= given:
                             write(message)
                         else:
+                            if room is not None:  # which is not ours any longer with what we say now
+                                buffers = [bytes(buffer) for buffer in buffers]
                             wire.send(sock, {"verb": "wants", "size": size})
                     case "write":
                         write(message)
