@@ -44,7 +44,8 @@ class Client:
         self.pidfd: int | None = None
         self.role: str | None = None
         self.name = ""
-        self.task: tuple[int, int] | None = None  # of a worker
+        self.hands: tuple[int, ...] = ()  # of a worker, as the books know them
+        self.given: dict[int, tuple[int, int]] = {}  # what they were given and have not prepared, the first first
         self.orders: OrderedDict[int, None] = OrderedDict()  # which it has, oldest first
         self.workers = 0  # of a job, as it says
         self.left = False
@@ -71,6 +72,7 @@ class Broker:
         self._name = name
         self._selector = selectors.DefaultSelector()
         self._clients: dict[int, Client] = {}
+        self._hands: dict[int, Client] = {}  # who is to be told
         self._numbers = count(1)
         self._group: Group | None = None
         self._profile: Message = {}
@@ -179,6 +181,8 @@ class Broker:
     def _close(self, client: Client) -> None:
         """A client has gone."""
         del self._clients[client.id]
+        for hand in client.hands:
+            del self._hands[hand]
         self._selector.unregister(client.sock)
         client.sock.close()
         if client.pidfd is not None:
@@ -199,9 +203,9 @@ class Broker:
             self._forget_epochs()
             if not group.jobs:
                 self._reset()
-        elif client.role == "worker" and client.id in group.workers:
-            task = group.workers[client.id].task
-            actions = group.remove_worker(client.id)
+        elif client.role == "worker":
+            task = next(iter(client.given.values()), None)
+            actions = group.remove_worker(*client.hands)
             if task is not None:
                 if client.name in self._causes:
                     actions += group.killed(task, self._causes.pop(client.name))
@@ -251,6 +255,8 @@ class Broker:
             self._selector.register(client.pidfd, selectors.EVENT_READ, client)
         self._act(self._group.add_job(client.id))
         if client.inline:
+            client.hands = (client.id,)
+            self._hands[client.id] = client
             self._act(self._group.add_worker(client.id, client.id, inline=True))
         self._send(client, {"verb": "joined"}, self._stage)
 
@@ -260,7 +266,10 @@ class Broker:
         if owner is None or self._group is None:
             raise ValueError("a worker of no job")
         client.role, client.name = "worker", name
-        self._act(self._group.add_worker(client.id, owner.id))
+        client.hands = client.id, next(self._numbers)
+        for hand in client.hands:
+            self._hands[hand] = client
+            self._act(self._group.add_worker(hand, owner.id, second=hand != client.id))
         self._send(client, {"verb": "joined"}, self._stage)
 
     def _enter(self, client: Client, message: Message, fd: int | None) -> None:
@@ -294,12 +303,7 @@ class Broker:
         taken, freed = integer(message, "taken", 0, _NEWS), message.get("freed")
         if not isinstance(freed, list) or len(freed) > _NEWS or any(type(slot) is not int for slot in freed):
             raise ValueError("what was freed is no list of slots")
-        actions: list[Action] = []
-        for _ in range(taken):
-            actions += self._group.take(client.id)
-        for slot in freed:
-            actions += self._group.free(client.id, slot)
-        self._act(actions)
+        self._act(self._group.took(client.id, taken, freed))
 
     def _end(self, client: Client, message: Message, fd: int | None) -> None:
         assert self._group is not None
@@ -323,20 +327,25 @@ class Broker:
         elif name in self._dead:
             self._act(self._group.killed(self._dead.pop(name), why))
 
+    def _hand(self, client: Client, message: Message) -> int:
+        """Which of a worker's hands it speaks of."""
+        return client.hands[integer(message, "hand", 0, len(client.hands) - 1)]
+
     def _idle(self, client: Client, message: Message, fd: int | None) -> None:
         assert self._group is not None
-        self._act(self._group.idle(client.id))
+        self._act(self._group.idle(self._hand(client, message)))
 
     def _wants(self, client: Client, message: Message, fd: int | None) -> None:
         assert self._group is not None
-        self._act(self._group.wants(client.id, integer(message, "size", 1)))
+        hand = self._hand(client, message)
+        client.given.pop(hand, None)
+        self._act(self._group.wants(hand, integer(message, "size", 1)))
 
     def _wrote(self, client: Client, message: Message, fd: int | None) -> None:
         assert self._group is not None
-        actions = self._group.wrote(client.id, integer(message, "size"))
-        if message.get("idle") is True:
-            actions += self._group.idle(client.id)
-        self._act(actions)
+        hand = self._hand(client, message)
+        client.given.pop(hand, None)
+        self._act(self._group.wrote(hand, integer(message, "size"), idle=message.get("idle") is True))
 
     def _batch_samples(self) -> int:
         return int(self._profile.get("batch_size") or 1)
@@ -352,9 +361,13 @@ class Broker:
                     self._give_task(action)
                 case Write(worker, slot, room):
                     self._extend(slot + room)
-                    self._send(self._clients[worker], {"verb": "write", "slot": slot, "room": room})
-                case Drop(worker) if worker in self._clients:
-                    self._send(self._clients[worker], {"verb": "drop"})
+                    client = self._hands[worker]
+                    message = {"verb": "write", "hand": client.hands.index(worker), "slot": slot, "room": room}
+                    self._send(client, message)
+                case Drop(worker) if worker in self._hands:
+                    client = self._hands[worker]
+                    client.given.pop(worker, None)
+                    self._send(client, {"verb": "drop", "hand": client.hands.index(worker)})
                 case Discard(slot, size):
                     area.discard(self._stage, slot, size)
                 case Notice(job, said):
@@ -377,13 +390,15 @@ class Broker:
             os.ftruncate(self._stage, length)
 
     def _give_task(self, task: Task) -> None:
-        client, order = self._clients[task.worker], self._epochs[task.epoch]
+        client, order = self._hands[task.worker], self._epochs[task.epoch]
+        client.given[task.worker] = task.epoch, task.number
         has = order.serial in client.orders
         if not has:
             client.orders[order.serial] = None
             if len(client.orders) > _ORDERS:
                 client.orders.popitem(last=False)
-        message = {"verb": "task", "epoch": task.epoch, "number": task.number, "order": order.serial}
+        hand = client.hands.index(task.worker)
+        message = {"verb": "task", "hand": hand, "epoch": task.epoch, "number": task.number, "order": order.serial}
         if task.room:
             self._extend(task.slot + task.room)
             message |= {"slot": task.slot, "room": task.room}
@@ -446,7 +461,7 @@ class Broker:
                 "idle_bytes": group.slots.idle,
                 "batches": sum(b.slot is not None for b in group.batches.values()),
             },
-            "workers": len(group.workers),
+            "workers": group.hands,
             "preparing": sum(w.task is not None for w in group.workers.values()),
             "samples_prepared": group.prepared * size,
             "samples_delivered": delivered * size,

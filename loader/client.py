@@ -342,7 +342,7 @@ class Client:
         """Offer to prepare a batch, for a job without workers that has nothing to do but wait."""
         if self._on_task is not None and not self._asked:
             self._asked = True
-            self._send({"verb": "idle"})
+            self._send({"verb": "idle", "hand": 0})
 
     def advance(self) -> None:
         """Receive one message and act upon it. Called when there is one."""
@@ -394,13 +394,13 @@ class Client:
         if size <= message.get("room", 0):
             self._write(message)
         else:
-            self._send({"verb": "wants", "size": size})
+            self._send({"verb": "wants", "hand": 0, "size": size})
 
     def _write(self, message: Message) -> None:
         assert self._payload is not None
         self._writer.write(slot_of(message), self._payload)
         self._payload, self._asked = None, False
-        self._send({"verb": "wrote", "size": self._size})
+        self._send({"verb": "wrote", "hand": 0, "size": self._size})
 
     def take(self) -> tuple[int, memoryview | None, str | None]:
         """The next batch that was handed over: its number, its payload, or why it cannot be had."""
@@ -435,9 +435,11 @@ def slot_of(message: Message) -> stage.Slot:
 
 
 def keep_order(orders: dict[int, int], serial: int, fd: int) -> None:
-    """Keep a descriptor of an order, and as many as the broker expects."""
+    """Keep a descriptor of an order, and as many as the broker expects, and tasks that wait."""
+    if serial in orders:
+        os.close(orders.pop(serial))
     orders[serial] = fd
-    if len(orders) > 4:
+    if len(orders) > 8:
         os.close(orders.pop(next(iter(orders))))
 
 

@@ -11,17 +11,22 @@ Workers, whoever's they are, are given the batch that is needed soonest. Three r
   and, for the job that lags most, of anything that is not held. What a slower job still needs is otherwise left alone:
   the faster ones wait for it, unless they are told to be patient for so long only, after which it falls out.
 * A worker that waits for room is sent away where a job starves and nobody else is free to help it.
+
+Where batches take so little time that a worker would wait for its next task for about as long, it has a second hand,
+which is given a task ahead, to be begun when the first is done. Else a slow worker would only keep others from it.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from coordlfs_loader.slots import UNIT, Slots
 
 CREDIT = 2  # batches that are handed to a job before it takes them
+QUICK = 0.02  # seconds that a batch may take for workers to be given a second one ahead
 DEATHS = 3  # workers that may die of a batch before it is given up
 _JOINING = 10.0  # seconds after a job joined within which others are likely to
 _STUCK, _STUCK_TIMES = (
@@ -158,11 +163,12 @@ class Job:
 
 @dataclass(eq=False, slots=True)
 class Worker:
-    """A worker, or a job without workers while it waits (`inline`)."""
+    """A worker, or a job without workers while it waits (`inline`), or the second hand of a worker (`second`)."""
 
     id: int
     job: int
     inline: bool = False
+    second: bool = False
     retired: bool = False  # its job has gone, and so will it
     task: tuple[int, int] | None = None
     size: int | None = None  # bytes that it wants to write, and waits for room
@@ -182,6 +188,7 @@ class Group:
         self.jobs: dict[int, Job] = {}
         self.workers: dict[int, Worker] = {}
         self.batches: dict[tuple[int, int], Batch] = {}
+        self.hands = 0  # workers, without second hands
         self.held_bytes = 0
         self.now = 0.0
         self.prepared = self.delivered = self.copied = self.evicted = 0
@@ -189,6 +196,7 @@ class Group:
         self._owed: dict[tuple[int, int], Batch] = {}  # the same, but jobs that fell out need them: the next to go
         self._fresh: dict[tuple[int, int], Batch] = {}  # staged, and nobody has received them
         self._idle: dict[int, Worker] = {}
+        self._seconds: dict[int, Worker] = {}  # second hands that are idle
         self._wanting: dict[int, Worker] = {}  # workers that wait for room
         self._kept_bytes = self._owed_bytes = 0
         self._joined = 0.0  # when the last job did
@@ -210,7 +218,7 @@ class Group:
         """It has died. Its workers will as well: until one has, it may write where it was told to."""
         for worker in [w for w in self.workers.values() if w.job == job]:
             worker.retired = True
-            self._idle.pop(worker.id, None)
+            self._rest_no_longer(worker)
             batch = self._mine(worker)
             if batch is not None:
                 self._remove(batch)
@@ -256,29 +264,27 @@ class Group:
         self._stop(self.jobs[job])
         return self._advance()
 
-    def take(self, job: int) -> list[Action]:
-        """It took the first of what it was handed."""
+    def took(self, job: int, taken: int = 1, freed: Iterable[int] = ()) -> list[Action]:
+        """It took so many of what it was handed, the first ones, and holds some slots no longer."""
         taker = self.jobs[job]
-        if not taker.untaken:
+        if taken > len(taker.untaken):
             raise ValueError("a job took what it was not given")
-        taker.untaken.popleft()
-        return self._advance()
-
-    def free(self, job: int, slot: int) -> list[Action]:
-        """It holds a slot no longer."""
-        holder = self.jobs[job]
-        if slot not in holder.held:
-            raise ValueError("a job let go of what it does not hold")
-        self._let_go(holder, holder.held[slot])
+        for _ in range(taken):
+            taker.untaken.popleft()
+        for slot in freed:
+            if slot not in taker.held:
+                raise ValueError("a job let go of what it does not hold")
+            self._let_go(taker, taker.held[slot])
         return self._advance()
 
     # Workers
 
-    def add_worker(self, worker: int, job: int, *, inline: bool = False) -> list[Action]:
-        """A worker of a job is there; it is given tasks when it is `idle`."""
+    def add_worker(self, worker: int, job: int, *, inline: bool = False, second: bool = False) -> list[Action]:
+        """A worker of a job is there, or its second hand; it is given tasks when it is `idle`."""
         if job not in self.jobs:
             raise ValueError("a worker of no job")
-        self.workers[worker] = Worker(worker, job, inline)
+        self.workers[worker] = Worker(worker, job, inline, second)
+        self.hands += not second
         return []
 
     def idle(self, worker: int) -> list[Action]:
@@ -286,8 +292,7 @@ class Group:
         one = self.workers[worker]
         if one.task is not None:
             raise ValueError("a worker has a task and wants another")
-        if not one.retired:
-            self._idle[worker] = one
+        self._rest(one)
         return self._advance()
 
     def wants(self, worker: int, size: int) -> list[Action]:
@@ -304,8 +309,8 @@ class Group:
         self._wanting[worker] = one
         return self._advance()
 
-    def wrote(self, worker: int, size: int) -> list[Action]:
-        """It has written its batch of so many bytes, and is not idle before it says so."""
+    def wrote(self, worker: int, size: int, *, idle: bool = False) -> list[Action]:
+        """It has written its batch of so many bytes, and is not idle before it says so, now or later."""
         one = self.workers[worker]
         if one.slot is None or not 0 < size <= self.slots.size(one.slot):
             raise ValueError("a worker wrote what it was not asked to")
@@ -322,11 +327,14 @@ class Group:
             self.prepared += 1
             self._fresh[batch.key] = batch
             self._classify(batch)
+        if idle:
+            self._rest(one)
         return self._advance()
 
-    def remove_worker(self, worker: int) -> list[Action]:
-        """It ended or died."""
-        self._forget_worker(self.workers[worker])
+    def remove_worker(self, *hands: int) -> list[Action]:
+        """It ended or died, with all its hands."""
+        for hand in hands:
+            self._forget_worker(self.workers[hand])
         return self._advance()
 
     def killed(self, task: tuple[int, int], why: str) -> list[Action]:
@@ -470,8 +478,8 @@ class Group:
         if batch is not None and batch.error is None:
             self._remove(batch)
         worker.task = worker.size = None
-        if not worker.inline and not worker.retired:
-            self._idle[worker.id] = worker
+        if not worker.inline:
+            self._rest(worker)
         self._wanting.pop(worker.id, None)
         self._actions.append(Drop(worker.id))
 
@@ -513,15 +521,14 @@ class Group:
     def _assign(self) -> bool:
         """Give tasks to idle workers, the most urgent first."""
         done = False
-        if not self._idle:
-            return done
         alike = all(not j.fallen for j in self.jobs.values())  # what one worker may have, any may
         exhausted = False
-        for worker in list(self._idle.values()):
+        quick = bool(self.prepared) and self._usual < QUICK
+        for worker in [*self._idle.values(), *(self._seconds.values() if quick else ())]:
             if worker.inline and not self.jobs[worker.job].starving:
                 del self._idle[worker.id]
                 continue
-            task = None if exhausted else self._most_urgent(worker)
+            task = None if exhausted or (worker.second and not self._ample()) else self._most_urgent(worker)
             if task is None:
                 exhausted = alike
                 continue
@@ -531,16 +538,20 @@ class Group:
             else:  # whoever had it is stuck
                 old.worker, old.since = worker.id, self.now
             worker.task = task
-            del self._idle[worker.id]
+            self._rest_no_longer(worker)
             self._reserve(worker)
             slot = -1 if worker.slot is None else worker.slot
             self._actions.append(Task(worker.id, *task, slot, worker.reserved))
             done = True
         return done
 
+    def _ample(self) -> bool:
+        """Whether there is so much room that some may be reserved."""
+        return bool(self._largest) and self._reserved + 2 * self._largest <= self.slots.capacity // 4
+
     def _reserve(self, worker: Worker) -> None:
         """Where there is ample room, a worker need not ask for it."""
-        if not self._largest or self._reserved + 2 * self._largest > self.slots.capacity // 4:
+        if not self._ample():
             return
         allocated = self.slots.allocate(self._largest) if self._make_room(self._largest, [], True) else None
         if allocated is not None:
@@ -557,7 +568,7 @@ class Group:
         worker.slot, worker.reserved = None, 0
 
     def _most_urgent(self, worker: Worker) -> tuple[int, int] | None:
-        depth = 2 * len(self.workers) + CREDIT
+        depth = 2 * self.hands + CREDIT
         best: tuple[int, tuple[int, int, int]] | None = None
         found = None
         for job in self.jobs.values():
@@ -730,5 +741,14 @@ class Group:
             self._remove(batch)
         self._give_back(worker)
         self._wanting.pop(worker.id, None)
-        self._idle.pop(worker.id, None)
+        self._rest_no_longer(worker)
+        self.hands -= not worker.second
         del self.workers[worker.id]
+
+    def _rest(self, worker: Worker) -> None:
+        if not worker.retired:
+            (self._seconds if worker.second else self._idle)[worker.id] = worker
+
+    def _rest_no_longer(self, worker: Worker) -> None:
+        self._idle.pop(worker.id, None)
+        self._seconds.pop(worker.id, None)

@@ -6,8 +6,10 @@ import os
 import random
 import select
 import signal
+import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection as Pipe
@@ -23,6 +25,7 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import default_collate
 from torch.utils.data._utils import worker as torch_worker
 
+HANDS = 2  # tasks that a worker may be given: one, and one ahead
 _RETRY = 0.02  # seconds between looks for a broker that the job is to start
 
 
@@ -125,61 +128,94 @@ class _Worker:
             raise EOFError
         time.sleep(0)
 
-    def _work(self, sock: Any, name: str) -> None:
+    def _work(self, sock: socket.socket, name: str) -> None:
         poll = select.poll()
         for fd in (sock.fileno(), *self._stops):
             poll.register(fd, select.POLLIN)
 
-        def receive() -> tuple[wire.Message, int | None]:
-            ready = {fd for fd, _ in poll.poll()}
+        def receive(*, wait: bool = True) -> tuple[wire.Message, int | None] | None:
+            ready = {fd for fd, _ in poll.poll(None if wait else 0)}
             if ready.intersection(self._stops):
                 raise EOFError
+            if not ready:
+                return None
             received = wire.receive(sock)
             if received is None:
                 raise ConnectionResetError
             return received
 
         wire.send(sock, {"verb": "work", "name": name})
-        answer, area = receive()
-        if answer["verb"] != "joined" or area is None:
+        answer = receive()
+        assert answer is not None
+        message, area = answer
+        if message["verb"] != "joined" or area is None:
             return
-        orders: dict[int, int] = {}
-        writer = stage.Writer(area)
-        size = 0
-        buffers: list[Any] = []
-
-        def write(message: wire.Message) -> None:
-            nonlocal buffers
-            writer.write(slot_of(message), buffers)
-            buffers = []
-            wire.send(sock, {"verb": "wrote", "size": size, "idle": True})
-
+        hands = _Hands(sock, self._preparer, self._where, area)
         try:
-            wire.send(sock, {"verb": "idle"})
+            for hand in range(HANDS):
+                wire.send(sock, {"verb": "idle", "hand": hand})
             while True:
-                message, fd = receive()
-                match message["verb"]:
-                    case "task":
-                        serial = wire.integer(message, "order")
-                        if fd is not None:
-                            keep_order(orders, serial, fd)
-                        epoch, batch = wire.integer(message, "epoch"), wire.integer(message, "number")
-                        given = message.get("room", 0)
-                        room = Room(writer.memory(slot_of(message))) if given else None
-                        size, buffers = self._preparer.prepare(orders[serial], epoch, batch, self._where, room)
-                        if size <= given:
-                            write(message)
-                        else:
-                            if room is not None:  # which is not ours any longer with what we say now
-                                buffers = [bytes(buffer) for buffer in buffers]
-                            wire.send(sock, {"verb": "wants", "size": size})
-                    case "write":
-                        write(message)
-                    case "drop":
-                        buffers = []
-                    case _:
-                        return
+                # What is told comes first, what is to be done is done one by one.
+                if (received := receive(wait=not hands.tasks)) is not None:
+                    hands.told(*received)
+                else:
+                    hands.prepare()
         finally:
-            writer.close()
-            for fd in (area, *orders.values()):
-                os.close(fd)
+            hands.close()
+
+
+class _Hands:
+    """What a worker was given to do: a task, another one ahead, and payloads that wait for room."""
+
+    def __init__(self, sock: socket.socket, preparer: Preparer, where: str, area: int) -> None:
+        self.tasks: deque[wire.Message] = deque()
+        self._sock = sock
+        self._preparer = preparer
+        self._where = where
+        self._area = area
+        self._writer = stage.Writer(area)
+        self._orders: dict[int, int] = {}
+        self._waiting: dict[int, tuple[int, list[payload.Buffer]]] = {}  # hand → size and buffers
+
+    def told(self, message: wire.Message, fd: int | None) -> None:
+        """Take notice of what the broker says. Raises ValueError for what it should not say."""
+        match message["verb"]:
+            case "task":
+                if fd is not None:
+                    keep_order(self._orders, wire.integer(message, "order"), fd)
+                self.tasks.append(message)
+            case "write":
+                self._write(message, *self._waiting.pop(wire.integer(message, "hand")))
+            case "drop":
+                hand = wire.integer(message, "hand")
+                self._waiting.pop(hand, None)
+                self.tasks = deque(task for task in self.tasks if task["hand"] != hand)
+            case verb:
+                raise ValueError(f"the broker said {verb!r}")
+
+    def prepare(self) -> None:
+        """Do the first of the tasks."""
+        task = self.tasks.popleft()
+        given = task.get("room", 0)
+        room = Room(self._writer.memory(slot_of(task))) if given else None
+        order, epoch, number = (wire.integer(task, key) for key in ("order", "epoch", "number"))
+        size, buffers = self._preparer.prepare(self._orders[order], epoch, number, self._where, room)
+        if size <= given:
+            self._write(task, size, buffers)
+            return
+        if room is not None:  # which is not ours any longer with what we say now
+            buffers = [bytes(buffer) for buffer in buffers]
+        hand = wire.integer(task, "hand")
+        self._waiting[hand] = size, buffers
+        wire.send(self._sock, {"verb": "wants", "hand": hand, "size": size})
+
+    def _write(self, message: wire.Message, size: int, buffers: list[payload.Buffer]) -> None:
+        self._writer.write(slot_of(message), buffers)
+        buffers.clear()
+        wire.send(self._sock, {"verb": "wrote", "hand": wire.integer(message, "hand"), "size": size, "idle": True})
+
+    def close(self) -> None:
+        """Nothing is to be done any more."""
+        self._writer.close()
+        for fd in (self._area, *self._orders.values()):
+            os.close(fd)

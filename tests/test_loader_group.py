@@ -46,6 +46,7 @@ class GroupMachine(RuleBasedStateMachine):
         self.sizes: dict[int, int] = {}
         self.owner: dict[int, int] = {}
         self.retired: set[int] = set()
+        self.seconds: dict[int, int] = {}  # worker → its second hand
         self.idle: set[int] = set()
         self.memory: dict[int, tuple[int, int]] = {}  # slot → what was written there
         self.failed: set[tuple[int, int]] = set()
@@ -124,11 +125,15 @@ class GroupMachine(RuleBasedStateMachine):
             self.add_worker(job)
 
     def add_worker(self, job: int) -> None:
-        self.number += 1
-        self.owner[self.number] = job
-        self.act(self.group.add_worker(self.number, job))
-        self.idle.add(self.number)
-        self.act(self.group.idle(self.number))
+        hands = self.number + 1, self.number + 2
+        self.number += 2
+        self.seconds[hands[0]] = hands[1]
+        for hand in hands:
+            self.owner[hand] = job
+            self.act(self.group.add_worker(hand, job, second=hand == hands[1]))
+        for hand in hands:
+            self.idle.add(hand)
+            self.act(self.group.idle(hand))
 
     def pick(self, data: st.DataObject, choices: Any) -> int | None:
         choices = sorted(choices)
@@ -206,7 +211,7 @@ class GroupMachine(RuleBasedStateMachine):
         model.taken += 1
         if d.error is None and not d.copied:
             model.held.append((d.slot, (d.epoch, d.number)))
-        self.act(self.group.take(job))
+        self.act(self.group.took(job))
 
     @rule(data=st.data())
     def take(self, data: st.DataObject) -> None:
@@ -215,12 +220,23 @@ class GroupMachine(RuleBasedStateMachine):
             self.take_one(job)
 
     @rule(data=st.data())
+    def let_go_before_it_is_told_as_taken(self, data: st.DataObject) -> None:
+        """As threads may."""
+        job = self.pick(data, [j for j, m in self.jobs.items() if m.queue and not m.stopped])
+        if job is None:
+            return
+        model, d = self.jobs[job], self.jobs[job].queue[0]
+        if not d.copied and d.error is None and d.slot not in [slot for slot, _ in model.held]:
+            model.queue[0] = d._replace(copied=True)  # nothing is held any more
+            self.act(self.group.took(job, 0, [d.slot]))
+
+    @rule(data=st.data())
     def let_go(self, data: st.DataObject) -> None:
         job = self.pick(data, [j for j, m in self.jobs.items() if m.held and not m.stopped])
         if job is not None:
             held = self.jobs[job].held
             slot, _ = held.pop(data.draw(st.integers(0, len(held) - 1)))
-            self.act(self.group.free(job, slot))
+            self.act(self.group.took(job, 0, [slot]))
 
     @rule(data=st.data())
     def stop_or_go_on(self, data: st.DataObject) -> None:
@@ -277,12 +293,14 @@ class GroupMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), told=st.booleans())
     def worker_dies(self, data: st.DataObject, told: bool) -> None:
-        worker = self.pick(data, [w for w in self.owner if w not in self.jobs])
+        worker = self.pick(data, [w for w in self.owner if w in self.seconds])
         if worker is None:
             return
         task, job = self.tasks.get(worker), self.owner[worker]
-        self.forget_worker(worker)
-        actions = self.group.remove_worker(worker)
+        hands = worker, self.seconds.pop(worker)
+        for hand in hands:
+            self.forget_worker(hand)
+        actions = self.group.remove_worker(*hands)
         if task is not None and told and job in self.jobs:
             deaths = len(self.group._deaths.get(task, [])) + 1
             if deaths >= DEATHS:
@@ -343,6 +361,7 @@ class GroupMachine(RuleBasedStateMachine):
                 self.add_worker(job)
         for worker in list(self.retired):
             self.forget_worker(worker)
+            self.seconds.pop(worker, None)
             self.act(self.group.remove_worker(worker))
         for _ in range(2000):
             moved = False
@@ -385,7 +404,7 @@ def _go_on(machine: GroupMachine, going: set[int]) -> None:
                 held = machine.jobs[job].held
                 while held:
                     slot, _ = held.pop()
-                    machine.act(machine.group.free(job, slot))
+                    machine.act(machine.group.took(job, 0, [slot]))
                 moved = True
 
 
