@@ -18,7 +18,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,10 @@ class Broker:
         alone_since, patience = time.monotonic(), _FIRST
         ticked = alone_since
         while True:
-            for key, _ in self._selector.select(_TICK):
+            ready = self._selector.select(_TICK)
+            if self._group is not None:
+                self._group.gather()
+            for key, _ in ready:
                 if key.data is None:
                     self._accept()
                 elif key.data.id not in self._clients:
@@ -119,6 +122,8 @@ class Broker:
                     self._close(key.data)
                 else:
                     self._serve(key.data)
+            if self._group is not None:
+                self._act(self._group.settle())
             now = time.monotonic()
             if now - ticked >= _TICK:
                 ticked = now
@@ -144,34 +149,32 @@ class Broker:
         self._selector.register(sock, selectors.EVENT_READ, client)
 
     def _serve(self, client: Client) -> None:
-        for _ in range(16):  # then it is the others' turn
-            try:
-                received = wire.receive(client.sock)
-            except BlockingIOError:
-                return
-            except (OSError, ValueError):
-                received = None
-            if received is None:
-                self._close(client)
-                return
-            message, fd = received
-            try:
-                verb = self._verbs.get((client.role, message["verb"]))
-                if verb is None:
-                    raise ValueError(f"a message that is not for now: {message['verb']!r}")
-                if self._group is not None:
-                    self._group.now = time.monotonic()
-                verb(client, message, fd)
-            except wire.Refused as e:
-                self._send(client, {"verb": "refused", "why": str(e)})
-            except ValueError as e:
-                self._send(client, {"verb": "refused", "why": f"the broker did not understand: {e}"})
-                self._close(client)
-            finally:
-                if fd is not None:
-                    os.close(fd)
-            if client.id not in self._clients:
-                return
+        """Receive a message and do what it says. If there is another, it is the others' turn first."""
+        try:
+            received = wire.receive(client.sock)
+        except BlockingIOError:
+            return
+        except (OSError, ValueError):
+            received = None
+        if received is None:
+            self._close(client)
+            return
+        message, fd = received
+        try:
+            verb = self._verbs.get((client.role, message["verb"]))
+            if verb is None:
+                raise ValueError(f"a message that is not for now: {message['verb']!r}")
+            if self._group is not None:
+                self._group.now = time.monotonic()
+            verb(client, message, fd)
+        except wire.Refused as e:
+            self._send(client, {"verb": "refused", "why": str(e)})
+        except ValueError as e:
+            self._send(client, {"verb": "refused", "why": f"the broker did not understand: {e}"})
+            self._close(client)
+        finally:
+            if fd is not None:
+                os.close(fd)
 
     def _send(self, client: Client, message: Message, fd: int | None = None) -> None:
         # One that does not read has had its credit long before the socket is full; if it goes wrong, its end is seen.
@@ -353,36 +356,35 @@ class Broker:
     # What is to be done
 
     def _act(self, actions: list[Action]) -> None:
-        for action in actions:
-            match action:
-                case Deliver():
-                    self._deliver(action)
-                case Task():
-                    self._give_task(action)
-                case Write(worker, slot, room):
-                    self._extend(slot + room)
-                    client = self._hands[worker]
-                    message = {"verb": "write", "hand": client.hands.index(worker), "slot": slot, "room": room}
-                    self._send(client, message)
-                case Drop(worker) if worker in self._hands:
-                    client = self._hands[worker]
-                    client.given.pop(worker, None)
-                    self._send(client, {"verb": "drop", "hand": client.hands.index(worker)})
-                case Discard(slot, size):
-                    area.discard(self._stage, slot, size)
-                case Notice(job, said):
-                    self._send(self._clients[job], {"verb": "notice", "text": said})
+        for job, some in groupby(actions, lambda a: a.job if isinstance(a, Deliver) and not a.copied else None):
+            if job is None:
+                for action in some:
+                    self._do(action)
+            else:  # batches for the same job go in one message
+                first, *more = (_batch(d) for d in some if isinstance(d, Deliver))
+                self._send(self._clients[job], first | {"more": more} if more else first)
 
-    def _deliver(self, d: Deliver) -> None:
-        message: Message = {"verb": "batch", "run": d.run, "number": d.number, "size": d.size}
-        if not d.copied:
-            message |= {"slot": d.slot, "room": d.room}
-        if d.error is not None:
-            message["error"] = d.error
-        copied = area.copy(self._stage, d.slot, d.size) if d.copied else None
-        self._send(self._clients[d.job], message, copied)
-        if copied is not None:
-            os.close(copied)
+    def _do(self, action: Action) -> None:
+        match action:
+            case Deliver():
+                copy = area.copy(self._stage, action.slot, action.size)
+                self._send(self._clients[action.job], _batch(action), copy)
+                os.close(copy)
+            case Task():
+                self._give_task(action)
+            case Write(worker, slot, room):
+                self._extend(slot + room)
+                client = self._hands[worker]
+                message = {"verb": "write", "hand": client.hands.index(worker), "slot": slot, "room": room}
+                self._send(client, message)
+            case Drop(worker) if worker in self._hands:
+                client = self._hands[worker]
+                client.given.pop(worker, None)
+                self._send(client, {"verb": "drop", "hand": client.hands.index(worker)})
+            case Discard(slot, size):
+                area.discard(self._stage, slot, size)
+            case Notice(job, said):
+                self._send(self._clients[job], {"verb": "notice", "text": said})
 
     def _extend(self, length: int) -> None:
         if length > self._length:
@@ -470,6 +472,16 @@ class Broker:
             "batches_copied": group.copied,
             "batches_evicted": group.evicted,
         }
+
+
+def _batch(d: Deliver) -> Message:
+    """What a job is told of a batch."""
+    message: Message = {"verb": "batch", "run": d.run, "number": d.number, "size": d.size}
+    if not d.copied:
+        message |= {"slot": d.slot, "room": d.room}
+    if d.error is not None:
+        message["error"] = d.error
+    return message
 
 
 def main(path: str, name: str) -> None:

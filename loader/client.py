@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from coordlfs_loader import stage, wire
+from coordlfs_loader.group import SMALL
 from coordlfs_loader.order import Order
 from coordlfs_loader.wire import Message
 
@@ -35,6 +36,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.later = False  # whether what is let go may be told with the next
         self._taken: deque[None] = deque()  # one for each batch, and not told yet
         self._freed: deque[int] = deque()  # slots, and not told yet
         _open.add(self)
@@ -44,15 +46,17 @@ class Connection:
         self.tell()
         wire.send(self.sock, message, fd)
 
-    def take(self) -> None:
-        """A batch was taken: to be told soon."""
+    def take(self, later: bool) -> None:
+        """A batch was taken: to be told with what is let go next, or `later`, if others wait to be told as well."""
+        self.later = later and not self._taken
         self._taken.append(None)
 
     def free(self, slot: int) -> None:
         """Say that a slot is held no longer. From a finalizer: it waits for nothing and raises nothing."""
         self._freed.append(slot)
-        with suppress(OSError):  # the broker has gone, and its books with it
-            self.tell(socket.MSG_DONTWAIT)
+        if not self.later:
+            with suppress(OSError):  # the broker has gone, and its books with it
+                self.tell(socket.MSG_DONTWAIT)
 
     def tell(self, flags: int = 0) -> None:
         """Say what was taken and freed. Raises OSError."""
@@ -366,10 +370,11 @@ class Client:
                     return
                 if self._payload is None:
                     self._asked = False  # the broker counts on nobody who has something better to do
-                place.received += 1
                 assert self._connection is not None
                 assert self._reader is not None
-                place.queue.append(Handed(message, fd, self._connection, self._reader))
+                for one in (message, *message.get("more", ())):
+                    place.received += 1
+                    place.queue.append(Handed(one, fd, self._connection, self._reader))
                 self._died = 0
             case "task":
                 self._prepare(message, fd)
@@ -406,14 +411,14 @@ class Client:
         """The next batch that was handed over: its number, its payload, or why it cannot be had."""
         place = self._place
         assert place is not None
-        self.tell()
         handed = place.queue.popleft()
         place.taken += 1
         message, fd = handed.message, handed.copy
         number, size = wire.integer(message, "number"), wire.integer(message, "size")
         if handed.connection is self._connection:  # another broker did not hand it over
-            handed.connection.take()
-            if fd is not None or message.get("error") is not None or place.taken == place.order.count:
+            last = place.taken == place.order.count
+            handed.connection.take(later=bool(place.queue) and message.get("room", 0) <= SMALL and not last)
+            if fd is not None or message.get("error") is not None or last:
                 self.tell()
         if message.get("error") is not None:
             return number, None, wire.text(message, "error")

@@ -1,6 +1,7 @@
 """The books of a group: who is owed which batch, who prepares it, what lies in the stage. Pure: no I/O and no clock.
 
-What happened goes in by the methods of `Group`; what is to be done comes out as a list of actions.
+What happened goes in by the methods of `Group`; what is to be done comes out as a list of actions: of each of them, or
+of `settle`, for who knows of several things that happened.
 
 Each job walks through its epoch in a fixed sequence: the sampler's order, for a late job rotated, so that it takes part
 at once and gets what it missed afterwards. A position in the sequence is thus all that says what a job is still owed.
@@ -26,6 +27,7 @@ from typing import NamedTuple
 from coordlfs_loader.slots import UNIT, Slots
 
 CREDIT = 2  # batches that are handed to a job before it takes them
+SMALL, SMALL_CREDIT = 4 << 20, 4  # bytes of a batch that costs more in messages than in memory, and its credit
 QUICK = 0.02  # seconds that a batch may take for workers to be given a second one ahead
 DEATHS = 3  # workers that may die of a batch before it is given up
 _JOINING = 10.0  # seconds after a job joined within which others are likely to
@@ -205,6 +207,16 @@ class Group:
         self._usual = 0.0  # seconds that a batch takes
         self._deaths: dict[tuple[int, int], list[str]] = {}
         self._actions: list[Action] = []
+        self._gathering = False
+
+    def gather(self) -> None:
+        """Several things happened: what is to be done is not thought about before `settle`."""
+        self._gathering = True
+
+    def settle(self) -> list[Action]:
+        """What is to be done about what happened since `gather`."""
+        self._gathering = False
+        return self._advance()
 
     # Jobs
 
@@ -360,6 +372,8 @@ class Group:
     # What follows from what
 
     def _advance(self) -> list[Action]:
+        if self._gathering:
+            return []
         while self._deliver() or self._grant() or self._assign() or self._unblock() or self._lose_patience():
             pass
         actions, self._actions = self._actions, []
@@ -367,8 +381,9 @@ class Group:
 
     def _deliver(self) -> bool:
         done = False
+        credit = SMALL_CREDIT if self._largest <= SMALL else CREDIT
         for job in self.jobs.values():
-            while job.active and len(job.untaken) < CREDIT:
+            while len(job.untaken) < credit and job.active:
                 batch = self.batches.get((job.epoch or 0, job.number(job.pushed)))
                 if batch is None or not batch.ready:
                     break

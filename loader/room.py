@@ -53,4 +53,3 @@ class Room:
         """Where in this room a buffer lies, if it does."""
         offset = address_of(np.frombuffer(buffer, np.uint8)) - self._address
         return offset if 0 <= offset < self._used else None
-

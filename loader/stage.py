@@ -8,12 +8,14 @@ the mapping is cleared.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import mmap
 import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +32,8 @@ _MAPPINGS = 1024  # that a process keeps
 
 # In /proc/self/pagemap, of a private mapping of a file: a page that is there but not the file's is a copy.
 _PRESENT, _FILE = np.uint64(3 << 62), np.uint64(1 << 61)
+_STATE, _CLEAN = np.uint64(7 << 61), np.uint64(5 << 61)  # mostly: it is there, and the file's
+_pagemap = -1  # this process's, when it was asked for the first time
 
 Slot = tuple[int, int]  # offset and size
 
@@ -110,6 +114,23 @@ class Pins(Protocol):
         """What tells, when called, whether the copies that were under way have ended."""
 
 
+class _View(weakref.ref[Any]):
+    """Of what was handed out, with what is to be done when it has gone."""
+
+    __slots__ = ("release",)
+    release: Callable[[], None]
+
+
+_views: dict[int, _View] = {}  # by their own ids
+atexit.register(_views.clear)
+
+
+def _gone(view: weakref.ref[Any]) -> None:
+    assert isinstance(view, _View)
+    _views.pop(id(view), None)
+    view.release()
+
+
 class Reader:
     """A job's view of the area, which it keeps open as long as anything that was viewed lives.
 
@@ -135,8 +156,11 @@ class Reader:
             _libc.madvise(address, slot[1], _DONTNEED)
             _libc.madvise(address, slot[1], _POPULATE_READ)
         array = (ctypes.c_ubyte * slot[1]).from_address(address)
-        finalizer = weakref.finalize(array, self._release, slot, address, os.getpid(), released)
-        finalizer.atexit = False  # at the end of the process tensors may still be in use
+        # As weakref.finalize does, which takes three times as long, but not at the end of the process: tensors may
+        # still be in use then.
+        view = _View(array, _gone)
+        view.release = partial(self._release, slot, address, os.getpid(), released)
+        _views[id(view)] = view
         return memoryview(array).cast("B")
 
     def _new(self, slot: Slot) -> int:
@@ -204,6 +228,10 @@ _readers: weakref.WeakSet[Reader] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
+    global _pagemap
+    if _pagemap >= 0:
+        os.close(_pagemap)  # it shows the parent's memory
+        _pagemap = -1
     for reader in list(_readers):
         reader.close_in_child()
 
@@ -213,12 +241,16 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 def _written(address: int, size: int) -> bool:
     """Whether pages of a private mapping are copies by now; also if that cannot be known."""
+    global _pagemap
     try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as file:
-            entries = os.pread(file.fileno(), size // mmap.PAGESIZE * 8, address // mmap.PAGESIZE * 8)
+        if _pagemap < 0:
+            _pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        entries = os.pread(_pagemap, size // mmap.PAGESIZE * 8, address // mmap.PAGESIZE * 8)
     except OSError:
         return True
     if len(entries) != size // mmap.PAGESIZE * 8:
         return True
-    pages = np.frombuffer(entries, np.uint64)
-    return bool(np.any((pages & _PRESENT != 0) & (pages & _FILE == 0)))
+    pages = np.frombuffer(entries, np.uint64) & _STATE
+    if (pages == _CLEAN).all():
+        return False
+    return bool(((pages & _PRESENT != 0) & (pages & _FILE == 0)).any())

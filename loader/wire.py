@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
@@ -25,6 +26,7 @@ from typing import Any
 MAX_PACKET = 1 << 15
 LEAST_STAGE = 1 << 16  # bytes
 _STARTING = 30.0  # seconds that a broker may take to start
+_FDS = socket.CMSG_SPACE(4 * array("i").itemsize)
 _CREDENTIALS = struct.Struct("3i")
 
 Message = dict[str, Any]
@@ -165,7 +167,11 @@ def send(sock: socket.socket, message: Message, fd: int | None = None, flags: in
 
 def receive(sock: socket.socket) -> tuple[Message, int | None] | None:
     """A message and the descriptor that came with it; None at the end. Raises OSError, ValueError for no message."""
-    data, fds, flags, _ = socket.recv_fds(sock, MAX_PACKET, 4, socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = sock.recvmsg(MAX_PACKET, _FDS, socket.MSG_CMSG_CLOEXEC)
+    fds = array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
     try:
         if not data:
             return None

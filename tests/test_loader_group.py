@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from coordlfs_loader.group import CREDIT, DEATHS, Deliver, Discard, Drop, Group, Notice, Task, Write
+from coordlfs_loader.group import DEATHS, SMALL_CREDIT, Deliver, Discard, Drop, Group, Notice, Task, Write
 from coordlfs_loader.slots import UNIT, Slots
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -72,7 +72,7 @@ class GroupMachine(RuleBasedStateMachine):
                     else:
                         assert (a.epoch, a.number) in self.failed
                     job.queue.append(a)
-                    assert len(job.queue) <= CREDIT
+                    assert len(job.queue) <= SMALL_CREDIT
                 case Task(worker, epoch, number, slot, room):
                     assert worker in self.idle
                     assert worker not in self.retired
