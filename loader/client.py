@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import select
 import socket
 import weakref
 from collections import deque
@@ -48,7 +47,7 @@ class Connection:
 
     def take(self, later: bool) -> None:
         """A batch was taken: to be told with what is let go next, or `later`, if others wait to be told as well."""
-        self.later = later and not self._taken
+        self.later = later and len(self._taken) < 3
         self._taken.append(None)
 
     def free(self, slot: int) -> None:
@@ -446,11 +445,3 @@ def keep_order(orders: dict[int, int], serial: int, fd: int) -> None:
     orders[serial] = fd
     if len(orders) > 8:
         os.close(orders.pop(next(iter(orders))))
-
-
-def wait(fds: list[int], timeout: float | None) -> list[int]:
-    """Wait until one of these can be read; which ones can."""
-    poll = select.poll()
-    for fd in fds:
-        poll.register(fd, select.POLLIN)
-    return [fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)]

@@ -27,8 +27,8 @@ from typing import NamedTuple
 from coordlfs_loader.slots import UNIT, Slots
 
 CREDIT = 2  # batches that are handed to a job before it takes them
-SMALL, SMALL_CREDIT = 4 << 20, 4  # bytes of a batch that costs more in messages than in memory, and its credit
-QUICK = 0.02  # seconds that a batch may take for workers to be given a second one ahead
+SMALL, SMALL_CREDIT = 4 << 20, 8  # bytes of a batch that costs more in messages than in memory, and its credit
+QUICK = 0.005  # seconds that a batch may take for workers to be given a second one ahead
 DEATHS = 3  # workers that may die of a batch before it is given up
 _JOINING = 10.0  # seconds after a job joined within which others are likely to
 _STUCK, _STUCK_TIMES = (

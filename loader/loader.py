@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from coordlfs_loader import payload, pinned, wire
 from coordlfs_loader.announcer import Announcer, files_of
-from coordlfs_loader.client import Client, Place, wait
+from coordlfs_loader.client import Client, Place
 from coordlfs_loader.order import Order
 from coordlfs_loader.randomness import epoch_seed, set_seeds, undisturbed
 from coordlfs_loader.wire import LEAST_STAGE
@@ -243,7 +244,18 @@ class _Session:
             wire.socket_path(loader.group),
             self.client.name,
         )
+        self._watched: tuple[int, ...] = ()
+        self._poll = select.poll()
         self._finalizer = weakref.finalize(loader, _end, self.client, self.workers, self.owner)
+
+    def wait(self, timeout: float) -> list[int]:
+        """Wait so many seconds for the broker to speak or a worker to end; the descriptors that can be read."""
+        watched = self.client.fileno(), *self.workers.filenos()
+        if watched != self._watched:
+            self._watched, self._poll = watched, select.poll()
+            for fd in watched:
+                self._poll.register(fd, select.POLLIN)
+        return [fd for fd, _ in self._poll.poll(timeout * 1000)]
 
     def close(self) -> None:
         """Leave the group and end the workers."""
@@ -294,13 +306,12 @@ class _Walk(Iterator[Any]):
             client.tell()
             copying = client.settle()
             client.work()
-            ready = wait([client.fileno(), *workers.filenos()], _COPIED if copying else _LOOK)
-            broker = client.fileno()
-            if any(fd != broker for fd in ready):
+            ready, broker = session.wait(_COPIED if copying else _LOOK), client.fileno()
+            if ready == [broker]:
+                client.advance()
+            elif ready:
                 for name, why in workers.look():
                     client.lost(name, why)
-            elif ready:
-                client.advance()
             if deadline is not None and client.waiting and time.monotonic() > deadline:
                 raise RuntimeError(f"CoordinatedLoader timed out after {self._timeout} seconds")
 

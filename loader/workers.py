@@ -46,6 +46,7 @@ class Workers:
         self._deaths: deque[float] = deque()
         self._started = 0
         self._processes: dict[int, tuple[Any, Pipe, str]] = {}
+        self._filenos: tuple[int, ...] = ()
         for number in range(count):
             self._start(number)
 
@@ -63,10 +64,12 @@ class Workers:
         process.start()
         theirs.close()
         self._processes[number] = (process, ours, name)
+        processes = self._processes.values()
+        self._filenos = tuple(fd for process, pipe, _ in processes for fd in (process.sentinel, pipe.fileno()))
 
-    def filenos(self) -> list[int]:
+    def filenos(self) -> tuple[int, ...]:
         """What to wait for: each can be read when `look` has something to see."""
-        return [fd for process, pipe, _ in self._processes.values() for fd in (process.sentinel, pipe.fileno())]
+        return self._filenos
 
     def pids(self) -> list[int]:
         """Their process ids."""
@@ -112,3 +115,4 @@ class Workers:
             process.close()
             pipe.close()
         self._processes.clear()
+        self._filenos = ()
