@@ -21,7 +21,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from coordlfs import items
 from coordlfs.catalog import FOREIGN, STALE, Catalog
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WINDOW = 64  # requests that a keeper has not answered
+# To wake a process for one item costs more than to pin it: PIN requests wait for each other, though not for long.
+_TOGETHER, _GATHERS = 16, 0.002
 IDLE = 0.05  # seconds without a READ after which an item that was read in part is pinned whole
 RETRY = (0.002, 0.02, 0.2, 1.0, 4.0)  # seconds between attempts while somebody uses the pages
 _ENOUGH = 48  # of them, and items on their way, above which nothing is fetched ahead
@@ -47,6 +49,16 @@ _PENDING = 256
 _UNKNOWN, _NEVER_MISSED = (0, 0), (0, 0xFFFFFFFF)  # instead of the epoch and page of a last miss
 _CGROUP_KNOWN = 1.0  # seconds that a process is believed to stay in its cgroup
 _FORCE_FROM = 2  # the attempt from which pages are dropped even where a job maps them
+
+
+class Fetched(NamedTuple):
+    """Bytes that the source gave for a READ: `data`, unless they went by and are to be cached another time."""
+
+    item: int
+    offset: int  # in the file
+    length: int
+    data: memoryview | None
+    st: os.stat_result  # attributes of the file, which the bytes belong to
 
 
 @dataclass(slots=True)
@@ -74,6 +86,7 @@ class Link:
     purging: list[int] = field(default_factory=list)  # records
     threads: set[int] = field(default_factory=set)  # of the process, that read as well as its first
     backlog: deque[bytes] = field(default_factory=deque)
+    held_up: bool = False  # the backlog waits for answers
 
 
 class Admission:
@@ -114,6 +127,7 @@ class Admission:
         self._unpurged: list[int] = []  # records, for want of a keeper
         self._keeper_cgroups: set[bytes | None] = set()
         self._job_cgroups: dict[int, tuple[bytes | None, float]] = {}  # by pid; and until when that is believed
+        self._flush_at: float | None = None  # when requests that wait for others have waited long enough
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
         self.sharing: Sharing | None = None  # with other nodes, each of which caches what it owns
@@ -132,22 +146,19 @@ class Admission:
                 pending.contended = not pending.at_home
             return self.stash.parts(item, offset, min(size, end - offset))
 
-    def missed(
-        self,
-        item: int,
-        offset: int,
-        data: memoryview,
-        st: os.stat_result,
-        pid: int,
-        direct: bool,
-        *,
-        for_peer: bool = False,
-    ) -> None:
-        """A READ of job `pid` brought `data`, of a file with attributes `st`, from the source.
+    def wants(self, item: int, length: int) -> bool:
+        """Whether `length` bytes of an item would be taken, should the source give them; a guess, without the lock."""
+        if item in self._pending:
+            return True
+        return self.policy.used + pages.count(length) <= self.policy.capacity and item not in self._passed_over
+
+    def missed(self, fetched: Fetched, pid: int, direct: bool, *, for_peer: bool = False) -> None:
+        """A READ of job `pid` was answered from the source.
 
         Counts it, and admits its item if there is room. `direct`: the READ went around the page cache. `for_peer`: it
         was another node that wanted it, and no epoch of this one.
         """
+        item, offset, length, data, st = fetched
         record, file_size = items.record_of(item), st.st_size
         with self.lock:
             if not self.catalog.shows(record, st):
@@ -156,13 +167,13 @@ class Admission:
                 self._know(record, file_size)
                 return  # it fills no cache, and may read a page many times an epoch
             if not for_peer:
-                self._count_miss(record, item, offset, len(data), file_size)
+                self._count_miss(record, item, offset, length, file_size)
             if self._recovering:
                 return
             state = self.policy.state(item)
             if state is State.PINNED:
                 self._missed_though_pinned(item)
-            elif item not in self._dropping:
+            elif data is not None and item not in self._dropping:
                 self._take(item, offset, data, st, pid)
 
     def _missed_though_pinned(self, item: int) -> None:
@@ -232,18 +243,19 @@ class Admission:
         if self.sharing is not None and npages <= self.policy.capacity:
             self.drop(self.sharing.displaced(npages))
 
-    def keep(self, item: int, offset: int, data: memoryview, st: os.stat_result) -> None:
-        """The keeper's READ brought `data` from the source: should the item have to be pinned again, it is here.
+    def keep(self, fetched: Fetched) -> None:
+        """The keeper's READ was answered from the source: should the item have to be pinned again, its bytes are here.
 
         Ahead of a reader it is that reader's miss.
         """
+        item, offset, length, data, st = fetched
         record = items.record_of(item)
         with self.lock:
             if not self.catalog.shows(record, st):
                 return
             if self.ahead is not None and self.ahead.wants(record):
-                self._count_miss(record, item, offset, len(data), st.st_size)
-            if item in self._pending:
+                self._count_miss(record, item, offset, length, st.st_size)
+            if data is not None and item in self._pending:
                 self._add(item, offset, data)
 
     def _add(self, item: int, offset: int, data: memoryview) -> None:
@@ -494,9 +506,6 @@ class Admission:
                     os.eventfd_read(fd)
                 else:
                     self._receive(polled[fd])
-            with self.lock:
-                for link in self.links.values():
-                    self._flush(link)
 
     def close(self) -> None:
         """End `run`."""
@@ -517,12 +526,19 @@ class Admission:
     def _run_due(self) -> int | None:
         """Ask for what is due; milliseconds until something else is."""
         now = time.monotonic()
+        if self._flush_at is not None and self._flush_at <= now:
+            self._flush_at = None
+            for link in self.links.values():
+                self._flush(link)
         while self._clock and self._clock[0][0] <= now:
             due, item = heapq.heappop(self._clock)
             pending = self._pending.get(item)
             if pending is not None and pending.due == due:
                 self._ask(item, pending)
-        return max(1, int((self._clock[0][0] - now) * 1000)) if self._clock else None
+        due_times = [self._clock[0][0]] if self._clock else []
+        if self._flush_at is not None:
+            due_times.append(self._flush_at)
+        return max(1, int((min(due_times) - now) * 1000)) if due_times else None
 
     def _ask(self, item: int, pending: Pending) -> None:
         pending.due = 0.0
@@ -553,16 +569,21 @@ class Admission:
         offset, length = items.span(item, self.catalog.size(record))
         packet = REQUEST.pack(verb, flags, item, self.catalog.node(record), offset, length)
         link.backlog.append(packet + self.catalog.path(record))
-        self._flush(link)
+        if verb != Verb.PIN or len(link.backlog) >= _TOGETHER:
+            self._flush(link)
+        elif self._flush_at is None:
+            self._flush_at = time.monotonic() + _GATHERS
+            self._wake()
 
     def _flush(self, link: Link) -> None:
         while link.backlog and link.asked < _WINDOW:
             try:
                 link.sock.send(link.backlog[0])
             except (BlockingIOError, OSError):  # full, or dying: the supervisor will say so
-                return
+                break
             link.backlog.popleft()
             link.asked += 1
+        link.held_up = bool(link.backlog)
 
     def _receive(self, link: Link) -> None:
         while True:
@@ -596,7 +617,8 @@ class Admission:
                     self.epochs.opened(item, time.monotonic(), self.unpinned())
                     continue
                 link.asked = max(0, link.asked - 1)
-                self._flush(link)
+                if link.held_up:
+                    self._flush(link)
                 if outcome == Outcome.PURGED:
                     self._purged(link, items.record_of(item))
                 elif outcome not in (Outcome.FETCHED, Outcome.GONE):
