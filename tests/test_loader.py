@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coordlfs_loader import CoordinatedLoader, Refused, area, payload, stage, wire
+from coordlfs_loader import CoordinatedLoader, Refused, Seeded, area, payload, room, stage, wire
 from loader_jobs import Noise, broker_pid, digest, eventually, plain
 from mounts import coordlfs, script
 from torch.utils.data import (
@@ -142,6 +142,48 @@ def test_datasets_that_fetch_batches_and_subsets(make: MakeLoader, dataset: Any)
     loader = make(dataset, 4, shuffle=True, num_workers=2)
     wanted = plain(dataset, 0, 0, batch_size=4, shuffle=True)
     assert all(map(equal, loader, wanted))
+
+
+class Growing(Dataset[Any]):
+    """Batches of four that are larger and smaller than the one before, of all that is stacked in the stage, and not."""
+
+    def __len__(self) -> int:
+        return 80
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        side = 4 + 8 * (index // 4 * 7 % 5)
+        image = torch.rand(1, 3, side, side).to(memory_format=torch.channels_last)[0]
+        spread = torch.rand(1, side).expand(side, side)
+        return {
+            "image": image,
+            "array": np.random.rand(side, 40),
+            "half": spread.half(),
+            "none": torch.zeros(0),
+            "i": index,
+        }
+
+
+def test_batches_of_all_sizes_are_stacked_in_the_stage(make: MakeLoader) -> None:
+    found = list(make(Growing(), 4, num_workers=2))
+    wanted = list(DataLoader(Seeded(Growing()), 4, num_workers=1))
+    assert len(found) == len(wanted) == 20
+    assert all(map(equal, found, wanted))
+
+
+def test_a_room_knows_what_lies_in_it() -> None:
+    memory = np.zeros(1 << 16, np.uint8)
+    samples = [(torch.rand(20, 30), torch.rand(2), str(i)) for i in range(8)]
+    found = room.Room(memory)
+    batch = found.collate(samples)
+    assert equal(batch, default_collate(samples))
+    size, buffers = payload.encode(batch, found)
+    assert np.shares_memory(memory, batch[0].numpy())
+    assert not np.shares_memory(memory, batch[1].numpy())  # too small for a place of its own
+    raw = b"".join(buffers)
+    assert len(raw) == size
+    assert raw[: 8 * 20 * 30 * 4] == memory[: 8 * 20 * 30 * 4].tobytes()
+    assert equal(payload.decode(memoryview(bytearray(raw))), batch)
+    assert equal(room.Room(memory[:1000]).collate(samples), batch)  # which is too small for it
 
 
 def test_seeds_make_a_difference(make: MakeLoader) -> None:
