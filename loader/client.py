@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +25,7 @@ log = logging.getLogger("coordlfs_loader")
 
 _BROKERS = 5  # that may die without having handed over a batch
 _HANDSHAKE = 30.0  # seconds
+_HURRY = 0.005  # seconds within which several batches are told of at once
 _NEWS = 256  # slots that are told with one message
 
 
@@ -36,6 +38,7 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.later = False  # whether what is let go may be told with the next
+        self._told = 0.0  # when
         self._taken: deque[None] = deque()  # one for each batch, and not told yet
         self._freed: deque[int] = deque()  # slots, and not told yet
         _open.add(self)
@@ -46,8 +49,8 @@ class Connection:
         wire.send(self.sock, message, fd)
 
     def take(self, later: bool) -> None:
-        """A batch was taken: to be told with what is let go next, or `later`, if others wait to be told as well."""
-        self.later = later and len(self._taken) < 3
+        """A batch was taken: to be told with what is let go next, or `later`, by a job that is in a hurry."""
+        self.later = later and len(self._taken) < 3 and time.monotonic() - self._told < _HURRY
         self._taken.append(None)
 
     def free(self, slot: int) -> None:
@@ -59,6 +62,7 @@ class Connection:
 
     def tell(self, flags: int = 0) -> None:
         """Say what was taken and freed. Raises OSError."""
+        self._told = time.monotonic()
         while self._taken or self._freed:
             # In any thread, and as finalizers are, in the middle of this: what one has popped no other says.
             taken, freed = _pop(self._taken), _pop(self._freed)

@@ -625,7 +625,7 @@ def test_groups_are_shown(make: MakeLoader, runtime: Path) -> None:
     assert [j["pid"] for j in group["jobs"]] == [os.getpid()] * 2
     assert [j["workers"] for j in group["jobs"]] == [0, 1]
     assert [(j["epoch"], j["batches"]) for j in group["jobs"]] == [(0, 10)] * 2
-    assert all(j["taken"] >= 3 for j in group["jobs"])
+    assert all(j["taken"] >= 1 for j in group["jobs"])
     assert group["samples_delivered"] >= 24
     assert group["samples_prepared"] + group["samples_saved"] == group["samples_delivered"]
     shown = coordlfs("groups").stdout
