@@ -3,7 +3,8 @@
     absent ── a READ misses, MinIO has room ──> collecting (its bytes go to the stash)
            ── all of it read, or idle a while ──> asked (a keeper pins it, READing the stash) ──> pinned
 
-The keeper says BUSY while a reader still uses the pages: it is asked again later, with more force. A job's READ that
+The keeper says BUSY while a reader still uses the pages: it is asked again later, at last after the kernel was told to
+take them even out of a job's mappings. A job's READ that
 comes while the keeper works would leave pages charged to the job, so such an item is pinned once more. Byte-lane
 threads call in with what they read; one thread of this module listens to the keepers and watches the clock.
 """
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING
 from coordlfs import items
 from coordlfs.catalog import FOREIGN, STALE, Catalog
 from coordlfs.epochs import Epochs
-from coordlfs.kernel import cgroups, pages
+from coordlfs.kernel import cgroups, fuse, pages
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO, State
 from coordlfs.stash import Stash
@@ -35,6 +36,7 @@ from coordlfs.wire import MAX_PACKET, REQUEST, How, Outcome, Verb, parse_reply
 if TYPE_CHECKING:
     from coordlfs.fetch_ahead import FetchAhead
     from coordlfs.memory_cache import MemoryCache
+    from coordlfs.notifier import Notifier
     from coordlfs.peers.sharing import Sharing
 
 log = logging.getLogger(__name__)
@@ -118,6 +120,7 @@ class Admission:
         self._closing = False
         self.sharing: Sharing | None = None  # with other nodes, each of which caches what it owns
         self.ahead: FetchAhead | None = None  # of readers that say what they will read
+        self.notifier: Notifier | None = None
 
     # -- called by the byte lane --------------------------------------------------------------------------------
 
@@ -526,6 +529,30 @@ class Admission:
 
     def _ask(self, item: int, pending: Pending) -> None:
         pending.due = 0.0
+        if pending.attempts >= _FORCE_FROM and not pending.at_home and self._verb is Verb.PIN:
+            self._force(item, pending)
+        else:
+            self._ask_keeper(item, pending, 0)
+
+    def _force(self, item: int, pending: Pending) -> None:
+        """Have pages dropped that a job uses, then ask for the item.
+
+        Not by the keeper: it would wait for a page that is being read, which a hung source may never give.
+        """
+        record = items.record_of(item)
+        offset, length = items.span(item, self.catalog.size(record))
+
+        def dropped() -> None:
+            with self.lock:
+                if self._pending.get(item) is pending and pending.keeper is None:
+                    self._ask_keeper(item, pending, How.FORCE)
+
+        message = fuse.invalidate_inode(self.catalog.node(record), offset, length)
+        if self.notifier is None or not self.notifier.send_alone(message, dropped):
+            self.counters.add("not_admitted")
+            self._forget(item)
+
+    def _ask_keeper(self, item: int, pending: Pending, flags: int) -> None:
         link = next((link for link in self.links.values() if not link.full), None)
         if link is None:
             self._waiting.append(item)
@@ -535,7 +562,7 @@ class Admission:
             return
         pending.keeper = link.index
         pending.contended = False
-        flags = pending.flags | (How.FORCE if pending.attempts >= _FORCE_FROM else 0)
+        flags |= pending.flags
         if pending.at_home:
             # Every page was allocated by a READ that was charged where the keeper is: they are pinned as they are.
             flags |= How.KEEP

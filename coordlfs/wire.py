@@ -40,7 +40,7 @@ class How(IntEnum):
     """Flags of Verb.PIN: what happens first to pages that are resident."""
 
     KEEP = 1  # they are a dead keeper's: pin them as they are
-    FORCE = 2  # drop them even where a job maps them
+    FORCE = 2  # the kernel was told to drop them, even where a job maps them, and the attributes with them
 
 
 class Outcome(IntEnum):

@@ -536,7 +536,7 @@ def test_a_keeper_is_full_when_it_has_locked_what_it_may(place: Path) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     tree = os.open(place, os.O_RDONLY)
     with ours, theirs:
-        keeper = Keeper(theirs, tree, -1, limit=100, readahead=1 << 17, lockable=5 * PAGE)
+        keeper = Keeper(theirs, tree, limit=100, readahead=1 << 17, lockable=5 * PAGE)
 
         def ask(verb: Verb, *numbers: int) -> dict[int, Outcome]:
             keeper._serve(
