@@ -22,7 +22,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from coordlfs import items
 from coordlfs.catalog import FOREIGN, STALE, Catalog
@@ -49,6 +49,16 @@ _PENDING = 256
 _UNKNOWN, _NEVER_MISSED = (0, 0), (0, 0xFFFFFFFF)  # instead of the epoch and page of a last miss
 _CGROUP_KNOWN = 1.0  # seconds that a process is believed to stay in its cgroup
 _FORCE_FROM = 2  # the attempt from which pages are dropped even where a job maps them
+
+
+class Fetched(NamedTuple):
+    """Bytes that the source gave for a READ: `data`, unless they went by and are to be cached another time."""
+
+    item: int
+    offset: int  # in the file
+    length: int
+    data: memoryview | None
+    st: os.stat_result  # attributes of the file, which the bytes belong to
 
 
 @dataclass(slots=True)
@@ -135,22 +145,19 @@ class Admission:
                 pending.contended = not pending.at_home
             return self.stash.parts(item, offset, min(size, end - offset))
 
-    def missed(
-        self,
-        item: int,
-        offset: int,
-        data: memoryview,
-        st: os.stat_result,
-        pid: int,
-        direct: bool,
-        *,
-        for_peer: bool = False,
-    ) -> None:
-        """A READ of job `pid` brought `data`, of a file with attributes `st`, from the source.
+    def wants(self, item: int, length: int) -> bool:
+        """Whether `length` bytes of an item would be taken, should the source give them; a guess, without the lock."""
+        if item in self._pending:
+            return True
+        return self.policy.used + pages.count(length) <= self.policy.capacity and item not in self._passed_over
+
+    def missed(self, fetched: Fetched, pid: int, direct: bool, *, for_peer: bool = False) -> None:
+        """A READ of job `pid` was answered from the source.
 
         Counts it, and admits its item if there is room. `direct`: the READ went around the page cache. `for_peer`: it
         was another node that wanted it, and no epoch of this one.
         """
+        item, offset, length, data, st = fetched
         record, file_size = items.record_of(item), st.st_size
         with self.lock:
             if not self.catalog.shows(record, st):
@@ -159,13 +166,13 @@ class Admission:
                 self._know(record, file_size)
                 return  # it fills no cache, and may read a page many times an epoch
             if not for_peer:
-                self._count_miss(record, item, offset, len(data), file_size)
+                self._count_miss(record, item, offset, length, file_size)
             if self._recovering:
                 return
             state = self.policy.state(item)
             if state is State.PINNED:
                 self._missed_though_pinned(item)
-            elif item not in self._dropping:
+            elif data is not None and item not in self._dropping:
                 self._take(item, offset, data, st, pid)
 
     def _missed_though_pinned(self, item: int) -> None:
@@ -235,18 +242,19 @@ class Admission:
         if self.sharing is not None and npages <= self.policy.capacity:
             self.drop(self.sharing.displaced(npages))
 
-    def keep(self, item: int, offset: int, data: memoryview, st: os.stat_result) -> None:
-        """The keeper's READ brought `data` from the source: should the item have to be pinned again, it is here.
+    def keep(self, fetched: Fetched) -> None:
+        """The keeper's READ was answered from the source: should the item have to be pinned again, its bytes are here.
 
         Ahead of a reader it is that reader's miss.
         """
+        item, offset, length, data, st = fetched
         record = items.record_of(item)
         with self.lock:
             if not self.catalog.shows(record, st):
                 return
             if self.ahead is not None and self.ahead.wants(record):
-                self._count_miss(record, item, offset, len(data), st.st_size)
-            if item in self._pending:
+                self._count_miss(record, item, offset, length, st.st_size)
+            if data is not None and item in self._pending:
                 self._add(item, offset, data)
 
     def _add(self, item: int, offset: int, data: memoryview) -> None:

@@ -4,8 +4,11 @@ OPEN, OPENDIR, FLUSH, RELEASE and ACCESS are refused with ENOSYS, after which th
 open a file that it knows costs no message ("zero-message open"). READDIRPLUS gets the node id written into its file
 handle, which such an open leaves 0.
 
-At most `_RUNNING` threads compete for the interpreter; a thread that is about to wait for a disk lets another one
-take its place, so that hundreds of READs may wait and none of those that need not wait does. What is over at once is
+At most `_RUNNING` threads compete for the interpreter. A local disk reads while they go on (AIO); what the page cache
+of the source has, and is not to be cached here, goes to the kernel by splice, not through this process. Whatever else
+has to be waited for holds a thread, and another one takes the place of one that waits, so that hundreds of READs may
+wait and none of those that need not wait does: at once where the source is on a network, and on a local disk, most of
+whose waits for names are over sooner than a thread wakes up, after a millisecond. What is over at once is
 done without letting go of the interpreter, which would cost more to get back. A source that never
 answers holds the threads that wait for it, and nobody else: a caller who is killed or interrupted meanwhile gets EINTR.
 """
@@ -28,17 +31,23 @@ from functools import partial
 
 from coordlfs import hints
 from coordlfs.fetch_ahead import FetchAhead
-from coordlfs.kernel import fuse, pages
+from coordlfs.kernel import aio, fuse, pages
 from coordlfs.kernel.libc import quick_read, quick_write
+from coordlfs.kernel.pipe import Pipe
 from coordlfs.metrics import Counters
 from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
-from coordlfs.reading import Answer, Reader, Request
+from coordlfs.reading import Answer, Begun, Reader, Request
+from coordlfs.source import pread_all
 
 log = logging.getLogger(__name__)
 
 # One thread with the interpreter serves more than two that pass it back and forth, unless there is a processor for each
 # while the job has another.
 _RUNNING = 1 if len(os.sched_getaffinity(0)) <= 2 else 2
+_DISK_READS = 64  # under way; more of them hold a thread each
+_LOOK_EVERY = 8  # messages after which ended reads are looked for, even if there are more messages
+_BRIEF = 0.001  # seconds that a wait for a local disk may take before another thread serves
+_RESTS_AFTER = 1.0  # seconds without a wait after which nobody looks for those that take longer
 _THREADS = 1024  # so many may wait for a source, be it for ever
 _GIVEN_UP_AFTER = 1.0  # seconds that a request waits before a caller who gave up is told so
 _KEEPER_WAITS = 10.0  # seconds that a keeper waits for the source, since all of its pins wait with it
@@ -52,6 +61,7 @@ _SILENT = frozenset({fuse.FORGET, fuse.BATCH_FORGET})
 _LAST_OFFSET = (1 << 63) - 1 - fuse.MAX_READ
 _SIZE_BITS = 0x3FFF << 16  # of an ioctl's number
 _HANDLE = struct.Struct("=Q")
+_NOBODY_WAITS = frozenset({errno.ENOENT, errno.ENODEV})  # the caller gave up; unmounted
 
 
 @dataclass(slots=True)
@@ -61,21 +71,43 @@ class _Wait:
     since: float
     is_keepers: bool
     interrupted: bool = False
+    holds_thread: bool = False
+    is_replaced: bool = False  # by another thread
+    is_over: bool = False
 
 
 @contextmanager
-def _waiting_for(device: int) -> Iterator[Callable[[], object]]:
-    """How to wait for a message: by epoll, which wakes one thread a message; by poll where no descriptor is left."""
+def _waiting_for(fds: list[int]) -> Iterator[Callable[[], list[tuple[int, int]]]]:
+    """How to wait for one of them: by epoll, which wakes one thread a message; by poll where no descriptor is left."""
     try:
-        readable = select.epoll(1)
+        readable = select.epoll(len(fds))
     except OSError:
         poll = select.poll()
-        poll.register(device, select.POLLIN)
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
         yield poll.poll
         return
     with readable:
-        readable.register(device, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        for fd in fds:
+            readable.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
         yield readable.poll
+
+
+def _disk() -> aio.Reads | None:
+    """For reads that hold no thread; None where the kernel does not allow for them."""
+    try:
+        return aio.Reads(_DISK_READS, fuse.MAX_READ)
+    except OSError as e:
+        log.info("each read of the disk holds a thread: %s", e.strerror)
+        return None
+
+
+class _Scratch:
+    """What a thread has of its own to answer with: page-aligned memory, and a pipe."""
+
+    def __init__(self) -> None:
+        self.memory = pages.buffer(fuse.MAX_READ + pages.PAGE)
+        self.pipe = Pipe()
 
 
 class ByteLane:
@@ -104,13 +136,18 @@ class ByteLane:
         self._parked = 0
         self._parking = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._waits: dict[int, _Wait] = {}  # by the request's number
-        self._returned: deque[tuple[int, Request]] = deque()  # READs that another node did not answer
+        self._brief_waits = threading.Event()  # there was one
+        self._returned: deque[tuple[int, Request]] = deque()  # READs that have to hold a thread after all
+        self._disk = None if reader.source.is_remote else _disk()
+        self._begun: dict[int, tuple[int, Begun]] = {}  # READs that the disk works on, by slot
         self.ended = threading.Event()
 
     def start(self) -> None:
         """Start the first threads."""
         for _ in range(_RUNNING):
             self._spawn()
+        if not self._reader.source.is_remote:
+            threading.Thread(target=self._watch_waits, name="lane watch", daemon=True).start()
 
     def _spawn(self) -> None:
         self._total += 1
@@ -119,9 +156,12 @@ class ByteLane:
 
     # -- how many threads run -----------------------------------------------------------------------------------
 
-    def _before_wait(self) -> None:
-        """This thread is about to wait for the source: see that others serve meanwhile."""
+    def _replace(self, wait: _Wait) -> None:
+        """See that others serve while a thread waits for the source."""
         with self._lock:
+            if wait.is_over or wait.is_replaced:
+                return
+            wait.is_replaced = True
             self._waiting += 1
             if self._total - self._waiting - self._parked >= _RUNNING:
                 return
@@ -131,9 +171,26 @@ class ByteLane:
             elif self._total < _THREADS:
                 self._spawn()
 
-    def _after_wait(self) -> None:
+    def _end_wait(self, unique: int, wait: _Wait) -> None:
+        self._waits.pop(unique, None)
         with self._lock:
-            self._waiting -= 1
+            wait.is_over = True
+            if wait.is_replaced:
+                self._waiting -= 1
+
+    def _watch_waits(self) -> None:
+        """Have other threads take the place of those that wait for a local disk for longer than most."""
+        while not self.ended.is_set():
+            self._brief_waits.wait()
+            rests_at = time.monotonic() + _RESTS_AFTER
+            while (now := time.monotonic()) < rests_at and not self.ended.is_set():
+                if self._brief_waits.is_set():
+                    self._brief_waits.clear()
+                    rests_at = now + _RESTS_AFTER
+                time.sleep(_BRIEF)
+                for wait in list(self._waits.values()):
+                    if wait.holds_thread and now > wait.since:
+                        self._replace(wait)
 
     def _park_if_many(self) -> None:
         with self._lock:
@@ -157,12 +214,17 @@ class ByteLane:
     def _run(self) -> None:
         request = bytearray(fuse.REQUEST_BUFFER)
         view = memoryview(request)
-        into = pages.buffer(fuse.MAX_READ + pages.PAGE)
-        with _waiting_for(self._device) as wait:
+        scratch = _Scratch()
+        with _waiting_for([self._device] + ([self._disk.fd] if self._disk else [])) as wait:
             had_to_wait = True
+            unlooked = 0
             while not self.ended.is_set():
+                unlooked += 1
+                if unlooked > _LOOK_EVERY and self._begun:
+                    unlooked = 0
+                    self._finish_begun()
                 while self._returned:
-                    self._read_alone(into)
+                    self._read_alone(scratch)
                 if not had_to_wait and self._total - self._waiting - self._parked > _RUNNING:
                     self._park_if_many()
                     continue
@@ -170,7 +232,10 @@ class ByteLane:
                 try:
                     while (n := quick_read(self._device, request)) is None:
                         had_to_wait = True
-                        wait()
+                        for fd, _ in wait():
+                            if fd != self._device:
+                                unlooked = 0
+                                self._finish_begun()
                 except OSError as e:
                     if e.errno in (errno.EINTR, errno.ENOENT):
                         continue
@@ -178,14 +243,15 @@ class ByteLane:
                         self._end()  # unmounted
                         return
                     raise
-                self._dispatch(request, view[:n], into)
+                self._dispatch(request, view[:n], scratch)
 
     def _end(self) -> None:
         self.ended.set()
         self.on_end()
+        self._brief_waits.set()
         os.eventfd_write(self._parking, _THREADS)
 
-    def _dispatch(self, request: bytearray, message: memoryview, into: pages.Buffer) -> None:
+    def _dispatch(self, request: bytearray, message: memoryview, scratch: _Scratch) -> None:
         if len(message) < fuse.IN_HEADER.size:
             return  # nobody to answer
         length, opcode, unique, node, uid, _, pid, _, _ = fuse.IN_HEADER.unpack_from(request)
@@ -194,7 +260,7 @@ class ByteLane:
             self._reply(fuse.error_reply(unique, errno.EINVAL))
         elif opcode == fuse.READ:
             self._counters.add("reads")
-            self._answer(unique, pid, self._read, unique, node, request, pid, into)
+            self._answer(unique, pid, self._read, unique, node, request, pid, scratch)
         elif opcode == fuse.LOOKUP:
             self._counters.add("lookups")
             self._answer(unique, pid, self._lookup, unique, node, bytes(message[fuse.IN_HEADER.size : -1]))
@@ -228,14 +294,17 @@ class ByteLane:
 
     def _answer(self, unique: int, pid: int, method: Callable[..., None], *arguments: object) -> None:
         """Call `method` with a way to say that it is about to wait; its error is the answer, if it raises one."""
-        waited = False
+        wait: _Wait | None = None
 
         def before_wait() -> None:
-            nonlocal waited
-            if not waited:
-                waited = True
-                self._waits[unique] = _Wait(time.monotonic(), pid in self._reader.admission.keeper_threads)
-                self._before_wait()
+            nonlocal wait
+            if wait is None:
+                is_keepers = pid in self._reader.admission.keeper_threads
+                wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, holds_thread=True)
+                if self._reader.source.is_remote:
+                    self._replace(wait)
+                elif not self._brief_waits.is_set():
+                    self._brief_waits.set()
 
         try:
             method(*arguments, before_wait)
@@ -245,9 +314,8 @@ class ByteLane:
             log.exception("a request failed")
             self._reply(fuse.error_reply(unique, errno.EIO))
         finally:
-            if waited:
-                self._waits.pop(unique, None)
-                self._after_wait()
+            if wait is not None:
+                self._end_wait(unique, wait)
 
     def look_at_waits(self) -> None:
         """Answer, in place of the source, what has waited for it for too long. Called every so often.
@@ -283,7 +351,7 @@ class ByteLane:
         node: int,
         request: bytearray,
         pid: int,
-        into: pages.Buffer,
+        scratch: _Scratch,
         before_wait: Callable[[], None],
     ) -> None:
         _, offset, size, _, _, flags = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
@@ -296,7 +364,92 @@ class ByteLane:
             if self._reader.ask(asked, partial(self._shared, unique, asked), before_wait):
                 return  # it is answered when the other node has
             del self._waits[unique]
-        self._finish_read(unique, self._reader.read(asked, into, before_wait))
+        begun = self._reader.begin(asked)
+        if begun is None:
+            self._finish_read(unique, self._reader.read(asked, scratch.memory, before_wait))
+        elif begun.file.is_cached:
+            self._pass_on(unique, begun, scratch)
+        elif not self._begin_read(unique, begun):
+            before_wait()
+            self._read_begun(unique, begun, scratch.memory)
+
+    def _pass_on(self, unique: int, begun: Begun, scratch: _Scratch) -> None:
+        """Answer with what the source's page cache has: by the pipe, unless it is to be cached."""
+        file, pipe = begun.file, scratch.pipe
+        head = fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + file.length, 0, unique)
+        if self._reader.is_wanted(begun) or not pipe.fill(head, file.fd, file.offset, file.length):
+            self._read_begun(unique, begun, scratch.memory)
+            return
+        try:
+            answer = self._reader.fetched(begun, None)
+        except OSError:
+            pipe.empty()
+            raise
+        try:
+            pipe.pour(self._device)
+        except OSError as e:
+            if e.errno not in _NOBODY_WAITS:
+                raise
+        finally:
+            self._reader.end(begun)
+        self._reader.account(answer)
+
+    def _read_begun(self, unique: int, begun: Begun, into: pages.Buffer) -> None:
+        file = begun.file
+        span = file.length if file.is_cached else pages.count(file.length) * pages.PAGE
+        try:
+            n = pread_all(file.fd, memoryview(into)[:span], file.offset)
+        except OSError:
+            n = 0
+        if n < file.length:
+            self._read_again(unique, begun)
+            return
+        self._finish_read(unique, self._reader.fetched(begun, memoryview(into)[: file.length]))
+
+    def _read_again(self, unique: int, begun: Begun) -> None:
+        """Something is wrong with the file: `Reader.read` finds out what."""
+        self._reader.source.end(begun.file)
+        self._return(unique, begun.answer.request)
+
+    def _begin_read(self, unique: int, begun: Begun) -> bool:
+        """Have the disk read while this thread goes on; False if that cannot be."""
+        file, disk = begun.file, self._disk
+        with self._lock:
+            slot = None if disk is None else disk.take()
+        if disk is None or slot is None:
+            return False
+        self._waits[unique] = _Wait(time.monotonic(), begun.answer.request.pid in self._reader.admission.keeper_threads)
+        self._begun[slot] = unique, begun
+        try:
+            disk.submit(slot, file.fd, file.offset, pages.count(file.length) * pages.PAGE)
+        except OSError:
+            del self._begun[slot], self._waits[unique]
+            disk.give(slot)
+            return False
+        return True
+
+    def _finish_begun(self) -> None:
+        """Answer the READs for which the disk has read."""
+        disk = self._disk
+        assert disk is not None
+        with self._lock:
+            ended = disk.ended()
+        for slot, n in ended:
+            unique, begun = self._begun.pop(slot)
+            self._waits.pop(unique, None)
+            try:
+                if n < begun.file.length:
+                    self._read_again(unique, begun)
+                else:
+                    data = disk.buffers[slot][: begun.file.length]
+                    self._finish_read(unique, self._reader.fetched(begun, data))
+            except OSError as e:
+                self._reply(fuse.error_reply(unique, e.errno or errno.EIO))
+            except Exception:
+                log.exception("a request failed")
+                self._reply(fuse.error_reply(unique, errno.EIO))
+            finally:
+                disk.give(slot)
 
     def _shared(self, unique: int, asked: Request, data: memoryview | None) -> None:
         """Another node has answered a READ, or has not; called by whatever thread."""
@@ -307,14 +460,14 @@ class ByteLane:
         self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(data), 0, unique), data)
         self._reader.account_shared(asked, len(data))
 
-    def _read_alone(self, into: pages.Buffer) -> None:
+    def _read_alone(self, scratch: _Scratch) -> None:
         try:
             unique, asked = self._returned.popleft()
         except IndexError:
             return
 
         def read(before_wait: Callable[[], None]) -> None:
-            self._finish_read(unique, self._reader.read(asked, into, before_wait))
+            self._finish_read(unique, self._reader.read(asked, scratch.memory, before_wait))
 
         self._answer(unique, asked.pid, read)
 
@@ -334,5 +487,5 @@ class ByteLane:
             else:
                 quick_write(self._device, message)
         except OSError as e:
-            if e.errno not in (errno.ENOENT, errno.ENODEV):  # the caller gave up waiting; unmounted
+            if e.errno not in _NOBODY_WAITS:
                 raise

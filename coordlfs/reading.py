@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from coordlfs import items
-from coordlfs.admission import Admission
+from coordlfs.admission import Admission, Fetched
 from coordlfs.catalog import SERVED, Catalog, Version
 from coordlfs.kernel import fuse, pages
 from coordlfs.metrics import Counters
 from coordlfs.notifier import Notifier
-from coordlfs.source import Source
+from coordlfs.source import Opened, Source
 
 if TYPE_CHECKING:
     from coordlfs.peers.sharing import Sharing
@@ -49,11 +49,18 @@ class Answer:
     record: int
     request: Request
     data: list[memoryview] = field(default_factory=list)
-    # Item, offset in the file, bytes, and the attributes that they belong to:
-    fetched: list[tuple[int, int, memoryview, os.stat_result]] = field(default_factory=list)
+    fetched: list[Fetched] = field(default_factory=list)
     shared: list[tuple[int, int, int]] = field(default_factory=list)  # from a peer: item, offset in the file, length
     for_peer: bool = False
     asks: bool = False  # other nodes, before the source is read
+
+
+class Begun(NamedTuple):
+    """A READ of one item, none of which has to be asked for elsewhere, and its file; see `Reader.begin`."""
+
+    answer: Answer
+    item: int
+    file: Opened
 
 
 class Reader:
@@ -85,9 +92,7 @@ class Reader:
         record = self.catalog.find(request.node)
         if record is None:
             raise OSError(errno.ESTALE, "unknown node")
-        answer = Answer(record, request)
-        if self.sharing is not None and (request.marked or not self.sharing.marks):
-            answer.for_peer = self.sharing.is_peer_server(request.pid)
+        answer = self._answer(record, request)
         at, end = offset, self.catalog.size(record)
         several = items.item_at(record, offset) != items.item_at(record, offset + request.size - 1)
         answer.asks = several and not answer.for_peer
@@ -105,6 +110,56 @@ class Reader:
                     answer.data.append(part)
                     at += len(part)
         return answer
+
+    def _answer(self, record: int, request: Request) -> Answer:
+        answer = Answer(record, request)
+        if self.sharing is not None and (request.marked or not self.sharing.marks):
+            answer.for_peer = self.sharing.is_peer_server(request.pid)
+        return answer
+
+    def begin(self, request: Request) -> Begun | None:
+        """Begin to read what is in one item and wholly from the source, without waiting; None if `read` is to do it.
+
+        The caller reads the bytes of `Begun.file`, calls `fetched`, replies, and calls `account`.
+        """
+        record, offset = self.catalog.find(request.node), request.offset
+        if record is None or offset % pages.PAGE:
+            return None
+        item, end = items.item_at(record, offset), self.catalog.size(record)
+        size = min(request.size, end - offset)
+        if size <= 0 or offset % items.CHUNK + size > items.CHUNK:
+            return None
+        if self.admission.stashed(item, offset, size, end, request.pid) != [size]:
+            return None
+        file = self.source.begin(record, self.catalog.path(record), offset, size)
+        return None if file is None else Begun(self._answer(record, request), item, file)
+
+    def is_wanted(self, begun: Begun) -> bool:
+        """Whether the bytes are to be cached, for which this process must have them."""
+        return self.admission.wants(begun.item, begun.file.length)
+
+    def fetched(self, begun: Begun, data: memoryview | None) -> Answer:
+        """The answer with `data` of all that was begun; None if it goes by a `Pipe`, and `end` is still to be called.
+
+        Raises OSError if it must not be given, and then the file is closed.
+        """
+        file = begun.file
+        st = os.fstat(file.fd) if data is None else self.source.end(file)
+        if data is not None:
+            begun.answer.data.append(data)
+        try:
+            self._took(begun.answer, begun.item, file.offset, file.length, data, st)
+        except OSError:
+            if data is None:
+                self.source.end(file)
+            raise
+        return begun.answer
+
+    def end(self, begun: Begun) -> None:
+        """What went by a `Pipe` has arrived: should the file have been written to on the way, pages of it go again."""
+        st = self.source.end(begun.file)
+        if not self.catalog.shows(begun.answer.record, st):
+            self.modified(begun.answer.record, st, announce=True)
 
     def ask(self, request: Request, done: Callable[[memoryview | None], None], before_wait: Callable[[], None]) -> bool:
         """Ask the node that owns all that a READ wants; False if there is no such, and `read` is to be called.
@@ -151,23 +206,29 @@ class Reader:
                 self.vanished(record)
                 raise OSError(errno.ENOENT, "vanished") from e
             raise
-        self.counters.count_read(n)
-        if self.catalog.shows(record, st):
-            self.catalog.set_served(record)
-            if n:
-                answer.fetched.append((item, offset, into[:n], st))
-        else:
-            self._changed(record, offset, st)
+        self._took(answer, item, offset, n, into[:n], st)
         return n
+
+    def _took(
+        self, answer: Answer, item: int, offset: int, n: int, data: memoryview | None, st: os.stat_result
+    ) -> None:
+        """The source gave `n` bytes of a file that has attributes `st`."""
+        self.counters.count_read(n)
+        if self.catalog.shows(answer.record, st):
+            self.catalog.set_served(answer.record)
+            if n:
+                answer.fetched.append(Fetched(item, offset, n, data, st))
+        else:
+            self._changed(answer.record, offset, st)
 
     def account(self, answer: Answer) -> None:
         """What follows once a READ is answered: count what was missed, and admit it if there is room."""
         pid, direct = answer.request.pid, answer.request.direct
-        for item, offset, data, st in answer.fetched:
+        for fetched in answer.fetched:
             if pid in self.admission.keeper_threads:
-                self.admission.keep(item, offset, data, st)
+                self.admission.keep(fetched)
             else:
-                self.admission.missed(item, offset, data, st, pid, direct, for_peer=answer.for_peer)
+                self.admission.missed(fetched, pid, direct, for_peer=answer.for_peer)
         for item, offset, length in answer.shared:
             self.admission.shared(item, offset, length, direct)
 

@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from mmap import mmap
 from typing import TypeVar
 
@@ -57,6 +58,18 @@ class Listing:
 
     def __del__(self) -> None:  # so that one thread may forget a listing that another one still reads
         self.close()
+
+
+@dataclass(slots=True)
+class Opened:
+    """A file that is about to be read: `length` bytes at `offset`, of which the page cache holds all if `is_cached`."""
+
+    record: int
+    fd: int
+    since: float
+    offset: int
+    length: int
+    is_cached: bool
 
 
 class Source:
@@ -213,6 +226,47 @@ class Source:
             else:
                 paths.close_at_once(fd)
 
+    def begin(self, record: int, path: bytes, offset: int, size: int) -> Opened | None:
+        """Open a file to read up to `size` bytes at `offset`, a multiple of the page size; never waits.
+
+        Unless it is in the page cache, it is open for O_DIRECT. None if `read` is to be called, whatever the reason.
+        To be followed by `end`.
+        """
+        if self.is_remote or self._direct_refused:
+            return None
+        taken = self._take(record)
+        if taken is None:
+            try:
+                fd = paths.open_if_cached(self.root, path, os.O_RDONLY | os.O_DIRECT)
+            except OSError:
+                return None
+            if fd is None:
+                return None
+            taken = fd, time.monotonic()
+        fd, since = taken
+        st = os.fstat(fd)
+        length = min(size, st.st_size - offset)
+        if length > 0 and stat.S_ISREG(st.st_mode):
+            npages = pages.count(length)
+            cached = pages.resident(fd, offset, npages * pages.PAGE)
+            if cached == npages:
+                pages.set_direct(fd, False)
+            if cached is not None:
+                return Opened(record, fd, since, offset, length, cached == npages)
+        paths.close_at_once(fd)
+        return None
+
+    def end(self, opened: Opened) -> os.stat_result:
+        """Let go of a file that was read; its attributes now, to which the bytes belong."""
+        st = os.fstat(opened.fd)
+        if st.st_size >= _KEEP_OPEN_FROM:
+            if opened.is_cached:
+                pages.set_direct(opened.fd, True)
+            self._give(opened.record, opened.fd, opened.since)
+        else:
+            paths.close_at_once(opened.fd)
+        return st
+
     def _open_direct(self, path: bytes) -> int:
         if self._direct_refused:
             return self.open(path)
@@ -268,21 +322,21 @@ class Source:
             slow()
             if not self._direct_refused:
                 try:
-                    return min(want, _pread_all(fd, memoryview(into)[: pages.count(want) * pages.PAGE], offset))
+                    return min(want, pread_all(fd, memoryview(into)[: pages.count(want) * pages.PAGE], offset))
                 except OSError as e:
                     if e.errno != errno.EINVAL:  # not aligned as this file system wants it
                         raise
         if not self._direct_refused:
             pages.set_direct(fd, False)
         if cached:
-            return _pread_all(fd, memoryview(into)[:want], offset)
+            return pread_all(fd, memoryview(into)[:want], offset)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # or more than is asked for would be read, and stay
-        n = _pread_all(fd, memoryview(into)[:want], offset)
+        n = pread_all(fd, memoryview(into)[:want], offset)
         pages.drop(fd, first, span)
         return n
 
 
-def _pread_all(fd: int, view: memoryview, offset: int) -> int:
+def pread_all(fd: int, view: memoryview, offset: int) -> int:
     """Read until `view` is full or the file ends: a short read in the middle would show as zeros."""
     n = os.preadv(fd, [view], offset)
     if n == len(view) or n == 0:
