@@ -11,6 +11,7 @@ threads call in with what they read; one thread of this module listens to the ke
 
 from __future__ import annotations
 
+import errno
 import heapq
 import logging
 import os
@@ -48,6 +49,7 @@ _ENOUGH = 48  # of them, and items on their way, above which nothing is fetched 
 _PENDING = 256
 _UNKNOWN, _NEVER_MISSED = (0, 0), (0, 0xFFFFFFFF)  # instead of the epoch and page of a last miss
 _CGROUP_KNOWN = 1.0  # seconds that a process is believed to stay in its cgroup
+_AWAITED = 0.1, 100  # seconds after which it is seen again whether an item is awaited, and how often
 _FORCE_FROM = 2  # the attempt from which pages are dropped even where a job maps them
 
 
@@ -71,6 +73,7 @@ class Pending:
     cancelled: bool = False
     at_home: bool = False  # every READ of it came from the keeper's own memory cgroup
     attempts: int = 0
+    awaited: int = 0  # how often it was not asked for, since a READ of it had not come back
     flags: int = 0
 
 
@@ -131,6 +134,7 @@ class Admission:
         self.sharing: Sharing | None = None  # with other nodes, each of which caches what it owns
         self.ahead: FetchAhead | None = None  # of readers that say what they will read
         self.notifier: Notifier | None = None
+        self.is_awaited: Callable[[int], bool] = lambda node: False  # whether a job waits for bytes of it
 
     # -- called by the byte lane --------------------------------------------------------------------------------
 
@@ -315,7 +319,7 @@ class Admission:
                 if item not in self._dropping and self._admits(item, room):
                     self._know(items.record_of(item), size)
                     self.stash.reserve(item, items.length(item, size))  # for `keep`; without room it goes without
-                    self._ask(item, self._pending.setdefault(item, Pending()))
+                    self._ask_unless_awaited(item, self._pending.setdefault(item, Pending()))
                     taken += 1
         return taken
 
@@ -532,8 +536,22 @@ class Admission:
             due, item = heapq.heappop(self._clock)
             pending = self._pending.get(item)
             if pending is not None and pending.due == due:
-                self._ask(item, pending)
+                self._ask_unless_awaited(item, pending)
         return max(1, int((self._clock[0][0] - now) * 1000)) if self._clock else None
+
+    def _ask_unless_awaited(self, item: int, pending: Pending) -> None:
+        """Ask for an item of which not all was read, unless a job's READ of the file is at the source.
+
+        The keeper would wait for that one, for ever if the source hangs, and all that it is asked would wait with it.
+        """
+        delay, often = _AWAITED
+        if not self.is_awaited(self.catalog.node(items.record_of(item))):
+            self._ask(item, pending)
+        elif pending.awaited < often:
+            pending.awaited += 1
+            self._later(item, delay)
+        else:
+            self._failed(item, errno.ETIMEDOUT)
 
     def _ask(self, item: int, pending: Pending) -> None:
         pending.due = 0.0
@@ -581,7 +599,7 @@ class Admission:
         for item in waiting:
             pending = self._pending.get(item)
             if pending is not None and pending.keeper is None:
-                self._ask(item, pending)
+                self._ask_unless_awaited(item, pending)
 
     def _send(self, link: Link, verb: Verb, item: int, flags: int) -> None:
         record = items.record_of(item)
@@ -698,11 +716,7 @@ class Admission:
             self.stash.remove(item)
             self._pinned(link.index, item)
         elif outcome is Outcome.FAILED:
-            self.counters.add("pin_errors")
-            errors = self.counters["pin_errors"]
-            if errors & errors - 1 == 0:  # the first, the second, the fourth …
-                log.warning("%d not cached, last %s: %s", errors, self._name(item), os.strerror(code))
-            self._forget(item)
+            self._failed(item, code)
         elif pending.attempts >= len(RETRY):
             self.counters.add("not_admitted")
             self._abandon(link, item)
@@ -712,6 +726,13 @@ class Admission:
             pending.flags &= ~How.KEEP
             self._later(item, RETRY[pending.attempts])
             pending.attempts += 1
+
+    def _failed(self, item: int, code: int) -> None:
+        self.counters.add("pin_errors")
+        errors = self.counters["pin_errors"]
+        if errors & errors - 1 == 0:  # the first, the second, the fourth …
+            log.warning("%d not cached, last %s: %s", errors, self._name(item), os.strerror(code))
+        self._forget(item)
 
     def _abandon(self, link: Link, item: int) -> None:
         """Give up on an item that the keeper may have pinned."""

@@ -74,6 +74,7 @@ class _Wait:
     holds_thread: bool = False
     is_replaced: bool = False  # by another thread
     is_over: bool = False
+    node: int = 0  # whose bytes it waits for
 
 
 @contextmanager
@@ -260,7 +261,7 @@ class ByteLane:
             self._reply(fuse.error_reply(unique, errno.EINVAL))
         elif opcode == fuse.READ:
             self._counters.add("reads")
-            self._answer(unique, pid, self._read, unique, node, request, pid, scratch)
+            self._answer(unique, pid, self._read, unique, node, request, pid, scratch, reads=node)
         elif opcode == fuse.LOOKUP:
             self._counters.add("lookups")
             self._answer(unique, pid, self._lookup, unique, node, bytes(message[fuse.IN_HEADER.size : -1]))
@@ -292,7 +293,7 @@ class ByteLane:
             self._counters.add("direct_opens")
             self._reply(fuse.error_reply(unique, errno.ENOSYS))
 
-    def _answer(self, unique: int, pid: int, method: Callable[..., None], *arguments: object) -> None:
+    def _answer(self, unique: int, pid: int, method: Callable[..., None], *arguments: object, reads: int = 0) -> None:
         """Call `method` with a way to say that it is about to wait; its error is the answer, if it raises one."""
         wait: _Wait | None = None
 
@@ -300,7 +301,7 @@ class ByteLane:
             nonlocal wait
             if wait is None:
                 is_keepers = pid in self._reader.admission.keeper_threads
-                wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, holds_thread=True)
+                wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, holds_thread=True, node=reads)
                 if self._reader.source.is_remote:
                     self._replace(wait)
                 elif not self._brief_waits.is_set():
@@ -332,6 +333,10 @@ class ByteLane:
             elif wait.is_keepers and waited > _KEEPER_WAITS:
                 wait.is_keepers = False
                 self._reply(fuse.error_reply(unique, errno.EIO))
+
+    def is_awaited(self, node: int) -> bool:
+        """Whether somebody waits for the source's bytes of a file, and no keeper that may be answered in its place."""
+        return any(wait.node == node and not wait.is_keepers for wait in list(self._waits.values()))
 
     def _lookup(self, unique: int, parent: int, name: bytes, before_wait: Callable[[], None]) -> None:
         record, st = self._namespace.lookup(self._namespace.record_of(parent), name, before_wait)
@@ -469,7 +474,7 @@ class ByteLane:
         def read(before_wait: Callable[[], None]) -> None:
             self._finish_read(unique, self._reader.read(asked, scratch.memory, before_wait))
 
-        self._answer(unique, asked.pid, read)
+        self._answer(unique, asked.pid, read, reads=asked.node)
 
     def _finish_read(self, unique: int, answer: Answer) -> None:
         length = sum(map(len, answer.data))

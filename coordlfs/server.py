@@ -114,6 +114,7 @@ def serve(config: dict[str, Any]) -> None:
                 os.write(device, fuse.resend())
         counters.add("server_starts")
         lane = ByteLane(device, ours, reader, namespace, ahead, counters)
+        admission.is_awaited = lane.is_awaited
         threads = [
             threading.Thread(target=_relay, args=(ours, device), name="relay"),
             threading.Thread(target=admission.run, name="admission"),
