@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WINDOW = 64  # requests that a keeper has not answered
+# To wake a process for one item costs more than to pin it: PIN requests wait for each other, though not for long.
+_TOGETHER, _GATHERS = 16, 0.002
 IDLE = 0.05  # seconds without a READ after which an item that was read in part is pinned whole
 RETRY = (0.002, 0.02, 0.2, 1.0, 4.0)  # seconds between attempts while somebody uses the pages
 _ENOUGH = 48  # of them, and items on their way, above which nothing is fetched ahead
@@ -89,6 +91,7 @@ class Link:
     purging: list[int] = field(default_factory=list)  # records
     threads: set[int] = field(default_factory=set)  # of the process, that read as well as its first
     backlog: deque[bytes] = field(default_factory=deque)
+    held_up: bool = False  # the backlog waits for answers
 
 
 class Admission:
@@ -129,6 +132,7 @@ class Admission:
         self._unpurged: list[int] = []  # records, for want of a keeper
         self._keeper_cgroups: set[bytes | None] = set()
         self._job_cgroups: dict[int, tuple[bytes | None, float]] = {}  # by pid; and until when that is believed
+        self._flush_at: float | None = None  # when requests that wait for others have waited long enough
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
         self.sharing: Sharing | None = None  # with other nodes, each of which caches what it owns
@@ -509,9 +513,6 @@ class Admission:
                     os.eventfd_read(fd)
                 else:
                     self._receive(polled[fd])
-            with self.lock:
-                for link in self.links.values():
-                    self._flush(link)
 
     def close(self) -> None:
         """End `run`."""
@@ -532,12 +533,19 @@ class Admission:
     def _run_due(self) -> int | None:
         """Ask for what is due; milliseconds until something else is."""
         now = time.monotonic()
+        if self._flush_at is not None and self._flush_at <= now:
+            self._flush_at = None
+            for link in self.links.values():
+                self._flush(link)
         while self._clock and self._clock[0][0] <= now:
             due, item = heapq.heappop(self._clock)
             pending = self._pending.get(item)
             if pending is not None and pending.due == due:
                 self._ask_unless_awaited(item, pending)
-        return max(1, int((self._clock[0][0] - now) * 1000)) if self._clock else None
+        due_times = [self._clock[0][0]] if self._clock else []
+        if self._flush_at is not None:
+            due_times.append(self._flush_at)
+        return max(1, int((min(due_times) - now) * 1000)) if due_times else None
 
     def _ask_unless_awaited(self, item: int, pending: Pending) -> None:
         """Ask for an item of which not all was read, unless a job's READ of the file is at the source.
@@ -606,16 +614,21 @@ class Admission:
         offset, length = items.span(item, self.catalog.size(record))
         packet = REQUEST.pack(verb, flags, item, self.catalog.node(record), offset, length)
         link.backlog.append(packet + self.catalog.path(record))
-        self._flush(link)
+        if verb != Verb.PIN or len(link.backlog) >= _TOGETHER:
+            self._flush(link)
+        elif self._flush_at is None:
+            self._flush_at = time.monotonic() + _GATHERS
+            self._wake()
 
     def _flush(self, link: Link) -> None:
         while link.backlog and link.asked < _WINDOW:
             try:
                 link.sock.send(link.backlog[0])
             except (BlockingIOError, OSError):  # full, or dying: the supervisor will say so
-                return
+                break
             link.backlog.popleft()
             link.asked += 1
+        link.held_up = bool(link.backlog)
 
     def _receive(self, link: Link) -> None:
         while True:
@@ -649,7 +662,8 @@ class Admission:
                     self.epochs.opened(item, time.monotonic(), self.unpinned())
                     continue
                 link.asked = max(0, link.asked - 1)
-                self._flush(link)
+                if link.held_up:
+                    self._flush(link)
                 if outcome == Outcome.PURGED:
                     self._purged(link, items.record_of(item))
                 elif outcome not in (Outcome.FETCHED, Outcome.GONE):

@@ -75,6 +75,7 @@ class Keeper:
         self.pins: dict[int, tuple[int, int]] = {}
         self.locked = 0  # bytes
         self.fetching: deque[_Request] = deque()
+        self.replies: list[bytes] = []  # to PIN, sent when all of a batch are there: each might wake the server
         self.watch = OpenWatch()
         self.sentinels: dict[int, int] = {}  # watch → item
 
@@ -126,12 +127,17 @@ class Keeper:
                     self._drop_pages(request.path, request.offset, request.length)
                 self.sock.send(request.reply(Outcome.GONE))
             elif request.verb == Verb.LIST:
-                for earlier in pinning:
-                    self._finish(earlier)
-                pinning.clear()
+                self._finish_all(pinning)
                 self._list()
+        self._finish_all(pinning)
+
+    def _finish_all(self, pinning: list[_Request]) -> None:
         for request in pinning:
             self._finish(request)
+        pinning.clear()
+        for reply in self.replies:
+            self.sock.send(reply)
+        self.replies.clear()
 
     def _begin(self, request: _Request) -> bool:
         """Open the file, drop what is resident, start reading; False if the request is answered already."""
@@ -179,24 +185,24 @@ class Keeper:
     def _finish(self, request: _Request) -> None:
         if not self._may_lock(request.length):  # others of the batch took it
             os.close(request.fd)
-            self.sock.send(request.reply(Outcome.FULL))
+            self.replies.append(request.reply(Outcome.FULL))
             return
         try:
             address = pages.map_file(request.fd, request.offset, request.length)
         except OSError as e:
             os.close(request.fd)
             full = e.errno == errno.ENOMEM and self.pins
-            self.sock.send(request.reply(Outcome.FULL if full else Outcome.FAILED, e.errno or 0))
+            self.replies.append(request.reply(Outcome.FULL if full else Outcome.FAILED, e.errno or 0))
             return
         try:
             pages.lock(address, request.length)
         except OSError as e:
             pages.unmap(address, request.length)
-            self.sock.send(request.reply(Outcome.FAILED, e.errno or 0))
+            self.replies.append(request.reply(Outcome.FAILED, e.errno or 0))
         else:
             self.pins[request.item] = (address, request.length)
             self.locked += pages.count(request.length) * pages.PAGE
-            self.sock.send(request.reply(Outcome.PINNED))
+            self.replies.append(request.reply(Outcome.PINNED))
             self._watch(request)
         finally:
             os.close(request.fd)
@@ -241,7 +247,7 @@ class Keeper:
             if os.fstat(request.fd).st_size != request.length:
                 return  # a chunk: pinning the others opens the same file
             self.sentinels[self.watch.add(request.fd)] = request.item
-            self.sock.send(request.reply(Outcome.WATCHED))
+            self.replies.append(request.reply(Outcome.WATCHED))
 
     def _report_opened(self) -> None:
         for watch in self.watch.opened():
