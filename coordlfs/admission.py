@@ -563,7 +563,7 @@ class Admission:
 
     def _ask(self, item: int, pending: Pending) -> None:
         pending.due = 0.0
-        if pending.attempts >= _FORCE_FROM and not pending.at_home and self._verb is Verb.PIN:
+        if pending.attempts >= _FORCE_FROM and not pending.at_home:
             self._force(item, pending)
         else:
             self._ask_keeper(item, pending, 0)

@@ -208,19 +208,34 @@ class Keeper:
             os.close(request.fd)
 
     def _fill(self, request: _Request) -> None:
-        """Read an item around the page cache, and so have the server read it; by a filler."""
+        """Read an item, and so have the server read it; by a filler.
+
+        By way of the page cache, so that a job which wants the same just now waits for the same READ; the pages stay
+        there with How.KEEP, for a job that is about to read them. Around it with How.FORCE: what is resident did not
+        come by the server.
+        """
+        around = request.flags & How.FORCE
         try:
-            fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY | os.O_DIRECT)
+            fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY | (os.O_DIRECT if around else 0))
             try:
-                at, end = request.offset, request.offset + request.length
-                while at < end and (n := os.preadv(fd, [self.nowhere[: end - at]], at)):
-                    at += n
+                if around:
+                    self._read_around(fd, request.offset, request.offset + request.length)
+                else:
+                    pages.drop(fd, request.offset, request.length)
+                    pages.prefetch(fd, request.offset, request.length, self.readahead)
+                    pages.wait_fetched(fd, request.offset, request.length, fuse.MAX_READ)
+                    if not request.flags & How.KEEP:
+                        pages.drop(fd, request.offset, request.length)
             finally:
                 os.close(fd)
         except OSError as e:
             self.sock.send(request.reply(Outcome.FAILED, e.errno or 0))
         else:
             self.sock.send(request.reply(Outcome.FILLED))
+
+    def _read_around(self, fd: int, at: int, end: int) -> None:
+        while at < end and (n := os.preadv(fd, [self.nowhere[: end - at]], at)):
+            at += n
 
     def introduce(self) -> None:
         """Tell that the calling thread reads as well."""
