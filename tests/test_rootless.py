@@ -295,6 +295,36 @@ def test_memory_of_its_own_is_given_back(
         neighbour.communicate(b"\n")
 
 
+_GROW = """
+import sys, time
+held = []
+for _ in range(25):
+    held.append(bytearray(16 << 20))
+    held[-1][::4096] = b"x" * 4096
+    time.sleep(0.01)
+print(len(held), flush=True)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_neighbour_that_grows_fast_is_not_killed(
+    somebody: User, source: Path, mount_as: MakeUserMount, cgroup: Callable[[int], Cgroup]
+) -> None:
+    """Nor is the cache: it looks more often the less there is, since what it gives back is not free at once."""
+    names = write_files(source, 50, 4 * MIB)
+    mounted = mount_as(replace(somebody, memlock=0), "200M")
+    group = cgroup(640 * MIB)
+    for pid in mounted.pids:
+        (group.path / "cgroup.procs").write_text(str(pid))
+    for name in names:
+        mounted.read(name)
+    assert mounted.settle()["pinned_items"] == 50
+    neighbour = subprocess.run([sys.executable, "-c", _GROW], stdout=subprocess.PIPE, preexec_fn=group.enter)
+    assert (neighbour.returncode, neighbour.stdout) == (0, b"25\n")
+    assert group.oom_kills() == 0
+    assert mounted.stats()["memory"]["given_back_bytes"] > 0
+
+
 def test_when_memory_runs_out_it_is_the_cache_that_goes(somebody: User, source: Path, mount_as: MakeUserMount) -> None:
     """What the kernel ends first is what holds the cache, all of it, and then the memory is free."""
     names = write_files(source, 3, MIB)
