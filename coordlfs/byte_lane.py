@@ -32,7 +32,7 @@ from functools import partial
 from coordlfs import hints
 from coordlfs.fetch_ahead import FetchAhead
 from coordlfs.kernel import aio, fuse, pages
-from coordlfs.kernel.libc import quick_read, quick_write
+from coordlfs.kernel.libc import quick_reader, quick_write
 from coordlfs.kernel.pipe import Pipe
 from coordlfs.metrics import Counters
 from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
@@ -215,6 +215,7 @@ class ByteLane:
     def _run(self) -> None:
         request = bytearray(fuse.REQUEST_BUFFER)
         view = memoryview(request)
+        receive = quick_reader(self._device, request)
         scratch = _Scratch()
         with _waiting_for([self._device] + ([self._disk.fd] if self._disk else [])) as wait:
             had_to_wait = True
@@ -231,7 +232,7 @@ class ByteLane:
                     continue
                 had_to_wait = False
                 try:
-                    while (n := quick_read(self._device, request)) is None:
+                    while (n := receive()) is None:
                         had_to_wait = True
                         for fd, _ in wait():
                             if fd != self._device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Callable
 
 libc = ctypes.CDLL(None, use_errno=True)
 _holding_gil = ctypes.PyDLL(None, use_errno=True)  # for calls that are over before another thread could run
@@ -38,14 +39,20 @@ def quick_call(function: str, *arguments: object) -> int:
     return result if result != -1 else check(result, function)
 
 
-def quick_read(fd: int, into: bytearray) -> int | None:
-    """read(2) of a descriptor that does not block, without releasing the GIL; None if there is nothing to read."""
-    n: int = _holding_gil.read(fd, (ctypes.c_char * len(into)).from_buffer(into), len(into))
-    if n >= 0:
-        return n
-    if ctypes.get_errno() == errno.EAGAIN:
-        return None
-    return check(n, "read")
+def quick_reader(fd: int, into: bytearray) -> Callable[[], int | None]:
+    """A function that reads a descriptor that does not block, without releasing the GIL; None if nothing is there."""
+    memory = (ctypes.c_char * len(into)).from_buffer(into)
+    address, size, call = ctypes.c_void_p(ctypes.addressof(memory)), len(into), _holding_gil.read
+
+    def read(_keep: object = memory) -> int | None:
+        n: int = call(fd, address, size)
+        if n >= 0:
+            return n
+        if ctypes.get_errno() == errno.EAGAIN:
+            return None
+        return check(n, "read")
+
+    return read
 
 
 def quick_write(fd: int, data: bytes) -> int:
