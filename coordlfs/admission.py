@@ -75,7 +75,7 @@ class Pending:
     cancelled: bool = False
     at_home: bool = False  # every READ of it came from the keeper's own memory cgroup
     attempts: int = 0
-    awaited: int = 0  # how often it was not asked for, since a READ of it had not come back
+    awaited: int = 0  # how often it was not asked for, as a READ was at the source, since one came back
     flags: int = 0
 
 
@@ -138,7 +138,7 @@ class Admission:
         self.sharing: Sharing | None = None  # with other nodes, each of which caches what it owns
         self.ahead: FetchAhead | None = None  # of readers that say what they will read
         self.notifier: Notifier | None = None
-        self.is_awaited: Callable[[int], bool] = lambda node: False  # whether a job waits for bytes of it
+        self.is_awaited: Callable[[int, int], bool] = lambda node, offset: False  # whether a job waits for bytes there
 
     # -- called by the byte lane --------------------------------------------------------------------------------
 
@@ -207,6 +207,7 @@ class Admission:
             self.stash.put(item, offset, data)
         else:
             pending.at_home = self._at_home(record, pid)
+            pending.awaited = 0
             self.stash.put(item, offset, data)
             if pending.keeper is not None:
                 pending.contended = not pending.at_home
@@ -548,12 +549,13 @@ class Admission:
         return max(1, int((min(due_times) - now) * 1000)) if due_times else None
 
     def _ask_unless_awaited(self, item: int, pending: Pending) -> None:
-        """Ask for an item of which not all was read, unless a job's READ of the file is at the source.
+        """Ask for an item of which not all was read, unless a job's READ of it is at the source.
 
         The keeper would wait for that one, for ever if the source hangs, and all that it is asked would wait with it.
         """
         delay, often = _AWAITED
-        if not self.is_awaited(self.catalog.node(items.record_of(item))):
+        record = items.record_of(item)
+        if not self.is_awaited(self.catalog.node(record), items.span(item, self.catalog.size(record))[0]):
             self._ask(item, pending)
         elif pending.awaited < often:
             pending.awaited += 1

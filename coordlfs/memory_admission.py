@@ -70,6 +70,7 @@ class MemoryAdmission(Admission):
 
     def _add(self, item: int, offset: int, data: memoryview) -> None:
         pending = self._pending[item]
+        pending.awaited = 0
         self.memory.put(item, offset, data)
         if self.memory.is_whole(item):
             del self._pending[item]
