@@ -4,13 +4,13 @@ OPEN, OPENDIR, FLUSH, RELEASE and ACCESS are refused with ENOSYS, after which th
 open a file that it knows costs no message ("zero-message open"). READDIRPLUS gets the node id written into its file
 handle, which such an open leaves 0.
 
-At most `_RUNNING` threads compete for the interpreter. A local disk reads while they go on (AIO); what the page cache
-of the source has, and is not to be cached here, goes to the kernel by splice, not through this process. Whatever else
-has to be waited for holds a thread, and another one takes the place of one that waits, so that hundreds of READs may
-wait and none of those that need not wait does: at once where the source is on a network, and on a local disk, most of
-whose waits for names are over sooner than a thread wakes up, after a millisecond. What is over at once is
-done without letting go of the interpreter, which would cost more to get back. A source that never
-answers holds the threads that wait for it, and nobody else: a caller who is killed or interrupted meanwhile gets EINTR.
+At most `_RUNNING` threads compete for the interpreter. A local disk reads while they go on (AIO), and other nodes
+answer; what the page cache of the source has, and is not to be cached here, goes to the kernel by splice, not through
+this process. Whatever else has to be waited for holds a thread, and another one takes the place of one that waits, so
+that hundreds of READs may wait and none of those that need not wait does: at once where the source is on a network, and
+after a millisecond on a local disk, most of whose waits for names are over sooner than a thread wakes up. What is over
+at once is done without letting go of the interpreter, which would cost more to get back. A source that never answers
+holds the threads that wait for it, and nobody else: a caller who is killed or interrupted meanwhile gets EINTR.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ def _waiting_for(fds: list[int]) -> Iterator[Callable[[], list[tuple[int, int]]]
         return
     with readable:
         for fd in fds:
-            readable.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            try:
+                readable.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            except OSError:  # it is an epoll itself
+                readable.register(fd, select.EPOLLIN)
         yield readable.poll
 
 
@@ -148,6 +151,12 @@ class ByteLane:
         self._returned: deque[tuple[int, Request]] = deque()  # READs that have to hold a thread after all
         self._disk = None if reader.source.is_remote else _disk()
         self._begun: dict[int, tuple[int, Begun]] = {}  # READs that the disk works on, by slot
+        # What to call when a descriptor is readable: READs that nobody waits for can be answered.
+        self._finishers: dict[int, Callable[[], None]] = {}
+        if self._disk is not None:
+            self._finishers[self._disk.fd] = self._finish_begun
+        if reader.sharing is not None:
+            self._finishers[reader.sharing.receiver.fd] = reader.sharing.receiver.receive
         self.ended = threading.Event()
 
     def start(self) -> None:
@@ -225,14 +234,15 @@ class ByteLane:
         view = memoryview(request)
         receive = quick_reader(self._device, request)
         scratch = _Scratch()
-        with _waiting_for([self._device] + ([self._disk.fd] if self._disk else [])) as wait:
+        with _waiting_for([self._device, *self._finishers]) as wait:
             had_to_wait = True
             unlooked = 0
             while not self.ended.is_set():
                 unlooked += 1
-                if unlooked > _LOOK_EVERY and self._begun:
+                if unlooked > _LOOK_EVERY:
                     unlooked = 0
-                    self._finish_begun()
+                    for finish in self._finishers.values():
+                        finish()
                 while self._returned:
                     self._read_alone(scratch)
                 if not had_to_wait and self._total - self._waiting - self._parked > _RUNNING:
@@ -245,7 +255,7 @@ class ByteLane:
                         for fd, _ in wait():
                             if fd != self._device:
                                 unlooked = 0
-                                self._finish_begun()
+                                self._finishers[fd]()
                 except OSError as e:
                     if e.errno in (errno.EINTR, errno.ENOENT):
                         continue

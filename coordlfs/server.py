@@ -121,7 +121,7 @@ def serve(config: dict[str, Any]) -> None:
         ]
         if sharing is not None:
             threads.append(threading.Thread(target=sharing.run, name="sharing"))
-            threads.append(threading.Thread(target=sharing.receive, name="receiver"))
+            threads.append(threading.Thread(target=sharing.watch, name="peer watch"))
         for thread in threads:
             thread.start()
             stack.callback(thread.join)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import threading
 import time
@@ -109,9 +110,16 @@ def test_a_reply_that_nobody_asked_for_ends_the_connection() -> None:
 
 @pytest.mark.timeout(60)
 def test_the_receiver_gives_up_who_is_late_and_closes_what_ends() -> None:
-    receiver = Receiver()
-    thread = threading.Thread(target=receiver.run)
-    thread.start()
+    receiver, done = Receiver(), threading.Event()
+
+    def receive() -> None:  # as the byte lane does
+        while not done.is_set():
+            if select.select([receiver.fd], [], [], 0.1)[0]:
+                receiver.receive()
+
+    threads = [threading.Thread(target=receiver.run), threading.Thread(target=receive)]
+    for thread in threads:
+        thread.start()
     try:
         with contextlib.ExitStack() as stack:
             silent, half, ended, idle = (stack.enter_context(_asked()) for _ in range(4))
@@ -133,8 +141,11 @@ def test_the_receiver_gives_up_who_is_late_and_closes_what_ends() -> None:
             idle.ask(1, 1)
             eventually(lambda: all(a.pipe.sock.fileno() < 0 for a in (silent, half, ended)))
             receiver.close()
-            thread.join()
+            threads[0].join()
             assert idle.outcomes() == [Outcome.FAILED]
+            assert idle.pipe.sock.fileno() < 0
     finally:
         receiver.close()
-        thread.join()
+        done.set()
+        for thread in threads:
+            thread.join()

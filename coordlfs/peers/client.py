@@ -1,15 +1,14 @@
 """Asking a peer: a pool of connections to each, on which requests are pipelined, and a breaker before it.
 
-Whoever asks sends its request and goes on. Replies come in the order of the requests; one thread, the receiver, takes
-them from all connections and hands each to the function that waits for it, in memory that is used for the next one
-afterwards. So a READ that another node answers holds no thread, and costs no switch between threads. Whatever goes
-wrong is said within a bounded time, and the source is read.
+Whoever asks sends its request and goes on. Replies come in the order of the requests; whoever sees that one has come
+has the receiver take it, and hand it to the function that waits for it, in memory that is used for the next one
+afterwards. So a READ that another node answers holds no thread, and costs no switch between threads where those who ask
+are those who look. Whatever goes wrong is said within a bounded time, and the source is read.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import select
 import socket
 import ssl
@@ -33,7 +32,6 @@ _CONNECTIONS = 8  # per peer
 _ASKED = 64  # requests that one peer has not answered
 _OPENING = 96  # threads that wait for connections to be opened: so many are left for the source
 _SLOW_AFTER, _SLOW_RATE = 0.3, 1e6  # a payload that takes so many seconds at fewer bytes a second is a failure
-_AT_ONCE = 0.02  # seconds that the receiver stays with one reply which has begun, while others wait
 _LOOK_EVERY = 0.2  # seconds between two looks for what is late
 _ROOMS = 4  # buffers for payloads that are kept
 
@@ -71,7 +69,7 @@ class _Call:
 
 
 class Pipe:
-    """One connection. Any thread sends; the receiver alone receives, and closes."""
+    """One connection. Any thread sends; the receiver alone receives, one thread at a time, and closes."""
 
     def __init__(self, sock: socket.socket, on_end: Callable[[Pipe], None]) -> None:
         self.sock = sock
@@ -88,7 +86,7 @@ class Pipe:
         if self._is_tls:
             sock.setblocking(False)
         else:
-            connection.set_limits(sock, _AT_ONCE, connection.CONNECT)
+            connection.set_limits(sock, connection.CONNECT, connection.CONNECT)  # of which only sending may wait
 
     def send(self, request: Request, done: Done) -> bool:
         """Send a request, after which `done` is called once. False: the connection is broken, and it is not."""
@@ -119,7 +117,7 @@ class Pipe:
 
     # -- called by the receiver ---------------------------------------------------------------------------------
 
-    def _take(self, view: memoryview, flags: int) -> int:
+    def _take(self, view: memoryview) -> int:
         """Receive into `view` what there is; 0 if there is nothing now. Raises OSError, ProtocolError."""
         try:
             if self._is_tls:
@@ -128,7 +126,7 @@ class Pipe:
                         raise ProtocolError("the connection broke before")
                     n = self.sock.recv_into(view)
             else:
-                n = self.sock.recv_into(view, 0, flags)
+                n = self.sock.recv_into(view, 0, socket.MSG_DONTWAIT)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
         if not n:
@@ -150,14 +148,13 @@ class Pipe:
             self._room = None
 
     def _receive(self, room: memoryview) -> None:
-        flags = socket.MSG_DONTWAIT
         while True:
             try:
                 due = self._reply.length if self._reply else self.calls[0].request.length
             except IndexError:
                 due = 0
             if self._got < protocol.REPLY or (self._reply and self._got < protocol.REPLY + due):
-                n = self._take(room[_HEAD_AT + self._got : _PAYLOAD_AT + due], flags)
+                n = self._take(room[_HEAD_AT + self._got : _PAYLOAD_AT + due])
                 if not n:
                     return
                 self._got += n
@@ -166,13 +163,9 @@ class Pipe:
                     raise ProtocolError("a reply that nobody asked for")
                 self._reply = protocol.parse_reply(room[_HEAD_AT:_PAYLOAD_AT], self.calls[0].request)
                 self._began = time.monotonic()
-                # A peer that has begun goes on, nearly always: to wait here for the rest is cheaper than to come again.
-                flags = socket.MSG_WAITALL
             reply = self._reply
             if reply is None or self._got < protocol.REPLY + reply.length:
-                if reply is not None and flags == socket.MSG_WAITALL and time.monotonic() - self._began > _AT_ONCE:
-                    return
-                continue
+                continue  # nearly always more has come meanwhile, and to look is cheaper than to come again
             payload = room[_PAYLOAD_AT : _PAYLOAD_AT + reply.length]
             if reply.status is Status.OK and protocol.checksum(payload) != reply.checksum:
                 self.fail(Outcome.BAD)
@@ -184,7 +177,6 @@ class Pipe:
                 room[_HEAD_AT : _HEAD_AT + self._got] = room[after : after + self._got]
             elif not self._is_tls or self.broken:  # OpenSSL may have more, of which the kernel knows nothing
                 return
-            flags = socket.MSG_DONTWAIT
 
     def _finish(self, outcome: Outcome, payload: memoryview) -> None:
         self._reply, self._heard = None, time.monotonic()
@@ -207,38 +199,39 @@ class Pipe:
 
 
 class Receiver:
-    """Receives what peers answer, on a thread of its own that calls `run`."""
+    """Receives what peers answer: `receive` when `fd` is readable, by any thread. One of its own calls `run`."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        self.fd = self._epoll.fileno()
         self._pipes: dict[int, Pipe] = {}
         self._rooms: list[memoryview] = []
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._epoll.register(self._wake, select.EPOLLIN)
-        self._closing = False
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
 
     def add(self, pipe: Pipe) -> None:
         """Receive of a connection from now on, and close it when it is broken."""
         self._pipes[pipe.sock.fileno()] = pipe
         self._epoll.register(pipe.sock, select.EPOLLIN)
 
-    def run(self) -> None:
-        """Receive, until `close`."""
-        look = 0.0
-        while not self._closing:
-            for fd, _ in self._epoll.poll(_LOOK_EVERY):
+    def receive(self) -> None:
+        """Take what has come of all connections, and hand on what is complete."""
+        with self._lock:
+            for fd, _ in self._epoll.poll(0):
                 pipe = self._pipes.get(fd)
                 if pipe is not None:
                     self._receive(pipe)
+
+    def run(self) -> None:
+        """Give up what is late, until `close`."""
+        while not self._closing.wait(_LOOK_EVERY):
             now = time.monotonic()
-            if now >= look:
-                look = now + _LOOK_EVERY
-                for pipe in list(self._pipes.values()):
-                    if pipe.is_late(now):
-                        pipe.fail()
+            for pipe in list(self._pipes.values()):
+                if pipe.is_late(now):
+                    pipe.fail()
         for pipe in list(self._pipes.values()):
             pipe.fail()
-            pipe.sock.close()
+        self.receive()  # which closes them
 
     def _receive(self, pipe: Pipe) -> None:
         if not pipe.broken:
@@ -254,8 +247,7 @@ class Receiver:
 
     def close(self) -> None:
         """End `run`, and every connection."""
-        self._closing = True
-        os.eventfd_write(self._wake, 1)
+        self._closing.set()
 
 
 class Peer:

@@ -85,7 +85,7 @@ class Sharing:
         self.marks = process.has_capability(process.CAP_FOWNER) and process.in_initial_user_namespace()
         self._credentials = settings.credentials(mine)
         self._tls = self._credentials.context(server=False)
-        self._receiver = Receiver()
+        self.receiver = Receiver()
         self._openers = client.openers()
         self._view: _View | None = None
         self._members: list[link.Member] = []
@@ -275,7 +275,7 @@ class Sharing:
                 (host, port),
                 self._credentials,
                 self._tls,
-                self._receiver,
+                self.receiver,
                 self._openers,
                 self._own.name,
             )
@@ -286,15 +286,15 @@ class Sharing:
             self._displaceable = None
         log.info("the cache is shared by %s", ", ".join(node.name for node in ownership.nodes))
 
-    def receive(self) -> None:
-        """Receive what other nodes answer, until `close`: the work of a thread of its own."""
-        self._receiver.run()
+    def watch(self) -> None:
+        """Give up what other nodes answer too late, until `close`: the work of a thread of its own."""
+        self.receiver.run()
 
     def close(self) -> None:
-        """End `run` and `receive`, and every connection."""
+        """End `run` and `watch`, and every connection."""
         self._closing = True
         os.eventfd_write(self._wake, 1)
-        self._receiver.close()
+        self.receiver.close()
 
     # -- figures ------------------------------------------------------------------------------------------------
 

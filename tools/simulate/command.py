@@ -153,15 +153,22 @@ def _plot(path: Path, trace: traces.Trace, outcomes: Sequence[tuple[bool, Outcom
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.7), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="cache (% of the dataset)", ylabel="read from storage in an epoch (% of the dataset)"
-    )
+    axes = figure.add_subplot(xlabel="cache (% of the dataset)", ylabel="read in an epoch (% of the dataset)")
     lines: dict[str, list[tuple[float, float]]] = {}
     for partitioned, outcome in outcomes:
         point = (100 * outcome.capacity / trace.dataset, 100 * outcome.storage_bytes / trace.dataset)
         lines.setdefault(_name(outcome.policy, partitioned), []).append(point)
-    for (name, points), marker in zip(lines.items(), "osD^v", strict=False):
-        axes.plot(*zip(*sorted(points), strict=True), label=name, marker=marker, markersize=4)
+    # Lines on each other, as those of MinIO and the optimal policy are, must all be seen: the first on top, thinnest.
+    for rank, ((name, points), marker) in enumerate(zip(lines.items(), "osD^v", strict=False)):
+        width = 1.5 + 0.8 * rank
+        axes.plot(
+            *zip(*sorted(points), strict=True),
+            label=name,
+            marker=marker,
+            markersize=4 + 1.5 * rank,
+            linewidth=width,
+            zorder=3 - 0.1 * rank,
+        )
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
