@@ -499,8 +499,9 @@ def test_a_mount_whose_processes_were_all_killed_while_the_source_hung(
         eventually(lambda: mounted.stats()["pending_items"] == 1)
         time.sleep(0.5)
         pids = mounted.pids
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # so that none is left to notice that another is gone
+            for pid in pids:
+                os.kill(pid, number)
         assert warm.wait(20) == 1
         with _waiting([["cat", str(mounted.path / "hung")]]) as [reader]:
             coordlfs("umount", "--lazy", mounted.path, timeout=10)
