@@ -3,13 +3,15 @@
     absent ── a READ misses, MinIO has room ──> collecting (its bytes go to the stash)
            ── all of it read, or idle a while ──> asked (a keeper pins it, READing the stash) ──> pinned
 
-The keeper says BUSY while a reader still uses the pages: it is asked again later, with more force. A job's READ that
+The keeper says BUSY while a reader still uses the pages: it is asked again later, at last after the kernel was told to
+take them even out of a job's mappings. A job's READ that
 comes while the keeper works would leave pages charged to the job, so such an item is pinned once more. Byte-lane
 threads call in with what they read; one thread of this module listens to the keepers and watches the clock.
 """
 
 from __future__ import annotations
 
+import errno
 import heapq
 import logging
 import os
@@ -26,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from coordlfs import items
 from coordlfs.catalog import FOREIGN, STALE, Catalog
 from coordlfs.epochs import Epochs
-from coordlfs.kernel import cgroups, pages
+from coordlfs.kernel import cgroups, fuse, pages
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO, State
 from coordlfs.stash import Stash
@@ -35,6 +37,7 @@ from coordlfs.wire import MAX_PACKET, REQUEST, How, Outcome, Verb, parse_reply
 if TYPE_CHECKING:
     from coordlfs.fetch_ahead import FetchAhead
     from coordlfs.memory_cache import MemoryCache
+    from coordlfs.notifier import Notifier
     from coordlfs.peers.sharing import Sharing
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ _ENOUGH = 48  # of them, and items on their way, above which nothing is fetched 
 _PENDING = 256
 _UNKNOWN, _NEVER_MISSED = (0, 0), (0, 0xFFFFFFFF)  # instead of the epoch and page of a last miss
 _CGROUP_KNOWN = 1.0  # seconds that a process is believed to stay in its cgroup
+_AWAITED = 0.1, 100  # seconds after which it is seen again whether an item is awaited, and how often
 _FORCE_FROM = 2  # the attempt from which pages are dropped even where a job maps them
 
 
@@ -71,6 +75,7 @@ class Pending:
     cancelled: bool = False
     at_home: bool = False  # every READ of it came from the keeper's own memory cgroup
     attempts: int = 0
+    awaited: int = 0  # how often it was not asked for, as a READ was at the source, since one came back
     flags: int = 0
 
 
@@ -132,6 +137,8 @@ class Admission:
         self._closing = False
         self.sharing: Sharing | None = None  # with other nodes, each of which caches what it owns
         self.ahead: FetchAhead | None = None  # of readers that say what they will read
+        self.notifier: Notifier | None = None
+        self.is_awaited: Callable[[int, int], bool] = lambda node, offset: False  # whether a job waits for bytes there
 
     # -- called by the byte lane --------------------------------------------------------------------------------
 
@@ -200,6 +207,7 @@ class Admission:
             self.stash.put(item, offset, data)
         else:
             pending.at_home = self._at_home(record, pid)
+            pending.awaited = 0
             self.stash.put(item, offset, data)
             if pending.keeper is not None:
                 pending.contended = not pending.at_home
@@ -316,7 +324,7 @@ class Admission:
                 if item not in self._dropping and self._admits(item, room):
                     self._know(items.record_of(item), size)
                     self.stash.reserve(item, items.length(item, size))  # for `keep`; without room it goes without
-                    self._ask(item, self._pending.setdefault(item, Pending()))
+                    self._ask_unless_awaited(item, self._pending.setdefault(item, Pending()))
                     taken += 1
         return taken
 
@@ -534,14 +542,53 @@ class Admission:
             due, item = heapq.heappop(self._clock)
             pending = self._pending.get(item)
             if pending is not None and pending.due == due:
-                self._ask(item, pending)
+                self._ask_unless_awaited(item, pending)
         due_times = [self._clock[0][0]] if self._clock else []
         if self._flush_at is not None:
             due_times.append(self._flush_at)
         return max(1, int((min(due_times) - now) * 1000)) if due_times else None
 
+    def _ask_unless_awaited(self, item: int, pending: Pending) -> None:
+        """Ask for an item of which not all was read, unless a job's READ of it is at the source.
+
+        The keeper would wait for that one, for ever if the source hangs, and all that it is asked would wait with it.
+        """
+        delay, often = _AWAITED
+        record = items.record_of(item)
+        if not self.is_awaited(self.catalog.node(record), items.span(item, self.catalog.size(record))[0]):
+            self._ask(item, pending)
+        elif pending.awaited < often:
+            pending.awaited += 1
+            self._later(item, delay)
+        else:
+            self._failed(item, errno.ETIMEDOUT)
+
     def _ask(self, item: int, pending: Pending) -> None:
         pending.due = 0.0
+        if pending.attempts >= _FORCE_FROM and not pending.at_home:
+            self._force(item, pending)
+        else:
+            self._ask_keeper(item, pending, 0)
+
+    def _force(self, item: int, pending: Pending) -> None:
+        """Have pages dropped that a job uses, then ask for the item.
+
+        Not by the keeper: it would wait for a page that is being read, which a hung source may never give.
+        """
+        record = items.record_of(item)
+        offset, length = items.span(item, self.catalog.size(record))
+
+        def dropped() -> None:
+            with self.lock:
+                if self._pending.get(item) is pending and pending.keeper is None:
+                    self._ask_keeper(item, pending, How.FORCE)
+
+        message = fuse.invalidate_inode(self.catalog.node(record), offset, length)
+        if self.notifier is None or not self.notifier.send_alone(message, dropped):
+            self.counters.add("not_admitted")
+            self._forget(item)
+
+    def _ask_keeper(self, item: int, pending: Pending, flags: int) -> None:
         link = next((link for link in self.links.values() if not link.full), None)
         if link is None:
             self._waiting.append(item)
@@ -551,7 +598,7 @@ class Admission:
             return
         pending.keeper = link.index
         pending.contended = False
-        flags = pending.flags | (How.FORCE if pending.attempts >= _FORCE_FROM else 0)
+        flags |= pending.flags
         if pending.at_home:
             # Every page was allocated by a READ that was charged where the keeper is: they are pinned as they are.
             flags |= How.KEEP
@@ -562,7 +609,7 @@ class Admission:
         for item in waiting:
             pending = self._pending.get(item)
             if pending is not None and pending.keeper is None:
-                self._ask(item, pending)
+                self._ask_unless_awaited(item, pending)
 
     def _send(self, link: Link, verb: Verb, item: int, flags: int) -> None:
         record = items.record_of(item)
@@ -685,11 +732,7 @@ class Admission:
             self.stash.remove(item)
             self._pinned(link.index, item)
         elif outcome is Outcome.FAILED:
-            self.counters.add("pin_errors")
-            errors = self.counters["pin_errors"]
-            if errors & errors - 1 == 0:  # the first, the second, the fourth …
-                log.warning("%d not cached, last %s: %s", errors, self._name(item), os.strerror(code))
-            self._forget(item)
+            self._failed(item, code)
         elif pending.attempts >= len(RETRY):
             self.counters.add("not_admitted")
             self._abandon(link, item)
@@ -699,6 +742,13 @@ class Admission:
             pending.flags &= ~How.KEEP
             self._later(item, RETRY[pending.attempts])
             pending.attempts += 1
+
+    def _failed(self, item: int, code: int) -> None:
+        self.counters.add("pin_errors")
+        errors = self.counters["pin_errors"]
+        if errors & errors - 1 == 0:  # the first, the second, the fourth …
+            log.warning("%d not cached, last %s: %s", errors, self._name(item), os.strerror(code))
+        self._forget(item)
 
     def _abandon(self, link: Link, item: int) -> None:
         """Give up on an item that the keeper may have pinned."""

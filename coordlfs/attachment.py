@@ -54,13 +54,17 @@ def attach(source: str, mountpoint: bytes) -> int:
 def detach(mountpoint: bytes, *, lazy: bool = False, abort: bool = False) -> None:
     """Unmount; `lazy` lets open files live on. Raises OSError: EBUSY, EPERM, EINVAL.
 
-    `abort` ends the connection, so that nobody waits for an answer any more; for an ordinary user that happens when
-    the last process that holds /dev/fuse ends.
+    `abort` ends the connection, so that nobody waits for an answer any more; for an ordinary user, where
+    /sys/fs/fuse/connections is not mounted, that happens when the last process that holds /dev/fuse ends.
     """
     if is_privileged():
         mounts.unmount(mountpoint, lazy=lazy, abort=abort)
-    else:
-        fusermount.unmount(mountpoint, lazy=lazy)
+        return
+    if abort:
+        device = next((m.device for m in reversed(list(mounts.table())) if m.point == mountpoint), 0)
+        with suppress(OSError), open(f"/sys/fs/fuse/connections/{os.minor(device)}/abort", "w") as f:
+            f.write("1")
+    fusermount.unmount(mountpoint, lazy=lazy)
 
 
 def copy(mountpoint: bytes) -> tuple[int, bool]:

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from coordlfs import hints
+from coordlfs import hints, items
 from coordlfs.fetch_ahead import FetchAhead
 from coordlfs.kernel import aio, fuse, pages
 from coordlfs.kernel.libc import quick_reader, quick_write
@@ -74,6 +74,13 @@ class _Wait:
     holds_thread: bool = False
     is_replaced: bool = False  # by another thread
     is_over: bool = False
+    bytes_of: tuple[int, int] | None = None  # what it waits for: node, and number of the chunk
+
+
+def _part_read(request: bytearray) -> tuple[int, int]:
+    """Node, and number of the chunk, of a READ."""
+    node = fuse.IN_HEADER.unpack_from(request)[3]
+    return node, fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)[1] // items.CHUNK
 
 
 @contextmanager
@@ -139,6 +146,7 @@ class ByteLane:
         self._parked = 0
         self._parking = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._waits: dict[int, _Wait] = {}  # by the request's number
+        self._hung: set[tuple[int, int] | None] = set()  # what a keeper was told in place of the source
         self._brief_waits = threading.Event()  # there was one
         self._returned: deque[tuple[int, Request]] = deque()  # READs that have to hold a thread after all
         self._disk = None if reader.source.is_remote else _disk()
@@ -182,6 +190,7 @@ class ByteLane:
 
     def _end_wait(self, unique: int, wait: _Wait) -> None:
         self._waits.pop(unique, None)
+        self._hung.discard(wait.bytes_of)
         with self._lock:
             wait.is_over = True
             if wait.is_replaced:
@@ -271,7 +280,7 @@ class ByteLane:
             self._reply(fuse.error_reply(unique, errno.EINVAL))
         elif opcode == fuse.READ:
             self._counters.add("reads")
-            self._answer(unique, pid, self._read, unique, node, request, pid, scratch)
+            self._answer(unique, pid, self._read, unique, node, request, pid, scratch, reads=_part_read(request))
         elif opcode == fuse.LOOKUP:
             self._counters.add("lookups")
             self._answer(unique, pid, self._lookup, unique, node, bytes(message[fuse.IN_HEADER.size : -1]))
@@ -303,7 +312,14 @@ class ByteLane:
             self._counters.add("direct_opens")
             self._reply(fuse.error_reply(unique, errno.ENOSYS))
 
-    def _answer(self, unique: int, pid: int, method: Callable[..., None], *arguments: object) -> None:
+    def _answer(
+        self,
+        unique: int,
+        pid: int,
+        method: Callable[..., None],
+        *arguments: object,
+        reads: tuple[int, int] | None = None,
+    ) -> None:
         """Call `method` with a way to say that it is about to wait; its error is the answer, if it raises one."""
         wait: _Wait | None = None
 
@@ -311,7 +327,7 @@ class ByteLane:
             nonlocal wait
             if wait is None:
                 is_keepers = pid in self._reader.admission.keeper_threads
-                wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, holds_thread=True)
+                wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, holds_thread=True, bytes_of=reads)
                 if self._reader.source.is_remote:
                     self._replace(wait)
                 elif not self._brief_waits.is_set():
@@ -342,7 +358,13 @@ class ByteLane:
                 self._reply(fuse.error_reply(unique, errno.EINTR))
             elif wait.is_keepers and waited > _KEEPER_WAITS:
                 wait.is_keepers = False
+                self._hung.add(wait.bytes_of)
                 self._reply(fuse.error_reply(unique, errno.EIO))
+
+    def is_awaited(self, node: int, offset: int) -> bool:
+        """Whether somebody waits for the source's bytes of a chunk of a file, but for a keeper that is told in time."""
+        part = node, offset // items.CHUNK
+        return any(wait.bytes_of == part and not wait.is_keepers for wait in list(self._waits.values()))
 
     def _lookup(self, unique: int, parent: int, name: bytes, before_wait: Callable[[], None]) -> None:
         record, st = self._namespace.lookup(self._namespace.record_of(parent), name, before_wait)
@@ -368,6 +390,8 @@ class ByteLane:
         _, offset, size, _, _, flags = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
         if offset > _LAST_OFFSET:
             raise OSError(errno.EINVAL, "no file is so long")
+        if self._hung and (node, offset // items.CHUNK) in self._hung and pid in self._reader.admission.keeper_threads:
+            raise OSError(errno.EIO, "it hangs, and the keeper has more to do")
         direct, leaves_no_trace = bool(flags & os.O_DIRECT), bool(flags & os.O_NOATIME)
         asked = Request(node, offset, min(size, fuse.MAX_READ), pid, direct, leaves_no_trace)
         if self._reader.sharing is not None:
@@ -480,7 +504,7 @@ class ByteLane:
         def read(before_wait: Callable[[], None]) -> None:
             self._finish_read(unique, self._reader.read(asked, scratch.memory, before_wait))
 
-        self._answer(unique, asked.pid, read)
+        self._answer(unique, asked.pid, read, reads=(asked.node, asked.offset // items.CHUNK))
 
     def _finish_read(self, unique: int, answer: Answer) -> None:
         length = sum(map(len, answer.data))

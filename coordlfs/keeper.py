@@ -2,7 +2,9 @@
 
 It pins an item by dropping the pages that are there (a job's READ filled them, so they are charged to the job's memory
 cgroup), mapping the file and locking the mapping, which faults the pages in again, charged to this process. It must
-not be the process that answers the READs. It works from a detached copy of the mount, so that `umount` is not busy.
+not be the process that answers the READs, nor hold /dev/fuse: should all processes of the mount be killed while this
+one waits for an answer, it is that nobody holds the device any more which ends the wait. It works from a detached copy
+of the mount, so that `umount` is not busy.
 What a loader is about to read it reads ahead, and lets go when it is told to.
 
 Where the cache is memory of its own the keeper pins nothing: it reads what jobs read in part only, and holds the memory
@@ -58,14 +60,12 @@ class Keeper:
         self,
         sock: socket.socket,
         tree: int,
-        device: int,
         limit: int,
         readahead: int,
         lockable: int | None = None,
     ) -> None:
         self.sock = sock
         self.tree = tree
-        self.device = device
         self.limit = limit
         self.readahead = readahead
         self.lockable = lockable
@@ -164,13 +164,9 @@ class Keeper:
 
     def _make_absent(self, request: _Request) -> bool:
         pages.drop(request.fd, request.offset, request.length)
-        left = pages.resident(request.fd, request.offset, request.length)
-        if left and request.flags & How.FORCE:
-            # Blocks while a page is being read, which the server does: it never waits for this process.
-            os.write(self.device, fuse.invalidate_inode(request.node, request.offset, request.length))
-            os.fstat(request.fd)  # the attributes went as well: ask for them now, and not when a job needs them
-            left = pages.resident(request.fd, request.offset, request.length)
-        return not left
+        if request.flags & How.FORCE:
+            os.fstat(request.fd)  # ask for the attributes now, and not when a job needs them
+        return not pages.resident(request.fd, request.offset, request.length)
 
     def _begin_fetch(self, request: _Request) -> None:
         """Start reading. It is waited for when nothing else is asked, so that the source always has something to do."""
@@ -212,19 +208,34 @@ class Keeper:
             os.close(request.fd)
 
     def _fill(self, request: _Request) -> None:
-        """Read an item around the page cache, and so have the server read it; by a filler."""
+        """Read an item, and so have the server read it; by a filler.
+
+        By way of the page cache, so that a job which wants the same just now waits for the same READ; the pages stay
+        there with How.KEEP, for a job that is about to read them. Around it with How.FORCE: what is resident did not
+        come by the server.
+        """
+        around = request.flags & How.FORCE
         try:
-            fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY | os.O_DIRECT)
+            fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY | (os.O_DIRECT if around else 0))
             try:
-                at, end = request.offset, request.offset + request.length
-                while at < end and (n := os.preadv(fd, [self.nowhere[: end - at]], at)):
-                    at += n
+                if around:
+                    self._read_around(fd, request.offset, request.offset + request.length)
+                else:
+                    pages.drop(fd, request.offset, request.length)
+                    pages.prefetch(fd, request.offset, request.length, self.readahead)
+                    pages.wait_fetched(fd, request.offset, request.length, fuse.MAX_READ)
+                    if not request.flags & How.KEEP:
+                        pages.drop(fd, request.offset, request.length)
             finally:
                 os.close(fd)
         except OSError as e:
             self.sock.send(request.reply(Outcome.FAILED, e.errno or 0))
         else:
             self.sock.send(request.reply(Outcome.FILLED))
+
+    def _read_around(self, fd: int, at: int, end: int) -> None:
+        while at < end and (n := os.preadv(fd, [self.nowhere[: end - at]], at)):
+            at += n
 
     def introduce(self) -> None:
         """Tell that the calling thread reads as well."""
@@ -301,7 +312,7 @@ def main() -> None:
         limit = max(1, int(f.read()) - _SPARE_MAPPINGS)
     os.chdir("/")
     sock = socket.socket(fileno=config["socket"])
-    keeper = Keeper(sock, config["tree"], config["device"], limit, config["readahead"], process.lockable())
+    keeper = Keeper(sock, config["tree"], limit, config["readahead"], process.lockable())
     if not config["in_memory"]:
         keeper.run()
         return

@@ -3,8 +3,9 @@
     absent ── a READ misses, MinIO has room ──> on its way (its bytes go to the memory where they are to stay)
            ── all of it read; or idle a while, and a keeper reads the rest ──> in the cache
 
-A keeper reads through the mount and around its page cache (O_DIRECT), so that its READs come here like a job's. The
-pages that jobs' READs leave in the page cache are ordinary ones: the kernel may keep or drop them.
+A keeper reads through the mount, so that its READs come here like a job's; where pages are resident that did not come
+here, as those of a file that had no room then, around the page cache (O_DIRECT). The pages that READs leave in the page
+cache are ordinary ones: the kernel may keep or drop them.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import socket
 from collections.abc import Callable
 
 from coordlfs import items
-from coordlfs.admission import IDLE, RETRY, Admission, Link, Pending
+from coordlfs.admission import IDLE, Admission, Link, Pending
 from coordlfs.catalog import Catalog
 from coordlfs.epochs import Epochs
 from coordlfs.kernel import pages
 from coordlfs.memory_cache import MemoryCache
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO
-from coordlfs.wire import Outcome, Verb
+from coordlfs.wire import How, Outcome, Verb
 
 _HOLDER = 0  # no keeper: they are counted from 1
+_ADDED = 0.5  # seconds in which what was read is surely added
 _SENTINELS = 15  # files that a keeper is asked to watch for being opened
 
 
@@ -68,6 +70,7 @@ class MemoryAdmission(Admission):
 
     def _add(self, item: int, offset: int, data: memoryview) -> None:
         pending = self._pending[item]
+        pending.awaited = 0
         self.memory.put(item, offset, data)
         if self.memory.is_whole(item):
             del self._pending[item]
@@ -75,6 +78,12 @@ class MemoryAdmission(Admission):
             self._watch(item)
         elif pending.keeper is None and not pending.attempts:
             self._later(item, IDLE)
+
+    def _ask(self, item: int, pending: Pending) -> None:
+        pending.due = 0.0
+        is_announced = self.ahead is not None and self.ahead.wants(items.record_of(item))
+        flags = How.FORCE if pending.attempts else How.KEEP if is_announced else 0
+        self._ask_keeper(item, pending, flags)
 
     def add_keeper(self, index: int, pid: int, sock: socket.socket) -> None:
         """A keeper joins, which may have nothing to watch yet."""
@@ -99,7 +108,7 @@ class MemoryAdmission(Admission):
             # What it read last may be about to be added: a thread answers the kernel first.
             pending.keeper = None
             pending.attempts = 1
-            self._later(item, RETRY[0])
+            self._later(item, _ADDED)
         elif outcome is not Outcome.SEEN:
             super()._answered(link, outcome, code, item)
 

@@ -1,4 +1,8 @@
-"""Watching memory, and having the cache follow what the governor decides."""
+"""Watching memory, and having the cache follow what the governor decides.
+
+The less is left, the sooner it is looked at again, so that nobody who allocates as fast as the kernel can uses it up
+unseen: memory that ran out is not given back, it costs somebody's life.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,8 @@ from coordlfs.sizes import text
 
 log = logging.getLogger(__name__)
 
-_INTERVAL = 0.25  # seconds
+_SOONEST, _LATEST = 0.01, 0.25  # seconds between looks
+_RATE = 8 << 30  # bytes a second, twice what one process can come to use: so soon what is spare may be gone
 _SAY_EVERY = 30.0  # seconds
 
 
@@ -33,6 +38,7 @@ class MemoryWatch:
         self.spare = 0
         self._admission = admission
         self._counters = counters
+        self._above_low = 0  # bytes that may be taken until some have to be given back
         self._given = 0  # bytes since it was last said
         self._said = float("-inf")
 
@@ -43,7 +49,7 @@ class MemoryWatch:
                 self._look()
             except OSError as e:  # no descriptor is left to look with: that passes, and must not end the server
                 log.warning("what memory is available cannot be told: %s", e)
-            await trio.sleep(_INTERVAL)
+            await trio.sleep(min(_LATEST, max(_SOONEST, self._above_low / _RATE)))
 
     def _look(self) -> None:
         have = memory()
@@ -55,7 +61,8 @@ class MemoryWatch:
                 if of_keeper.available < have.available:
                     have = of_keeper
         self.available = have.available
-        self.spare = max(0, have.available - Marks.of(have.total).high)
+        marks = Marks.of(have.total)
+        self.spare, self._above_low = max(0, have.available - marks.high), have.available - marks.low
         now = time.monotonic()
         before = self.governor.limit
         pinned = self._admission.policy.pinned_pages * pages.PAGE

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FSTYPE = attachment.FSTYPE.encode()
 _START_TIMEOUT = 60.0
-_END_TIMEOUT = 30.0
+_END_SOON, _END_TIMEOUT = 1.0, 30.0
 _TELL_STATUS = 30.0  # seconds between what the service manager is told
 
 
@@ -365,8 +365,15 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
         if e.errno == errno.EPERM:
             raise UserError(f"unmounting {mountpoint} is not permitted: it is root's or another user's") from None
         raise UserError(f"{mountpoint} cannot be unmounted: {e.strerror}") from None
-    if not lazy and not process.wait_gone(pids, _END_TIMEOUT):
-        raise UserError(f"{mountpoint} is unmounted, but a process of it still runs: another namespace may hold it")
+    if lazy or process.wait_gone(pids, _END_SOON):
+        return
+    if not (elsewhere := seen_elsewhere(found.device)) and process.wait_gone(pids, _END_TIMEOUT):
+        return
+    if elsewhere:
+        who = ", ".join(f"{pid} ({name})" for pid, name in elsewhere[:5])
+        raise UserError(f"{mountpoint} is unmounted, but for the mount namespace of process {who}: it ends with that")
+    left = ", ".join(str(pid) for pid in pids if process.exit_status(pid) is None)
+    raise UserError(f"{mountpoint} is unmounted, but of its processes {left} still runs: the log may say why")
 
 
 def _processes(mountpoint: str) -> tuple[list[int], bool]:
@@ -386,11 +393,35 @@ def holders(device: int) -> list[tuple[int, str]]:
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid() and _holds(entry, device):
-            with suppress(OSError), open(f"/proc/{entry}/comm", errors="replace") as f:
-                name = f.read().strip()
+            with suppress(OSError):
+                name = _name(entry)
                 if not name.startswith("coordlfs-"):
                     found.append((int(entry), name))
     return found
+
+
+def seen_elsewhere(device: int) -> list[tuple[int, str]]:
+    """A process, pid and name, of each other mount namespace in which the file system `device` is mounted.
+
+    Such a namespace, made while it was mounted here, has a mount of its own, which unmounting it here does not end.
+    """
+    found = []
+    known = {os.readlink("/proc/self/ns/mnt")}
+    wanted = f" {os.major(device)}:{os.minor(device)} "
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            namespace = os.readlink(f"/proc/{entry}/ns/mnt")
+            if namespace not in known:
+                known.add(namespace)
+                with open(f"/proc/{entry}/mountinfo", errors="replace") as f:
+                    if any(wanted in line for line in f):
+                        found.append((int(entry), _name(entry)))
+    return found
+
+
+def _name(pid: str) -> str:
+    with open(f"/proc/{pid}/comm", errors="replace") as f:
+        return f.read().strip()
 
 
 def _holds(pid: str, device: int) -> bool:

@@ -2,7 +2,8 @@
 
 Writing one that drops pages blocks while such a page is being read, and one that drops a name blocks while its
 directory is being looked up in: no lane may ever wait for that. They go out a moment late, after the reply to the
-message that caused them.
+message that caused them. Where a page may well be one that is being read, and from a source that never answers, the
+thread is one for that notification alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from contextlib import suppress
 log = logging.getLogger(__name__)
 
 _DELAY = 0.02  # seconds
+_MOST_ALONE = 64  # notifications that have a thread of their own
 
 
 class Notifier:
@@ -30,6 +32,7 @@ class Notifier:
         self._queue: queue.PriorityQueue[tuple[float, int, Callable[[], None] | None]] = queue.PriorityQueue()
         # A daemon: the kernel may hold its write for as long as a READ of a dead source takes.
         self._thread = threading.Thread(target=self._run, name="notifier", daemon=True)
+        self._alone = threading.BoundedSemaphore(_MOST_ALONE)
 
     def start(self) -> None:
         """Start the thread."""
@@ -47,6 +50,22 @@ class Notifier:
         """Write a notification; no lane may do so, but for one that touches attributes only and so cannot block."""
         with suppress(OSError):  # ENOENT: the kernel does not know the inode any more
             os.write(self._device, message)
+
+    def send_alone(self, message: bytes, then: Callable[[], None]) -> bool:
+        """Have a notification written now and `then` called, by a thread that may be held up for ever by a hung source.
+
+        False if too many are held up already.
+        """
+        if not self._alone.acquire(blocking=False):
+            return False
+
+        def run() -> None:
+            self.send_now(message)
+            self._alone.release()
+            then()
+
+        threading.Thread(target=run, name="notification", daemon=True).start()
+        return True
 
     def close(self) -> None:
         """End the thread, unless the kernel holds it."""

@@ -91,7 +91,7 @@ def serve(config: dict[str, Any]) -> None:
     policy = MinIO(config["capacity"] // pages.PAGE)
     link = SupervisorLink(config["link"])
     admission = _admission(config, catalog, policy, epochs, counters, link)
-    notifier = Notifier(device)
+    notifier = admission.notifier = Notifier(device)
     reader = Reader(catalog, source, admission, counters, notifier)
     memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
     ahead = admission.ahead = FetchAhead(catalog, admission, epochs, counters, memory_watch)
@@ -114,6 +114,7 @@ def serve(config: dict[str, Any]) -> None:
                 os.write(device, fuse.resend())
         counters.add("server_starts")
         lane = ByteLane(device, ours, reader, namespace, ahead, counters)
+        admission.is_awaited = lane.is_awaited
         threads = [
             threading.Thread(target=_relay, args=(ours, device), name="relay"),
             threading.Thread(target=admission.run, name="admission"),
@@ -199,7 +200,8 @@ async def _tasks(
         def orphaned() -> None:
             log.error("the supervisor died: unmounting %s", mountpoint)
             with suppress(OSError):
-                attachment.detach(os.fsencode(mountpoint), lazy=True)
+                # Nobody is to wait any more for a process that cannot end: one with a thread that waits for the source.
+                attachment.detach(os.fsencode(mountpoint), lazy=True, abort=True)
             nursery.cancel_scope.cancel()
 
         lane.on_end = unmounted

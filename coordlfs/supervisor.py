@@ -177,12 +177,11 @@ class Supervisor:
                 "parent": os.getpid(),
                 "socket": theirs.fileno(),
                 "tree": self.tree,
-                "device": self.device,
                 "readahead": self.readahead << 10,
                 "in_memory": self.in_memory,
             }
             with self._cache_memory() as memory:
-                child = self._spawn("coordlfs.keeper", config, [theirs.fileno(), self.tree, self.device, *memory])
+                child = self._spawn("coordlfs.keeper", config, [theirs.fileno(), self.tree, *memory])
                 self.memory_fds.update((child.pid, fd) for fd in memory)
         keeper = _Keeper(self.next_index, child, ours)
         self.next_index += 1

@@ -32,15 +32,18 @@ class Verb(IntEnum):
     PURGE = 4  # drop what is resident of the whole file
     FETCH = 5  # read it into the page cache, and answer when it is there
     LET_GO = 6  # drop what is resident of an item that is not pinned
-    FILL = 7  # read the item through the mount, around the page cache, so that the server has it
+    FILL = 7  # read the item through the mount, so that the server has it
     WATCH = 8  # make the file a sentinel, if there is room
 
 
 class How(IntEnum):
-    """Flags of Verb.PIN: what happens first to pages that are resident."""
+    """Flags of Verb.PIN: what happens first to pages that are resident.
+
+    Of Verb.FILL: KEEP leaves the pages that it brings, FORCE goes around those that are there.
+    """
 
     KEEP = 1  # they are a dead keeper's: pin them as they are
-    FORCE = 2  # drop them even where a job maps them
+    FORCE = 2  # the kernel was told to drop them, even where a job maps them, and the attributes with them
 
 
 class Outcome(IntEnum):

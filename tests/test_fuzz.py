@@ -324,13 +324,11 @@ def test_a_supervisor_gone_mad(kernel: FakeKernel, source: Path) -> None:
 def test_requests_to_a_keeper(source: Path) -> None:
     write_files(source, 2, 1000)
     tree = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
-    device = os.open("/dev/null", os.O_WRONLY)
-    config = {"parent": os.getpid(), "tree": tree, "device": device, "readahead": 1 << 20, "in_memory": False}
+    config = {"parent": os.getpid(), "tree": tree, "readahead": 1 << 20, "in_memory": False}
     with ExitStack() as stack:
         stack.callback(os.close, tree)
-        stack.callback(os.close, device)
         pairs = {"socket": lambda c, fd: c.update(socket=fd)}
-        keeper = Harness(stack, "coordlfs.keeper", config, pairs, [tree, device])
+        keeper = Harness(stack, "coordlfs.keeper", config, pairs, [tree])
         sock = keeper.sockets["socket"]
 
         def pin(item: int) -> None:

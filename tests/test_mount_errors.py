@@ -444,3 +444,72 @@ def test_a_server_comes_up_while_the_source_is_gone(
     raises(errno.ENOTCONN, lambda: read(mounted.path / "other"))
     faulty.restart()
     assert read(mounted.path / "other") == noise(50_000)
+
+
+def test_what_never_comes_keeps_nothing_else_out_of_the_cache(
+    source: Path, faults: Callable[[], Faulty], mount: MakeMount
+) -> None:
+    """A keeper that pinned a file which is there in part would wait for the rest, and all that it is asked with it."""
+    names = [f"other{number}" for number in range(40)]
+    (source / "hung").write_bytes(noise(6 * MIB))
+    for name in names:
+        (source / name).write_bytes(noise(50_000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    faulty.set("read hung", delay=3600, **{"from": 4 * MIB})
+    with _waiting([["cat", str(mounted.path / "hung")]]) as [reader]:
+        for name in names:
+            assert read(mounted.path / name) == noise(50_000)
+        eventually(lambda: mounted.stats()["pinned_items"] == 40, 8)
+        assert mounted.stats()["pending_items"] == 1
+        assert reader.poll() is None
+    faulty.kill()
+
+
+def test_nobody_waits_for_a_mount_whose_supervisor_died(
+    source: Path, faults: Callable[[], Faulty], mount: MakeMount
+) -> None:
+    """Not even for what a thread of the server, which cannot end, still asks of the source."""
+    with _hanging(source, faults, mount) as (mounted, faulty, reader):
+        os.kill(mounted.supervisor, signal.SIGKILL)
+        assert reader.wait(10) == 1
+        eventually(lambda: not is_mounted(mounted.path))
+        again = mount(faulty.path, mountpoint=mounted.path)
+        assert read(again.path / "pinned") == noise(50_000)
+        faulty.kill()
+
+
+def test_a_mount_whose_processes_were_all_killed_while_the_source_hung(
+    source: Path, faults: Callable[[], Faulty], mount: MakeMount
+) -> None:
+    """A keeper waits for the server, and a thread of that for the source: once that is gone, so is everything.
+
+    Until then the mount may be mute and not dead: a thread that cannot end keeps /dev/fuse open.
+    """
+    for name in ("hung", "pinned"):
+        (source / name).write_bytes(noise(5 * MIB))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    mounted.expect_errors = True
+    read(mounted.path / "pinned")
+    mounted.settle()
+    faulty.set("read hung", delay=3600)
+    warm = subprocess.Popen([sys.executable, "-m", "coordlfs", "warm", mounted.path, mounted.path / "hung"])
+    try:
+        eventually(lambda: mounted.stats()["pending_items"] == 1)
+        time.sleep(0.5)
+        pids = mounted.pids
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # so that none is left to notice that another is gone
+            for pid in pids:
+                os.kill(pid, number)
+        assert warm.wait(20) == 1
+        with _waiting([["cat", str(mounted.path / "hung")]]) as [reader]:
+            coordlfs("umount", "--lazy", mounted.path, timeout=10)
+            assert not is_mounted(mounted.path)
+            faulty.clear()
+            faulty.kill()
+            eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+            assert reader.wait(10) == 1
+    finally:
+        warm.kill()
+        warm.wait()

@@ -134,6 +134,39 @@ def test_a_busy_mount(source: Path, mount: MakeMount, how: str, pinned: bool) ->
 # -- in the foreground --------------------------------------------------------------------------------------------
 
 
+def test_a_mount_that_another_namespace_has(source: Path, mount: MakeMount) -> None:
+    """Whoever makes a mount namespace gets a mount of his own; `umount` says at once who that is."""
+    (source / "f").write_bytes(b"here")
+    mounted = mount(source)
+    pids = mounted.pids
+    other = subprocess.Popen(
+        [
+            "unshare",
+            "-m",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            'echo; read line; cat "$1"',
+            "sh",
+            mounted.path / "f",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"\n"
+        said = coordlfs("umount", mounted.path, status=1, timeout=10).stderr
+        assert f"namespace of process {other.pid} (sh)" in said
+        assert not is_mounted(mounted.path)
+        assert other.communicate(b"\n", timeout=20)[0] == b"here"
+    finally:
+        other.kill()
+        other.communicate()
+    eventually(lambda: not any(map(is_alive, pids)))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.usefixtures("_may_mount")
 def test_the_foreground(source: Path, place: Path, number: signal.Signals) -> None:

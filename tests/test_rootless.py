@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -147,6 +148,7 @@ def test_epochs_are_told_where_nothing_misses(user: User, source: Path, mount_as
 
     eventually(lambda: watches() == 15)
     for _ in range(2):
+        time.sleep(0.1)  # epochs that miss nothing are told apart by the time between them
         mounted.read(*names)
         mounted.settle()
     assert mounted.stats()["epochs"] == 3
@@ -293,6 +295,36 @@ def test_memory_of_its_own_is_given_back(
             assert mounted.read(name) == [(source / name).read_bytes()]
         assert mounted.source_bytes() == before
         neighbour.communicate(b"\n")
+
+
+_GROW = """
+import sys, time
+held = []
+for _ in range(25):
+    held.append(bytearray(16 << 20))
+    held[-1][::4096] = b"x" * 4096
+    time.sleep(0.01)
+print(len(held), flush=True)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_neighbour_that_grows_fast_is_not_killed(
+    somebody: User, source: Path, mount_as: MakeUserMount, cgroup: Callable[[int], Cgroup]
+) -> None:
+    """Nor is the cache: it looks more often the less there is, since what it gives back is not free at once."""
+    names = write_files(source, 50, 4 * MIB)
+    mounted = mount_as(replace(somebody, memlock=0), "200M")
+    group = cgroup(640 * MIB)
+    for pid in mounted.pids:
+        (group.path / "cgroup.procs").write_text(str(pid))
+    for name in names:
+        mounted.read(name)
+    assert mounted.settle()["pinned_items"] == 50
+    neighbour = subprocess.run([sys.executable, "-c", _GROW], stdout=subprocess.PIPE, preexec_fn=group.enter)
+    assert (neighbour.returncode, neighbour.stdout) == (0, b"25\n")
+    assert group.oom_kills() == 0
+    assert mounted.stats()["memory"]["given_back_bytes"] > 0
 
 
 def test_when_memory_runs_out_it_is_the_cache_that_goes(somebody: User, source: Path, mount_as: MakeUserMount) -> None:
@@ -536,7 +568,7 @@ def test_a_keeper_is_full_when_it_has_locked_what_it_may(place: Path) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     tree = os.open(place, os.O_RDONLY)
     with ours, theirs:
-        keeper = Keeper(theirs, tree, -1, limit=100, readahead=1 << 17, lockable=5 * PAGE)
+        keeper = Keeper(theirs, tree, limit=100, readahead=1 << 17, lockable=5 * PAGE)
 
         def ask(verb: Verb, *numbers: int) -> dict[int, Outcome]:
             keeper._serve(

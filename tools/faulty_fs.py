@@ -41,7 +41,7 @@ class Operations(pyfuse3.Operations):
         fault: dict[str, Any] | None = json.loads(self.faults.read_text()).get(f"{operation} {name}")
         if fault is None:
             return
-        await trio.sleep(fault.get("delay", 0))
+        await trio.sleep(fault.get("delay", 0) if end > fault.get("from", 0) else 0)
         if fault.get("errno") and end > fault.get("from", 0):
             key = f"{operation} {name} {fault}"
             self.failed[key] = self.failed.get(key, 0) + 1

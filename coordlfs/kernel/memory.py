@@ -27,8 +27,11 @@ def _meminfo() -> Memory:
     return Memory(fields["MemTotal"], fields["MemAvailable"])
 
 
-def _cgroup_directories(pid: int | str) -> Iterator[tuple[str, str, str]]:
-    """Directory, limit file and usage file of the process's memory cgroup and those above it."""
+def _cgroup_directories(pid: int | str) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Directory, limit files and usage file of the process's memory cgroup and those above it.
+
+    Above memory.high the kernel slows processes down, and reclaims what cannot be reclaimed here: a limit as well.
+    """
     mounted = {}
     with open("/proc/self/mounts", errors="surrogateescape") as f:
         for line in f:
@@ -44,9 +47,9 @@ def _cgroup_directories(pid: int | str) -> Iterator[tuple[str, str, str]]:
             if version not in mounted:
                 continue
             files = (
-                ("memory.max", "memory.current")
+                (("memory.max", "memory.high"), "memory.current")
                 if version == "v2"
-                else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+                else (("memory.limit_in_bytes",), "memory.usage_in_bytes")
             )
             while True:
                 yield mounted[version] + path, *files
@@ -61,6 +64,10 @@ def _number(path: str) -> int:
     return _UNLIMITED if text == "max" else int(text)
 
 
+def _limit(directory: str, files: tuple[str, ...]) -> int:
+    return min(_number(f"{directory}/{file}") for file in files)
+
+
 def _reclaimable(directory: str) -> int:
     with open(f"{directory}/memory.stat") as f:
         fields = dict(line.split() for line in f)
@@ -70,9 +77,9 @@ def _reclaimable(directory: str) -> int:
 def limits() -> list[tuple[str, int]]:
     """The memory cgroups of this process that have a limit: directory, and bytes."""
     found = []
-    for directory, limit_file, _ in _cgroup_directories("self"):
+    for directory, limit_files, _ in _cgroup_directories("self"):
         with suppress(OSError):
-            if (limit := _number(f"{directory}/{limit_file}")) < _UNLIMITED:
+            if (limit := _limit(directory, limit_files)) < _UNLIMITED:
                 found.append((directory, limit))
     return found
 
@@ -80,9 +87,9 @@ def limits() -> list[tuple[str, int]]:
 def memory(pid: int | str = "self") -> Memory:
     """What this process may use, or another one. Raises OSError if that one is gone."""
     result = _meminfo()
-    for directory, limit_file, usage_file in _cgroup_directories(pid):
+    for directory, limit_files, usage_file in _cgroup_directories(pid):
         try:
-            limit = _number(f"{directory}/{limit_file}")
+            limit = _limit(directory, limit_files)
             if limit >= _UNLIMITED:
                 continue
             usage = _number(f"{directory}/{usage_file}") - _reclaimable(directory)

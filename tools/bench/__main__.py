@@ -30,7 +30,10 @@ from coordlfs_tools.bench.report import Context, Figure, table
 
 _BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
     "hits": (hits.run, "cached files against the warm page cache"),
-    "guarded-hits": (hits.run_guarded, "cached files of a mount that looks after itself, against one that does not"),
+    "guarded-hits": (
+        hits.run_guarded,
+        "cached files of a mount that looks after itself, against the same, stopped",
+    ),
     "epochs": (epochs.run, "bytes read in steady epochs against D − C, and against the page cache alone"),
     "misses": (misses.run, "a slow disk through the mount and directly; a warm source against bindfs and rclone"),
     "first-epoch": (first_epoch.run, "filling the cache against reading directly"),
