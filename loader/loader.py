@@ -213,6 +213,7 @@ class CoordinatedLoader:
             "stage_bytes": self.stage_bytes,
             "patience": self.patience,
             "torch": torch.__version__,
+            "protocol": wire.PROTOCOL,
         }
 
 
