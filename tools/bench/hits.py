@@ -28,13 +28,15 @@ def run(context: Context) -> list[Figure]:
     """Files per second, and the messages that the server receives meanwhile, with 1 and with 2 readers.
 
     Where the machine is a virtual one, the place of a page in memory alone makes copies of it differ by up to 30 %, so
-    both sides get other pages every few rounds.
+    both sides get other pages every few rounds, and in turn the first ones.
     """
     data = context.images()
     placements = max(1, context.rounds(_ROUNDS) // _PER_PLACEMENT)
     found: dict[int, list[_Hits]] = {1: [], 2: []}
     for number in range(placements):
         drop_caches()
+        if number % 2:
+            reader.read(data.root, data.paths, 2, number)
         with mounts.coordlfs(data.root, data.allocated * 11 // 10) as mount:
             mount.warm()
             pinned = mount.settled()["pinned_items"]
