@@ -627,6 +627,9 @@ class Admission:
             try:
                 link.sock.send(link.backlog[0])
             except (BlockingIOError, OSError):  # full, or dying: the supervisor will say so
+                if not link.asked and self._flush_at is None:  # no answer will come that has it tried again
+                    self._flush_at = time.monotonic() + RETRY[1]
+                    self._wake()
                 break
             link.backlog.popleft()
             link.asked += 1

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 # while the job has another.
 _RUNNING = 1 if len(os.sched_getaffinity(0)) <= 2 else 2
 _DISK_READS = 64  # under way; more of them hold a thread each
+_LOOKING = 64  # threads that look for what other nodes answer: the kernel allows for 500 ways to wake somebody
 _LOOK_EVERY = 8  # messages after which ended reads are looked for, even if there are more messages
 _BRIEF = 0.001  # seconds that a wait for a local disk may take before another thread serves
 _RESTS_AFTER = 1.0  # seconds without a wait after which nobody looks for those that take longer
@@ -148,9 +149,9 @@ class ByteLane:
         self._waits: dict[int, _Wait] = {}  # by the request's number
         self._hung: set[tuple[int, int] | None] = set()  # what a keeper was told in place of the source
         self._brief_waits = threading.Event()  # there was one
-        self._returned: deque[tuple[int, Request]] = deque()  # READs that have to hold a thread after all
+        self._returned: deque[tuple[int, Request, bool]] = deque()  # READs that are to hold a thread; interrupted?
         self._disk = None if reader.source.is_remote else _disk()
-        self._begun: dict[int, tuple[int, Begun]] = {}  # READs that the disk works on, by slot
+        self._begun: dict[int, tuple[int, Begun, _Wait]] = {}  # READs that the disk works on, by slot
         # What to call when a descriptor is readable: READs that nobody waits for can be answered.
         self._finishers: dict[int, Callable[[], None]] = {}
         if self._disk is not None:
@@ -168,15 +169,20 @@ class ByteLane:
 
     def _spawn(self) -> None:
         self._total += 1
+        finishers = self._finishers
+        if self._total > _LOOKING and self._disk is not None:
+            finishers = {self._disk.fd: self._finish_begun}
+        elif self._total > _LOOKING:
+            finishers = {}
         # Daemons: one that waits for a source which never answers must not keep the process.
-        threading.Thread(target=self._run, name="byte lane", daemon=True).start()
+        threading.Thread(target=self._run, args=(finishers,), name="byte lane", daemon=True).start()
 
     # -- how many threads run -----------------------------------------------------------------------------------
 
     def _replace(self, wait: _Wait) -> None:
         """See that others serve while a thread waits for the source."""
         with self._lock:
-            if wait.is_over or wait.is_replaced:
+            if wait.is_over or wait.is_replaced or not wait.holds_thread:
                 return
             wait.is_replaced = True
             self._waiting += 1
@@ -188,8 +194,17 @@ class ByteLane:
             elif self._total < _THREADS:
                 self._spawn()
 
+    def _hold_no_thread(self, wait: _Wait) -> None:
+        """What is waited for goes on without this thread."""
+        with self._lock:
+            wait.holds_thread = False
+            if wait.is_replaced and not wait.is_over:
+                wait.is_replaced = False
+                self._waiting -= 1
+
     def _end_wait(self, unique: int, wait: _Wait) -> None:
-        self._waits.pop(unique, None)
+        if self._waits.get(unique) is wait:  # else it goes on in another way
+            del self._waits[unique]
         self._hung.discard(wait.bytes_of)
         with self._lock:
             wait.is_over = True
@@ -217,10 +232,10 @@ class ByteLane:
             self._parked += 1
         os.eventfd_read(self._parking)
 
-    def _return(self, unique: int, asked: Request) -> None:
-        """Have a thread read from the source what another node did not answer."""
+    def _return(self, unique: int, asked: Request, *, interrupted: bool = False) -> None:
+        """Have a thread read from the source what another node did not answer, or what went wrong."""
         with self._lock:
-            self._returned.append((unique, asked))
+            self._returned.append((unique, asked, interrupted))
             if self._parked:
                 self._parked -= 1
                 os.eventfd_write(self._parking, 1)
@@ -229,19 +244,19 @@ class ByteLane:
 
     # -- serving ------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, finishers: dict[int, Callable[[], None]]) -> None:
         request = bytearray(fuse.REQUEST_BUFFER)
         view = memoryview(request)
         receive = quick_reader(self._device, request)
         scratch = _Scratch()
-        with _waiting_for([self._device, *self._finishers]) as wait:
+        with _waiting_for([self._device, *finishers]) as wait:
             had_to_wait = True
             unlooked = 0
             while not self.ended.is_set():
                 unlooked += 1
                 if unlooked > _LOOK_EVERY:
                     unlooked = 0
-                    for finish in self._finishers.values():
+                    for finish in finishers.values():
                         finish()
                 while self._returned:
                     self._read_alone(scratch)
@@ -250,12 +265,13 @@ class ByteLane:
                     continue
                 had_to_wait = False
                 try:
-                    while (n := receive()) is None:
+                    while (n := receive()) is None and not self._returned:
                         had_to_wait = True
                         for fd, _ in wait():
                             if fd != self._device:
                                 unlooked = 0
-                                self._finishers[fd]()
+                                finishers[fd]()
+                                self._park_if_many()
                 except OSError as e:
                     if e.errno in (errno.EINTR, errno.ENOENT):
                         continue
@@ -263,7 +279,8 @@ class ByteLane:
                         self._end()  # unmounted
                         return
                     raise
-                self._dispatch(request, view[:n], scratch)
+                if n is not None:
+                    self._dispatch(request, view[:n], scratch)
 
     def _end(self) -> None:
         self.ended.set()
@@ -319,6 +336,7 @@ class ByteLane:
         method: Callable[..., None],
         *arguments: object,
         reads: tuple[int, int] | None = None,
+        interrupted: bool = False,
     ) -> None:
         """Call `method` with a way to say that it is about to wait; its error is the answer, if it raises one."""
         wait: _Wait | None = None
@@ -327,7 +345,7 @@ class ByteLane:
             nonlocal wait
             if wait is None:
                 is_keepers = pid in self._reader.admission.keeper_threads
-                wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, holds_thread=True, bytes_of=reads)
+                wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, interrupted, True, bytes_of=reads)
                 if self._reader.source.is_remote:
                     self._replace(wait)
                 elif not self._brief_waits.is_set():
@@ -352,6 +370,8 @@ class ByteLane:
         now = time.monotonic()
         for unique, wait in self._waits.copy().items():
             waited = now - wait.since
+            if wait.holds_thread and waited > _BRIEF:
+                self._replace(wait)
             if wait.interrupted and waited > _GIVEN_UP_AFTER:
                 wait.interrupted = False
                 self._counters.add("interrupted")
@@ -395,18 +415,29 @@ class ByteLane:
         direct, leaves_no_trace = bool(flags & os.O_DIRECT), bool(flags & os.O_NOATIME)
         asked = Request(node, offset, min(size, fuse.MAX_READ), pid, direct, leaves_no_trace)
         if self._reader.sharing is not None:
-            self._waits[unique] = _Wait(time.monotonic(), False)
-            if self._reader.ask(asked, partial(self._shared, unique, asked), before_wait):
+            wait = self._waits[unique] = _Wait(time.monotonic(), False)
+            if self._reader.ask(asked, partial(self._shared, unique, asked, wait), before_wait):
                 return  # it is answered when the other node has
-            del self._waits[unique]
+            self._end_wait(unique, wait)
         begun = self._reader.begin(asked)
         if begun is None:
             self._finish_read(unique, self._reader.read(asked, scratch.memory, before_wait))
         elif begun.file.is_cached:
-            self._pass_on(unique, begun, scratch)
+            wait = self._wait_for(unique, asked)  # a page may be on its way from the disk still
+            try:
+                self._pass_on(unique, begun, scratch)
+            finally:
+                self._end_wait(unique, wait)
         elif not self._begin_read(unique, begun):
             before_wait()
             self._read_begun(unique, begun, scratch.memory)
+
+    def _wait_for(self, unique: int, asked: Request) -> _Wait:
+        """A READ that may have to wait for the source, and so far holds this thread."""
+        is_keepers = asked.pid in self._reader.admission.keeper_threads
+        part = asked.node, asked.offset // items.CHUNK
+        wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, holds_thread=True, bytes_of=part)
+        return wait
 
     def _pass_on(self, unique: int, begun: Begun, scratch: _Scratch) -> None:
         """Answer with what the source's page cache has: by the pipe, unless it is to be cached."""
@@ -441,10 +472,10 @@ class ByteLane:
             return
         self._finish_read(unique, self._reader.fetched(begun, memoryview(into)[: file.length]))
 
-    def _read_again(self, unique: int, begun: Begun) -> None:
+    def _read_again(self, unique: int, begun: Begun, *, interrupted: bool = False) -> None:
         """Something is wrong with the file: `Reader.read` finds out what."""
         self._reader.source.end(begun.file)
-        self._return(unique, begun.answer.request)
+        self._return(unique, begun.answer.request, interrupted=interrupted)
 
     def _begin_read(self, unique: int, begun: Begun) -> bool:
         """Have the disk read while this thread goes on; False if that cannot be."""
@@ -453,14 +484,16 @@ class ByteLane:
             slot = None if disk is None else disk.take()
         if disk is None or slot is None:
             return False
-        self._waits[unique] = _Wait(time.monotonic(), begun.answer.request.pid in self._reader.admission.keeper_threads)
-        self._begun[slot] = unique, begun
+        wait = self._wait_for(unique, begun.answer.request)
+        self._begun[slot] = unique, begun, wait
         try:
             disk.submit(slot, file.fd, file.offset, pages.count(file.length) * pages.PAGE)
         except OSError:
-            del self._begun[slot], self._waits[unique]
+            del self._begun[slot]
             disk.give(slot)
+            self._end_wait(unique, wait)
             return False
+        self._hold_no_thread(wait)
         return True
 
     def _finish_begun(self) -> None:
@@ -470,11 +503,11 @@ class ByteLane:
         with self._lock:
             ended = disk.ended()
         for slot, n in ended:
-            unique, begun = self._begun.pop(slot)
-            self._waits.pop(unique, None)
+            unique, begun, wait = self._begun.pop(slot)
+            self._end_wait(unique, wait)
             try:
                 if n < begun.file.length:
-                    self._read_again(unique, begun)
+                    self._read_again(unique, begun, interrupted=wait.interrupted)
                 else:
                     data = disk.buffers[slot][: begun.file.length]
                     self._finish_read(unique, self._reader.fetched(begun, data))
@@ -486,25 +519,26 @@ class ByteLane:
             finally:
                 disk.give(slot)
 
-    def _shared(self, unique: int, asked: Request, data: memoryview | None) -> None:
+    def _shared(self, unique: int, asked: Request, wait: _Wait, data: memoryview | None) -> None:
         """Another node has answered a READ, or has not; called by whatever thread."""
-        self._waits.pop(unique, None)
+        self._end_wait(unique, wait)
         if data is None:
-            self._return(unique, asked)
+            self._return(unique, asked, interrupted=wait.interrupted)
             return
         self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(data), 0, unique), data)
         self._reader.account_shared(asked, len(data))
 
     def _read_alone(self, scratch: _Scratch) -> None:
         try:
-            unique, asked = self._returned.popleft()
+            unique, asked, interrupted = self._returned.popleft()
         except IndexError:
             return
 
         def read(before_wait: Callable[[], None]) -> None:
             self._finish_read(unique, self._reader.read(asked, scratch.memory, before_wait))
 
-        self._answer(unique, asked.pid, read, reads=(asked.node, asked.offset // items.CHUNK))
+        part = asked.node, asked.offset // items.CHUNK
+        self._answer(unique, asked.pid, read, reads=part, interrupted=interrupted)
 
     def _finish_read(self, unique: int, answer: Answer) -> None:
         length = sum(map(len, answer.data))

@@ -18,7 +18,8 @@ CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 CAP_FOWNER, CAP_IPC_LOCK, CAP_SYS_ADMIN = 3, 14, 21
 _INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # its inode number (PROC_USER_INIT_INO)
 _CAPABILITY_VERSION = 0x20080522
-_EXIT_CODE = 49  # among the fields of /proc/PID/stat that follow the name
+_FLAGS, _EXIT_CODE = 6, 49  # among the fields of /proc/PID/stat that follow the name
+_PF_EXITING = 4
 _HEADLESS = 1.0  # seconds after which a process without a main thread is held up by another one
 
 
@@ -160,7 +161,9 @@ def exit_status(pid: int) -> int | None:
             fields = f.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return os.waitstatus_to_exitcode(int(fields[_EXIT_CODE])) if fields[0] in (b"Z", b"X") else None
+    # One that was the last to leave may be held up on the way out, by a read that the disk has not ended.
+    has_ended = fields[0] in (b"Z", b"X") or int(fields[_FLAGS]) & _PF_EXITING
+    return os.waitstatus_to_exitcode(int(fields[_EXIT_CODE])) if has_ended else None
 
 
 def open_of_thread(tid: int) -> int:

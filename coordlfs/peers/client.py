@@ -159,10 +159,12 @@ class Pipe:
                     return
                 self._got += n
             if self._reply is None and self._got >= protocol.REPLY:
-                if not self.calls:
-                    raise ProtocolError("a reply that nobody asked for")
-                self._reply = protocol.parse_reply(room[_HEAD_AT:_PAYLOAD_AT], self.calls[0].request)
-                self._began = time.monotonic()
+                try:
+                    request = self.calls[0].request
+                except IndexError:
+                    raise ProtocolError("a reply that nobody asked for") from None
+                self._began = time.monotonic()  # first, since another thread looks for what is late
+                self._reply = protocol.parse_reply(room[_HEAD_AT:_PAYLOAD_AT], request)
             reply = self._reply
             if reply is None or self._got < protocol.REPLY + reply.length:
                 continue  # nearly always more has come meanwhile, and to look is cheaper than to come again
@@ -210,9 +212,14 @@ class Receiver:
         self._closing = threading.Event()
 
     def add(self, pipe: Pipe) -> None:
-        """Receive of a connection from now on, and close it when it is broken."""
-        self._pipes[pipe.sock.fileno()] = pipe
-        self._epoll.register(pipe.sock, select.EPOLLIN)
+        """Receive of a connection from now on, and close it when it is broken. Raises OSError."""
+        fd = pipe.sock.fileno()
+        self._pipes[fd] = pipe
+        try:
+            self._epoll.register(fd, select.EPOLLIN)
+        except OSError:
+            del self._pipes[fd]
+            raise
 
     def receive(self) -> None:
         """Take what has come of all connections, and hand on what is complete."""
@@ -225,6 +232,7 @@ class Receiver:
     def run(self) -> None:
         """Give up what is late, until `close`."""
         while not self._closing.wait(_LOOK_EVERY):
+            self.receive()  # what lies there already is not late, should all who look be held up
             now = time.monotonic()
             for pipe in list(self._pipes.values()):
                 if pipe.is_late(now):
@@ -354,7 +362,13 @@ class Peer:
                 if pipe is not None:
                     self._pipes.append(pipe)
         if pipe is not None:
-            self._receiver.add(pipe)
+            try:
+                self._receiver.add(pipe)
+            except OSError as e:  # too many watch what is to be watched
+                log.warning("%s cannot be asked: %s", self.name, e)
+                pipe.fail()
+                pipe.sock.close()
+                return None
             # Says for whom the peer counts what it sends; what it says of itself in turn is known.
             pipe.send(Request(Verb.INFO, 0, path=self._asker.encode()), lambda outcome, payload: None)
         return pipe
