@@ -80,7 +80,9 @@ def test_what_goes_through_a_pipe_is_the_head_and_the_bytes(
     path.write_bytes(data)
     pipe, fd = Pipe(), os.open(path, os.O_RDONLY)
     try:
-        assert pipe.fill(b"head", fd, offset, length)
+        if not pipe.fill(b"head", fd, offset, length):
+            assert length > SIZE - 2 * pages.PAGE, "where a pipe may not be larger"
+            return
         with open(path.with_name("out"), "wb+") as out:
             pipe.pour(out.fileno())
             out.seek(0)
