@@ -56,12 +56,11 @@ _FORCE_FROM = 2  # the attempt from which pages are dropped even where a job map
 
 
 class Fetched(NamedTuple):
-    """Bytes that the source gave for a READ: `data`, unless they went by and are to be cached another time."""
+    """Bytes that the source gave for a READ."""
 
     item: int
     offset: int  # in the file
-    length: int
-    data: memoryview | None
+    data: memoryview
     st: os.stat_result  # attributes of the file, which the bytes belong to
 
 
@@ -153,19 +152,13 @@ class Admission:
                 pending.contended = not pending.at_home
             return self.stash.parts(item, offset, min(size, end - offset))
 
-    def wants(self, item: int, length: int) -> bool:
-        """Whether `length` bytes of an item would be taken, should the source give them; a guess, without the lock."""
-        if item in self._pending:
-            return True
-        return self.policy.used + pages.count(length) <= self.policy.capacity and item not in self._passed_over
-
     def missed(self, fetched: Fetched, pid: int, direct: bool, *, for_peer: bool = False) -> None:
         """A READ of job `pid` was answered from the source.
 
         Counts it, and admits its item if there is room. `direct`: the READ went around the page cache. `for_peer`: it
         was another node that wanted it, and no epoch of this one.
         """
-        item, offset, length, data, st = fetched
+        item, offset, data, st = fetched
         record, file_size = items.record_of(item), st.st_size
         with self.lock:
             if not self.catalog.shows(record, st):
@@ -174,13 +167,13 @@ class Admission:
                 self._know(record, file_size)
                 return  # it fills no cache, and may read a page many times an epoch
             if not for_peer:
-                self._count_miss(record, item, offset, length, file_size)
+                self._count_miss(record, item, offset, len(data), file_size)
             if self._recovering:
                 return
             state = self.policy.state(item)
             if state is State.PINNED:
                 self._missed_though_pinned(item)
-            elif data is not None and item not in self._dropping:
+            elif item not in self._dropping:
                 self._take(item, offset, data, st, pid)
 
     def _missed_though_pinned(self, item: int) -> None:
@@ -256,14 +249,14 @@ class Admission:
 
         Ahead of a reader it is that reader's miss.
         """
-        item, offset, length, data, st = fetched
+        item, offset, data, st = fetched
         record = items.record_of(item)
         with self.lock:
             if not self.catalog.shows(record, st):
                 return
             if self.ahead is not None and self.ahead.wants(record):
-                self._count_miss(record, item, offset, length, st.st_size)
-            if data is not None and item in self._pending:
+                self._count_miss(record, item, offset, len(data), st.st_size)
+            if item in self._pending:
                 self._add(item, offset, data)
 
     def _add(self, item: int, offset: int, data: memoryview) -> None:

@@ -5,8 +5,7 @@ open a file that it knows costs no message ("zero-message open"). READDIRPLUS ge
 handle, which such an open leaves 0.
 
 At most `_RUNNING` threads compete for the interpreter. A local disk reads while they go on (AIO), and other nodes
-answer; what the page cache of the source has, and is not to be cached here, goes to the kernel by splice, not through
-this process. Whatever else has to be waited for holds a thread, and another one takes the place of one that waits, so
+answer. Whatever else has to be waited for holds a thread, and another one takes the place of one that waits, so
 that hundreds of READs may wait and none of those that need not wait does: at once where the source is on a network, and
 after a millisecond on a local disk, most of whose waits for names are over sooner than a thread wakes up. What is over
 at once is done without letting go of the interpreter, which would cost more to get back. A source that never answers
@@ -33,7 +32,6 @@ from coordlfs import hints, items
 from coordlfs.fetch_ahead import FetchAhead
 from coordlfs.kernel import aio, fuse, pages
 from coordlfs.kernel.libc import quick_reader, quick_write
-from coordlfs.kernel.pipe import Pipe
 from coordlfs.metrics import Counters
 from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
 from coordlfs.reading import Answer, Begun, Reader, Request
@@ -111,14 +109,6 @@ def _disk() -> aio.Reads | None:
     except OSError as e:
         log.info("each read of the disk holds a thread: %s", e.strerror)
         return None
-
-
-class _Scratch:
-    """What a thread has of its own to answer with: page-aligned memory, and a pipe."""
-
-    def __init__(self) -> None:
-        self.memory = pages.buffer(fuse.MAX_READ + pages.PAGE)
-        self.pipe = Pipe()
 
 
 class ByteLane:
@@ -248,7 +238,7 @@ class ByteLane:
         request = bytearray(fuse.REQUEST_BUFFER)
         view = memoryview(request)
         receive = quick_reader(self._device, request)
-        scratch = _Scratch()
+        into = pages.buffer(fuse.MAX_READ + pages.PAGE)
         with _waiting_for([self._device, *finishers]) as wait:
             had_to_wait = True
             unlooked = 0
@@ -259,7 +249,7 @@ class ByteLane:
                     for finish in finishers.values():
                         finish()
                 while self._returned:
-                    self._read_alone(scratch)
+                    self._read_alone(into)
                 if not had_to_wait and self._total - self._waiting - self._parked > _RUNNING:
                     self._park_if_many()
                     continue
@@ -280,7 +270,7 @@ class ByteLane:
                         return
                     raise
                 if n is not None:
-                    self._dispatch(request, view[:n], scratch)
+                    self._dispatch(request, view[:n], into)
 
     def _end(self) -> None:
         self.ended.set()
@@ -288,7 +278,7 @@ class ByteLane:
         self._brief_waits.set()
         os.eventfd_write(self._parking, _THREADS)
 
-    def _dispatch(self, request: bytearray, message: memoryview, scratch: _Scratch) -> None:
+    def _dispatch(self, request: bytearray, message: memoryview, into: pages.Buffer) -> None:
         if len(message) < fuse.IN_HEADER.size:
             return  # nobody to answer
         length, opcode, unique, node, uid, _, pid, _, _ = fuse.IN_HEADER.unpack_from(request)
@@ -297,7 +287,7 @@ class ByteLane:
             self._reply(fuse.error_reply(unique, errno.EINVAL))
         elif opcode == fuse.READ:
             self._counters.add("reads")
-            self._answer(unique, pid, self._read, unique, node, request, pid, scratch, reads=_part_read(request))
+            self._answer(unique, pid, self._read, unique, node, request, pid, into, reads=_part_read(request))
         elif opcode == fuse.LOOKUP:
             self._counters.add("lookups")
             self._answer(unique, pid, self._lookup, unique, node, bytes(message[fuse.IN_HEADER.size : -1]))
@@ -404,7 +394,7 @@ class ByteLane:
         node: int,
         request: bytearray,
         pid: int,
-        scratch: _Scratch,
+        into: pages.Buffer,
         before_wait: Callable[[], None],
     ) -> None:
         _, offset, size, _, _, flags = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
@@ -421,16 +411,16 @@ class ByteLane:
             self._end_wait(unique, wait)
         begun = self._reader.begin(asked)
         if begun is None:
-            self._finish_read(unique, self._reader.read(asked, scratch.memory, before_wait))
+            self._finish_read(unique, self._reader.read(asked, into, before_wait))
         elif begun.file.is_cached:
             wait = self._wait_for(unique, asked)  # a page may be on its way from the disk still
             try:
-                self._pass_on(unique, begun, scratch)
+                self._read_begun(unique, begun, into)
             finally:
                 self._end_wait(unique, wait)
         elif not self._begin_read(unique, begun):
             before_wait()
-            self._read_begun(unique, begun, scratch.memory)
+            self._read_begun(unique, begun, into)
 
     def _wait_for(self, unique: int, asked: Request) -> _Wait:
         """A READ that may have to wait for the source, and so far holds this thread."""
@@ -438,27 +428,6 @@ class ByteLane:
         part = asked.node, asked.offset // items.CHUNK
         wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, holds_thread=True, bytes_of=part)
         return wait
-
-    def _pass_on(self, unique: int, begun: Begun, scratch: _Scratch) -> None:
-        """Answer with what the source's page cache has: by the pipe, unless it is to be cached."""
-        file, pipe = begun.file, scratch.pipe
-        head = fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + file.length, 0, unique)
-        if self._reader.is_wanted(begun) or not pipe.fill(head, file.fd, file.offset, file.length):
-            self._read_begun(unique, begun, scratch.memory)
-            return
-        try:
-            answer = self._reader.fetched(begun, None)
-        except OSError:
-            pipe.empty()
-            raise
-        try:
-            pipe.pour(self._device)
-        except OSError as e:
-            if e.errno not in _NOBODY_WAITS:
-                raise
-        finally:
-            self._reader.end(begun)
-        self._reader.account(answer)
 
     def _read_begun(self, unique: int, begun: Begun, into: pages.Buffer) -> None:
         file = begun.file
@@ -528,14 +497,14 @@ class ByteLane:
         self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(data), 0, unique), data)
         self._reader.account_shared(asked, len(data))
 
-    def _read_alone(self, scratch: _Scratch) -> None:
+    def _read_alone(self, into: pages.Buffer) -> None:
         try:
             unique, asked, interrupted = self._returned.popleft()
         except IndexError:
             return
 
         def read(before_wait: Callable[[], None]) -> None:
-            self._finish_read(unique, self._reader.read(asked, scratch.memory, before_wait))
+            self._finish_read(unique, self._reader.read(asked, into, before_wait))
 
         part = asked.node, asked.offset // items.CHUNK
         self._answer(unique, asked.pid, read, reads=part, interrupted=interrupted)

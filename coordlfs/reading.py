@@ -63,6 +63,14 @@ class Begun(NamedTuple):
     file: Opened
 
 
+def _still_there(n: int, offset: int, st: os.stat_result) -> int:
+    """How many of `n` bytes that were read at `offset` a file has by now.
+
+    Of one that was truncated meanwhile the rest may be zeros, which are of no version.
+    """
+    return max(0, min(n, st.st_size - offset))
+
+
 class Reader:
     """What the byte lane's threads share. Thread-safe."""
 
@@ -134,32 +142,14 @@ class Reader:
         file = self.source.begin(record, self.catalog.path(record), offset, size)
         return None if file is None else Begun(self._answer(record, request), item, file)
 
-    def is_wanted(self, begun: Begun) -> bool:
-        """Whether the bytes are to be cached, for which this process must have them."""
-        return self.admission.wants(begun.item, begun.file.length)
-
-    def fetched(self, begun: Begun, data: memoryview | None) -> Answer:
-        """The answer with `data` of all that was begun; None if it goes by a `Pipe`, and `end` is still to be called.
-
-        Raises OSError if it must not be given, and then the file is closed.
-        """
-        file = begun.file
-        st = os.fstat(file.fd) if data is None else self.source.end(file)
-        if data is not None:
-            begun.answer.data.append(data)
-        try:
-            self._took(begun.answer, begun.item, file.offset, file.length, data, st)
-        except OSError:
-            if data is None:
-                self.source.end(file)
-            raise
-        return begun.answer
-
-    def end(self, begun: Begun) -> None:
-        """What went by a `Pipe` has arrived: should the file have been written to on the way, pages of it go again."""
-        st = self.source.end(begun.file)
-        if not self.catalog.shows(begun.answer.record, st):
-            self.modified(begun.answer.record, st, announce=True)
+    def fetched(self, begun: Begun, data: memoryview) -> Answer:
+        """The answer with `data`, all that was begun. Raises OSError if it must not be given."""
+        file, answer = begun.file, begun.answer
+        st = self.source.end(file)
+        n = _still_there(file.length, file.offset, st)
+        self._took(answer, begun.item, file.offset, n, data[:n], st)
+        answer.data.append(data[:n])
+        return answer
 
     def ask(self, request: Request, done: Callable[[memoryview | None], None], before_wait: Callable[[], None]) -> bool:
         """Ask the node that owns all that a READ wants; False if there is no such, and `read` is to be called.
@@ -206,18 +196,17 @@ class Reader:
                 self.vanished(record)
                 raise OSError(errno.ENOENT, "vanished") from e
             raise
+        n = _still_there(n, offset, st)
         self._took(answer, item, offset, n, into[:n], st)
         return n
 
-    def _took(
-        self, answer: Answer, item: int, offset: int, n: int, data: memoryview | None, st: os.stat_result
-    ) -> None:
+    def _took(self, answer: Answer, item: int, offset: int, n: int, data: memoryview, st: os.stat_result) -> None:
         """The source gave `n` bytes of a file that has attributes `st`."""
         self.counters.count_read(n)
         if self.catalog.shows(answer.record, st):
             self.catalog.set_served(answer.record)
             if n:
-                answer.fetched.append(Fetched(item, offset, n, data, st))
+                answer.fetched.append(Fetched(item, offset, data, st))
         else:
             self._changed(answer.record, offset, st)
 

@@ -1,4 +1,4 @@
-"""Reading by AIO and passing on by a pipe: the bytes are those of the file, and nothing is lost on the way."""
+"""Reading by AIO: the bytes are those of the file, each read in its own place."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mounts import noise
 
-from coordlfs.kernel import pages
 from coordlfs.kernel.aio import Reads
-from coordlfs.kernel.pipe import Pipe
 
 SIZE = 1 << 20
 
@@ -66,38 +62,4 @@ def test_a_read_that_fails_tells_why(source: Path, reads: Reads) -> None:
         reads.give(slot)
         assert reads.ended() == []
     finally:
-        os.close(fd)
-
-
-@settings(max_examples=30, deadline=None)
-@given(length=st.integers(1, SIZE), page=st.integers(0, 20))
-def test_what_goes_through_a_pipe_is_the_head_and_the_bytes(
-    tmp_path_factory: pytest.TempPathFactory, length: int, page: int
-) -> None:
-    path = tmp_path_factory.mktemp("pipe") / "file"
-    offset = page * pages.PAGE
-    data = noise(offset + length)
-    path.write_bytes(data)
-    pipe, fd = Pipe(), os.open(path, os.O_RDONLY)
-    try:
-        if not pipe.fill(b"head", fd, offset, length):
-            assert length > SIZE - 2 * pages.PAGE, "where a pipe may not be larger"
-            return
-        with open(path.with_name("out"), "wb+") as out:
-            pipe.pour(out.fileno())
-            out.seek(0)
-            assert out.read() == b"head" + data[offset:]
-    finally:
-        pipe.empty()
-        os.close(fd)
-
-
-def test_a_pipe_takes_nothing_of_what_is_shorter_than_expected(source: Path) -> None:
-    (source / "short").write_bytes(noise(5000))
-    pipe, fd = Pipe(), os.open(source / "short", os.O_RDONLY)
-    try:
-        assert not pipe.fill(b"head", fd, 0, 5001)
-        assert pipe.fill(b"head", fd, 0, 5000), "it is of use again"
-    finally:
-        pipe.empty()
         os.close(fd)
