@@ -436,15 +436,19 @@ class ByteLane:
             n = pread_all(file.fd, memoryview(into)[:span], file.offset)
         except OSError:
             n = 0
-        if n < file.length:
-            self._read_again(unique, begun)
-            return
-        self._finish_read(unique, self._reader.fetched(begun, memoryview(into)[: file.length]))
+        self._answer_begun(unique, begun, n, memoryview(into))
 
-    def _read_again(self, unique: int, begun: Begun, *, interrupted: bool = False) -> None:
-        """Something is wrong with the file: `Reader.read` finds out what."""
-        self._reader.source.end(begun.file)
-        self._return(unique, begun.answer.request, interrupted=interrupted)
+    def _answer_begun(self, unique: int, begun: Begun, n: int, data: memoryview, *, interrupted: bool = False) -> None:
+        """Answer with the `n` bytes that were read; if something was wrong, `Reader.read` finds out what."""
+        answer = None
+        if n < begun.file.length:
+            self._reader.source.end(begun.file)
+        else:
+            answer = self._reader.fetched(begun, data[: begun.file.length])
+        if answer is None:
+            self._return(unique, begun.answer.request, interrupted=interrupted)
+        else:
+            self._finish_read(unique, answer)
 
     def _begin_read(self, unique: int, begun: Begun) -> bool:
         """Have the disk read while this thread goes on; False if that cannot be."""
@@ -475,11 +479,7 @@ class ByteLane:
             unique, begun, wait = self._begun.pop(slot)
             self._end_wait(unique, wait)
             try:
-                if n < begun.file.length:
-                    self._read_again(unique, begun, interrupted=wait.interrupted)
-                else:
-                    data = disk.buffers[slot][: begun.file.length]
-                    self._finish_read(unique, self._reader.fetched(begun, data))
+                self._answer_begun(unique, begun, n, disk.buffers[slot], interrupted=wait.interrupted)
             except OSError as e:
                 self._reply(fuse.error_reply(unique, e.errno or errno.EIO))
             except Exception:

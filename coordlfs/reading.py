@@ -142,13 +142,17 @@ class Reader:
         file = self.source.begin(record, self.catalog.path(record), offset, size)
         return None if file is None else Begun(self._answer(record, request), item, file)
 
-    def fetched(self, begun: Begun, data: memoryview) -> Answer:
-        """The answer with `data`, all that was begun. Raises OSError if it must not be given."""
+    def fetched(self, begun: Begun, data: memoryview) -> Answer | None:
+        """The answer with `data`, all that was begun; None if `read` is to be called after all.
+
+        Raises OSError if it must not be given.
+        """
         file, answer = begun.file, begun.answer
         st = self.source.end(file)
-        n = _still_there(file.length, file.offset, st)
-        self._took(answer, begun.item, file.offset, n, data[:n], st)
-        answer.data.append(data[:n])
+        if st is None:
+            return None
+        self._took(answer, begun.item, file.offset, file.length, data, st)
+        answer.data.append(data)
         return answer
 
     def ask(self, request: Request, done: Callable[[memoryview | None], None], before_wait: Callable[[], None]) -> bool:
@@ -267,8 +271,7 @@ class Reader:
         else:
             # Before the reply: at the old end of the file the reader asks for the attributes, and must get new ones.
             self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))
-            if served:
-                self.drop_pages(record)
+            self.drop_pages(record)  # what this reply shows as well, should it be of the time before
         # The version first: what another thread read of the old one is then kept out of the cache.
         self.catalog.set_version(record, Version.of(st))
         self.catalog.set_served(record)

@@ -31,12 +31,18 @@ _PASSING = frozenset(
 )
 _RETRIES = (0.0, 0.05, 0.5)  # seconds between the attempts
 _ROOT_IS_GONE = frozenset({errno.ENOTCONN, errno.ESTALE})
+_ATTEMPTS = 4  # at reading a file that is written to meanwhile
 _KEPT_FOR = 1.0  # seconds after which a name is looked at again
 
 
 def lies_elsewhere(root: int) -> bool:
     """Whether a file system has no block device of its own, as NFS and Lustre: to open a file may take its time."""
     return os.major(os.fstat(root).st_dev) == 0
+
+
+def _same(a: os.stat_result, b: os.stat_result) -> bool:
+    """Whether an open file was not written to between two looks."""
+    return a.st_size == b.st_size and a.st_mtime_ns == b.st_mtime_ns
 
 
 class Listing:
@@ -70,6 +76,7 @@ class Opened:
     offset: int
     length: int
     is_cached: bool
+    st: os.stat_result
 
 
 class Source:
@@ -212,8 +219,11 @@ class Source:
             st = os.fstat(fd)
             if not stat.S_ISREG(st.st_mode):
                 raise FileNotFoundError(errno.ENOENT, "no longer a regular file")
-            n = self._read(fd, into, offset, min(size, st.st_size - offset), slow)
-            st = os.fstat(fd)  # again: if it was written to meanwhile, the bytes belong to neither version
+            for _ in range(_ATTEMPTS):
+                n = self._read(fd, into, offset, min(size, st.st_size - offset), slow)
+                before, st = st, os.fstat(fd)
+                if _same(before, st):
+                    break  # else it was written to meanwhile, and the bytes belong to neither version
             keep = st.st_size >= _KEEP_OPEN_FROM
             return n, st
         finally:
@@ -252,12 +262,15 @@ class Source:
             if cached == npages:
                 pages.set_direct(fd, False)
             if cached is not None:
-                return Opened(record, fd, since, offset, length, cached == npages)
+                return Opened(record, fd, since, offset, length, cached == npages, st)
         paths.close_at_once(fd)
         return None
 
-    def end(self, opened: Opened) -> os.stat_result:
-        """Let go of a file that was read; its attributes now, to which the bytes belong."""
+    def end(self, opened: Opened) -> os.stat_result | None:
+        """Let go of a file that was read; the attributes that the bytes belong to.
+
+        None if it was written to meanwhile: they belong to no version, and `read` is to be called.
+        """
         st = os.fstat(opened.fd)
         if st.st_size >= _KEEP_OPEN_FROM:
             if opened.is_cached:
@@ -265,7 +278,7 @@ class Source:
             self._give(opened.record, opened.fd, opened.since)
         else:
             paths.close_at_once(opened.fd)
-        return st
+        return st if _same(opened.st, st) else None
 
     def _open_direct(self, path: bytes) -> int:
         if self._direct_refused:
