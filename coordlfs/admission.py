@@ -4,9 +4,9 @@
            ── all of it read, or idle a while ──> asked (a keeper pins it, READing the stash) ──> pinned
 
 The keeper says BUSY while a reader still uses the pages: it is asked again later, at last after the kernel was told to
-take them even out of a job's mappings. A job's READ that
-comes while the keeper works would leave pages charged to the job, so such an item is pinned once more. Byte-lane
-threads call in with what they read; one thread of this module listens to the keepers and watches the clock.
+take them even out of a job's mappings. A job's READ that comes while the keeper works would leave pages charged to the
+job, so such an item is pinned once more. Byte-lane threads call in with what they read; one thread of this module
+listens to the keepers and watches the clock.
 """
 
 from __future__ import annotations

@@ -343,14 +343,18 @@ class ByteLane:
 
         try:
             method(*arguments, before_wait)
-        except OSError as e:
-            self._reply(fuse.error_reply(unique, e.errno or errno.EIO))
-        except Exception:
-            log.exception("a request failed")
-            self._reply(fuse.error_reply(unique, errno.EIO))
+        except Exception as e:
+            self._refuse(unique, e)
         finally:
             if wait is not None:
                 self._end_wait(unique, wait)
+
+    def _refuse(self, unique: int, error: Exception) -> None:
+        """Answer with an error: that of the source, or for a mistake of our own, which is logged, EIO."""
+        code = error.errno if isinstance(error, OSError) else None
+        if not isinstance(error, OSError):
+            log.exception("a request failed")
+        self._reply(fuse.error_reply(unique, code or errno.EIO))
 
     def look_at_waits(self) -> None:
         """Answer, in place of the source, what has waited for it for too long. Called every so often.
@@ -480,11 +484,8 @@ class ByteLane:
             self._end_wait(unique, wait)
             try:
                 self._answer_begun(unique, begun, n, disk.buffers[slot], interrupted=wait.interrupted)
-            except OSError as e:
-                self._reply(fuse.error_reply(unique, e.errno or errno.EIO))
-            except Exception:
-                log.exception("a request failed")
-                self._reply(fuse.error_reply(unique, errno.EIO))
+            except Exception as e:
+                self._refuse(unique, e)
             finally:
                 disk.give(slot)
 

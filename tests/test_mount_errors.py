@@ -278,19 +278,27 @@ def test_what_never_answers_holds_up_nobody_else(source: Path, faults: Callable[
     faulty.kill()  # a thread that waits for it could not end
 
 
-@contextmanager
-def _hanging(
-    source: Path, faults: Callable[[], Faulty], mount: MakeMount
-) -> Iterator[tuple[Mount, Faulty, subprocess.Popen[bytes]]]:
-    """A mount with `pinned` and `other`, and a process that reads `hung`, which never comes."""
-    for name in ("hung", "pinned", "other"):
-        (source / name).write_bytes(noise(50_000))
+def _with_one_that_hangs(
+    source: Path, faults: Callable[[], Faulty], mount: MakeMount, *names: str, size: int
+) -> tuple[Mount, Faulty]:
+    """A mount with `names`, of which `pinned` is, and with `hung`, reads of which never come."""
+    for name in ("hung", *names):
+        (source / name).write_bytes(noise(size))
     faulty = faults()
     mounted = mount(faulty.path)
     mounted.expect_errors = True
     read(mounted.path / "pinned")
     mounted.settle()
     faulty.set("read hung", delay=3600)
+    return mounted, faulty
+
+
+@contextmanager
+def _hanging(
+    source: Path, faults: Callable[[], Faulty], mount: MakeMount
+) -> Iterator[tuple[Mount, Faulty, subprocess.Popen[bytes]]]:
+    """A mount with `pinned` and `other`, and a process that reads `hung`, which never comes."""
+    mounted, faulty = _with_one_that_hangs(source, faults, mount, "pinned", "other", size=50_000)
     with _waiting([["cat", str(mounted.path / "hung")]]) as [reader]:
         yield mounted, faulty, reader
 
@@ -486,14 +494,7 @@ def test_a_mount_whose_processes_were_all_killed_while_the_source_hung(
 
     Until then the mount may be mute and not dead: a thread that cannot end keeps /dev/fuse open.
     """
-    for name in ("hung", "pinned"):
-        (source / name).write_bytes(noise(5 * MIB))
-    faulty = faults()
-    mounted = mount(faulty.path)
-    mounted.expect_errors = True
-    read(mounted.path / "pinned")
-    mounted.settle()
-    faulty.set("read hung", delay=3600)
+    mounted, faulty = _with_one_that_hangs(source, faults, mount, "pinned", size=5 * MIB)
     warm = subprocess.Popen([sys.executable, "-m", "coordlfs", "warm", mounted.path, mounted.path / "hung"])
     try:
         eventually(lambda: mounted.stats()["pending_items"] == 1)
