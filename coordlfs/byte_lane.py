@@ -495,6 +495,11 @@ class ByteLane:
         if data is None:
             self._return(unique, asked, interrupted=wait.interrupted)
             return
+        try:
+            self._reader.check_end(asked, len(data))
+        except OSError as e:
+            self._refuse(unique, e)
+            return
         self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + len(data), 0, unique), data)
         self._reader.account_shared(asked, len(data))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from coordlfs import items
 from coordlfs.admission import Admission, Fetched
-from coordlfs.catalog import SERVED, Catalog, Version
+from coordlfs.catalog import SERVED, STALE, Catalog, Version
+from coordlfs.ends import Ends
 from coordlfs.kernel import fuse, pages
 from coordlfs.metrics import Counters
 from coordlfs.notifier import Notifier
@@ -28,7 +30,9 @@ from coordlfs.source import Opened, Source
 if TYPE_CHECKING:
     from coordlfs.peers.sharing import Sharing
 
-_AFTER_READS = 1.0  # seconds in which the other READs of a file are surely answered
+_LET_GO_WITHIN = 1.0  # seconds in which the kernel forgets the pages of a file that changed
+_LOOK_EVERY = 0.002
+_ATTEMPTS = 4  # at putting together a READ of a file that changes meanwhile
 
 
 class Request(NamedTuple):
@@ -88,6 +92,7 @@ class Reader:
         self.counters = counters
         self.notifier = notifier
         self.sharing: Sharing | None = None
+        self._ends = Ends()
 
     def read(self, request: Request, into: pages.Buffer, before_wait: Callable[[], None]) -> Answer:
         """The bytes that a READ asks for: from the stash what is there, and the rest from the source.
@@ -96,10 +101,21 @@ class Reader:
         source's disk has to be waited for. Other nodes are asked for parts of several items, whom it waits for; of one
         item, `ask` does it. Raises OSError: ESTALE for an unknown node, else what the source does.
         """
-        offset = request.offset
         record = self.catalog.find(request.node)
         if record is None:
             raise OSError(errno.ESTALE, "unknown node")
+        for _ in range(_ATTEMPTS):
+            shown = self.catalog.size_and_mtime(record)
+            answer = self._put_together(record, request, into, before_wait)
+            if len(answer.data) == 1 or self.catalog.size_and_mtime(record) == shown:
+                break  # else the parts may be of two versions
+        self.check_end(request, sum(map(len, answer.data)), before_wait)
+        return answer
+
+    def _put_together(
+        self, record: int, request: Request, into: pages.Buffer, before_wait: Callable[[], None]
+    ) -> Answer:
+        offset = request.offset
         answer = self._answer(record, request)
         at, end = offset, self.catalog.size(record)
         several = items.item_at(record, offset) != items.item_at(record, offset + request.size - 1)
@@ -153,16 +169,46 @@ class Reader:
             return None
         self._took(answer, begun.item, file.offset, file.length, data, st)
         answer.data.append(data)
+        request = answer.request
+        if request.direct and self._is_stale(request.node):
+            return None
+        self.check_end(request, file.length)
         return answer
+
+    def check_end(self, request: Request, length: int, before_wait: Callable[[], None] | None = None) -> None:
+        """See that the kernel takes an answer of `length` bytes for the end of the file if it is short.
+
+        Of a READ around the page cache it takes from there what is missing, should it take the file for longer: that
+        is waited for until it is gone, if there is a `before_wait`. Raises ESTALE where it would go wrong.
+        """
+        node, offset, size, _, direct, _ = request
+        if length == size:
+            return
+        if not direct:
+            if self._ends.refuses(node, offset, size, offset + length):
+                raise OSError(errno.ESTALE, "its end is new")
+        elif self._is_stale(node):
+            until = 0.0
+            if before_wait is not None:
+                before_wait()
+                until = time.monotonic() + _LET_GO_WITHIN
+            while self._is_stale(node):
+                if time.monotonic() > until:
+                    raise OSError(errno.ESTALE, "truncated while it was read")
+                time.sleep(_LOOK_EVERY)
+
+    def _is_stale(self, node: int) -> bool:
+        record = self.catalog.find(node)
+        return record is not None and bool(self.catalog.flags(record) & STALE)
 
     def ask(self, request: Request, done: Callable[[memoryview | None], None], before_wait: Callable[[], None]) -> bool:
         """Ask the node that owns all that a READ wants; False if there is no such, and `read` is to be called.
 
         `done` is called once, within seconds and by whatever thread: with the bytes, which are good until it returns
-        and to be accounted for by `account_shared`, or with None if the source is to be read.
+        and to be seen through `check_end` and `account_shared`, or with None if the source is to be read.
         """
         sharing, record = self.sharing, self.catalog.find(request.node)
-        if sharing is None or record is None:
+        if sharing is None or record is None or (request.direct and self._is_stale(request.node)):
             return False
         offset, size = request.offset, min(request.size, self.catalog.size(record) - request.offset)
         item = items.item_at(record, offset)
@@ -262,9 +308,10 @@ class Reader:
             return
         served = self.catalog.flags(record) & SERVED
         if st.st_size < shown.size:
-            # A short reply tells the kernel where the file ends now, but only one from the beginning: what lies before
-            # it would be zeros. The kernel does not listen if it was notified meanwhile, hence the long delay.
-            self.drop_pages(record, _AFTER_READS)
+            # A short reply tells the kernel where the file ends now, unless the READ begins behind it: what lies before
+            # it would be zeros. Nor does the kernel listen if it was told of older attributes meanwhile.
+            self._ends.notified(node)
+            self.drop_pages(record)
             if offset and (served or offset >= st.st_size):
                 self.admission.drop_file(record, shown.size)
                 raise OSError(errno.ESTALE, "truncated while it was read")
@@ -297,19 +344,22 @@ class Reader:
         """Do what a server before this one had begun when it was killed: nothing of a version past may stay."""
         for record in self.catalog.stale():
             parent, name = self.catalog.entry(record)
+            self._ends.notified(self.catalog.node(record))
             if record:
                 self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
             self.drop_pages(record)
 
-    def drop_pages(self, record: int, delay: float = 0.02) -> None:
+    def drop_pages(self, record: int) -> None:
         """Have the kernel forget the pages and attributes of what changed, in a moment; to be called before it is said.
 
         Should this server not live to see that moment, the next one does it.
         """
+        node = self.catalog.node(record)
         self.admission.stale(record)
         self.catalog.set_foreign(record)
-        self.notifier.send(fuse.invalidate_inode(self.catalog.node(record), 0, 0), delay)
-        self.notifier.call(lambda: self.admission.purge(record), delay)
+        self.notifier.call(lambda: self._ends.notified(node))
+        self.notifier.send(fuse.invalidate_inode(node, 0, 0))
+        self.notifier.call(lambda: self.admission.purge(record))
 
     def replaced(self, record: int) -> None:
         """The name of a file leads to another one, which has a record of its own."""

@@ -318,6 +318,36 @@ def test_a_mapping_follows_a_change_in_place(source: Path, mount: MakeMount) -> 
     os.close(fd)
 
 
+def _read_direct(fd: int, step: int) -> bytes:
+    """All of a file, by calls that go around the page cache."""
+    data = b""
+    with mmap.mmap(-1, step) as into:
+        while n := os.preadv(fd, [into], len(data)):
+            data += into[:n]
+    return data
+
+
+@pytest.mark.parametrize("step", [PAGE, MIB])
+@pytest.mark.parametrize("known", ["listed", "cached", "read"])
+def test_shrunk_and_read_around_the_page_cache(source: Path, mount: MakeMount, known: str, step: int) -> None:
+    # What such a READ leaves out the kernel takes from the page cache, where the old version may still be.
+    old, new = noise(72_422, 1), noise(36_604, 2)
+    (source / "f").write_bytes(old)
+    mounted = mount(source)
+    os.stat(mounted.path / "f")
+    if known != "listed":
+        assert read(mounted.path / "f") == old
+        mounted.settle()
+    fd = os.open(mounted.path / "f", os.O_RDONLY | os.O_DIRECT)
+    try:
+        if known == "read":
+            assert _read_direct(fd, step) == old
+        _overwrite(source / "f", new)
+        assert _read_direct(fd, step) == new
+    finally:
+        os.close(fd)
+
+
 def test_readers_of_a_file_that_is_replaced_again_and_again(source: Path, mount: MakeMount) -> None:
     # Every version says on each of its pages which one it is, and how long it is.
     names = [f"f{number}" for number in range(6)]

@@ -408,6 +408,26 @@ def test_what_passes_is_not_noticed(
     assert mounted.stats()["source"]["retries"] >= 1
 
 
+@pytest.mark.parametrize("change", [(72_422, 36_604), (36_700, 36_604), (300_000, 299_000)])
+def test_a_change_that_is_announced_while_the_new_end_is_read(
+    source: Path, faults: Callable[[], Faulty], mount: MakeMount, change: tuple[int, int]
+) -> None:
+    # The kernel does not take a short reply for the end of a file about which it was notified since it asked.
+    old, new = (noise(size, seed) for seed, size in enumerate(change))
+    (source / "f").write_bytes(old)
+    faulty = faults()
+    mounted = mount(faulty.path)
+    os.stat(mounted.path / "f")
+    (source / "f").write_bytes(new)
+    faulty.set("read f", delay=1)
+    with ThreadPoolExecutor(1) as reader:
+        got = reader.submit(read, mounted.path / "f")
+        time.sleep(0.2)
+        coordlfs("refresh", mounted.path, mounted.path / "f")
+        assert not got.done()
+        assert got.result() == new
+
+
 def test_a_source_that_is_unmounted_and_mounted_again(
     source: Path, faults: Callable[[], Faulty], mount: MakeMount
 ) -> None:

@@ -1,0 +1,49 @@
+"""Whether the kernel will take a short reply for the end of a file.
+
+It shows a file as long as it was last told, until a READ comes back short: that is where the file ends by now. But it
+does not listen if it was notified about the inode after it sent the READ, and would show zeros up to the end that it
+knows. Whether it was cannot be told from the message. So of an inode that the kernel was notified about, a READ that
+would be answered short is refused once: what was to be read ahead, the kernel then asks for page by page, and what it
+asks for after the refusal it sent after the notification. The reader sees nothing of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from coordlfs.kernel.pages import PAGE
+
+_INODES = 10_000  # that are remembered, those that were notified about last
+_REFUSALS = 64  # for each
+
+
+class Ends:
+    """The inodes that the kernel was notified about, and which READs were refused since. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._refused: OrderedDict[int, list[range]] = OrderedDict()  # by node: pages
+
+    def notified(self, node: int) -> None:
+        """The kernel is about to be notified about an inode."""
+        with self._lock:
+            self._refused.pop(node, None)
+            self._refused[node] = []
+            if len(self._refused) > _INODES:
+                self._refused.popitem(last=False)
+
+    def refuses(self, node: int, offset: int, size: int, end: int) -> bool:
+        """Whether to refuse a READ of `size` bytes at `offset`, whose answer ends at `end`, before all of these.
+
+        No two READs that the kernel has sent for its cache at a time have a page in common.
+        """
+        if node not in self._refused:
+            return False
+        with self._lock:
+            refused = self._refused.get(node)
+            if refused is None or any(end // PAGE in pages for pages in refused):
+                return False
+            del refused[: 1 - _REFUSALS]
+            refused.append(range(offset // PAGE, -(-(offset + size) // PAGE)))
+            return True

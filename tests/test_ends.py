@@ -1,0 +1,42 @@
+"""Which READs are refused so that the kernel asks again: each page once after a notification, and only then."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordlfs.ends import Ends
+from coordlfs.kernel.pages import PAGE
+
+
+def test_nothing_is_refused_of_what_the_kernel_was_not_notified_about() -> None:
+    ends = Ends()
+    ends.notified(3)
+    assert not ends.refuses(2, 0, 10 * PAGE, 5)
+
+
+@given(
+    first=st.integers(0, 1000), pages=st.integers(1, 256), short=st.integers(1, PAGE * 256), again=st.integers(0, 255)
+)
+def test_a_page_is_refused_once_after_each_notification(first: int, pages: int, short: int, again: int) -> None:
+    ends = Ends()
+    offset, size = first * PAGE, pages * PAGE
+    end = offset + max(0, size - short)
+    for _ in range(2):
+        ends.notified(2)
+        assert ends.refuses(2, offset, size, end)
+        # Now the kernel asks page by page; the one in which the file ends comes back short.
+        assert not ends.refuses(2, end // PAGE * PAGE, PAGE, end)
+        assert not ends.refuses(2, offset, size, end)
+    elsewhere = (first + pages + again) * PAGE
+    assert ends.refuses(2, elsewhere, PAGE, elsewhere + 1)
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    ends = Ends()
+    for node in range(2, 20_002):
+        ends.notified(node)
+    assert not ends.refuses(2, 0, PAGE, 1)
+    for page in range(10_000):
+        assert ends.refuses(20_001, page * PAGE, PAGE, page * PAGE + 1)
+    assert not ends.refuses(20_001, 9_999 * PAGE, PAGE, 9_999 * PAGE + 1)
