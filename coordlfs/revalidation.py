@@ -146,7 +146,9 @@ class Revalidation:
                 self._notifier.send_now(fuse.invalidate_inode(self._catalog.node(record), -1, 0))
             with suppress(OSError):
                 self._namespace.enter(parent, name, st, announce=True)
-            self._notifier.send(fuse.invalidate_inode(self._catalog.node(record), -1, 0))
+            if self._catalog.flags(record) & SUPERSEDED:
+                # A file that is shown on needs no more than what drops its pages, and no READ of it may come in between.
+                self._notifier.send(fuse.invalidate_inode(self._catalog.node(record), -1, 0))
         else:
             # With the attributes go the pages, which hold the listing of a directory, the target of a symbolic link.
             self._reader.drop_pages(record)
