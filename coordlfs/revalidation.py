@@ -147,7 +147,7 @@ class Revalidation:
             with suppress(OSError):
                 self._namespace.enter(parent, name, st, announce=True)
             if self._catalog.flags(record) & SUPERSEDED:
-                # A file that is shown on needs no more than what drops its pages, and no READ of it may come in between.
+                # One that is shown on needs no more than what drops its pages: a READ of its new end might miss it.
                 self._notifier.send(fuse.invalidate_inode(self._catalog.node(record), -1, 0))
         else:
             # With the attributes go the pages, which hold the listing of a directory, the target of a symbolic link.
