@@ -291,6 +291,14 @@ class Catalog:
         flags = self.flags(record) & ~SERVED if kind is None else kind | self.flags(record) & STALE
         self._w[at + 1] = self._w[at + 1] & ~0xFFFF | flags
 
+    @_locked
+    def change_version(self, record: int, version: Version, served: int) -> bool:
+        """`set_version`, if SERVED is still `served`: else bytes of the old one have been handed out meanwhile."""
+        if self.flags(record) & SERVED != served:
+            return False
+        self.set_version(record, version)
+        return True
+
     def set_served(self, record: int) -> None:
         """Record that bytes of this version have been handed out."""
         at = _HEADER_WORDS + record * _WORDS + 1

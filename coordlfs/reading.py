@@ -253,12 +253,21 @@ class Reader:
     def _took(self, answer: Answer, item: int, offset: int, n: int, data: memoryview, st: os.stat_result) -> None:
         """The source gave `n` bytes of a file that has attributes `st`."""
         self.counters.count_read(n)
-        if self.catalog.shows(answer.record, st):
-            self.catalog.set_served(answer.record)
+        if self._serves(answer.record, st):
             if n:
                 answer.fetched.append(Fetched(item, offset, data, st))
         else:
             self._changed(answer.record, offset, st)
+
+    def _serves(self, record: int, st: os.stat_result) -> bool:
+        """Whether `st` is the version that is shown; then bytes of it are being handed out.
+
+        To be seen again after that is recorded: only then does whoever records another version know of it.
+        """
+        if not self.catalog.shows(record, st):
+            return False
+        self.catalog.set_served(record)
+        return self.catalog.shows(record, st)
 
     def account(self, answer: Answer) -> None:
         """What follows once a READ is answered: count what was missed, and admit it if there is room."""
@@ -293,6 +302,7 @@ class Reader:
         self.counters.add("changed_files")
         self.source.forget(record)
         shown = self.catalog.version(record)
+        served = self.catalog.flags(record) & SERVED  # before it is asked whether another file takes its place
         node = self.catalog.node(record)
         if self.catalog.supersedes(record, st):
             self.replaced(record)
@@ -306,7 +316,6 @@ class Reader:
             self.catalog.set_access(record, st)
             self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))
             return
-        served = self.catalog.flags(record) & SERVED
         if st.st_size < shown.size:
             # A short reply tells the kernel where the file ends now, unless the READ begins behind it: what lies before
             # it would be zeros. Nor does the kernel listen if it was told of older attributes meanwhile.
@@ -320,7 +329,9 @@ class Reader:
             self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))
             self.drop_pages(record)  # what this reply shows as well, should it be of the time before
         # The version first: what another thread read of the old one is then kept out of the cache.
-        self.catalog.set_version(record, Version.of(st))
+        if not self.catalog.change_version(record, Version.of(st), served):
+            self._changed(record, offset, st)
+            return
         self.catalog.set_served(record)
         self.admission.drop_file(record, shown.size)
 
@@ -332,12 +343,18 @@ class Reader:
         if self.catalog.shows_bytes(record, st):
             self.catalog.set_access(record, st)
             return
+        if self.catalog.supersedes(record, st):  # bytes were handed out a moment ago
+            self.replaced(record)
+            raise OSError(errno.ESTALE, "replaced")
         self.counters.add("changed_files")
         self.source.forget(record)
         size = self.catalog.size(record)
-        if announce or self.catalog.flags(record) & SERVED:
+        served = self.catalog.flags(record) & SERVED
+        if announce or served:
             self.drop_pages(record)
-        self.catalog.set_version(record, Version.of(st))
+        if not self.catalog.change_version(record, Version.of(st), served):
+            self.modified(record, st, announce=announce)
+            return
         self.admission.drop_file(record, size)
 
     def recover(self) -> None:
