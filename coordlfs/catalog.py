@@ -225,7 +225,7 @@ class Catalog:
         """The record of a directory entry, made if it is new, and whether its version differs from the one shown.
 
         Third, the record that it just took the place of, if it did.
-        A version that differs is NOT recorded: the pages of the old one have to go first; then call `set_version`.
+        A version that differs is NOT recorded: the pages of the old one have to go first; then call `change_version`.
         """
         linked = st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode)
         if linked:
@@ -331,6 +331,16 @@ class Catalog:
     def stale(self) -> list[int]:
         """The records of which something of another version may be held."""
         return [r for r in range(len(self)) if self.flags(r) & STALE] if self._w[_STALE] else []
+
+    def serves(self, record: int, is_shown: Callable[[], bool]) -> bool:
+        """Whether a version is shown, as `is_shown` finds; if so, bytes of it are being handed out.
+
+        It is seen again after that is recorded: only then does whoever records another version know of it.
+        """
+        if not is_shown():
+            return False
+        self.set_served(record)
+        return is_shown()
 
     def last_miss(self, record: int) -> tuple[int, int]:
         """Epoch of the file's last miss and the page it began at; (0, 0) if there was none."""

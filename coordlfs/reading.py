@@ -253,21 +253,11 @@ class Reader:
     def _took(self, answer: Answer, item: int, offset: int, n: int, data: memoryview, st: os.stat_result) -> None:
         """The source gave `n` bytes of a file that has attributes `st`."""
         self.counters.count_read(n)
-        if self._serves(answer.record, st):
+        if self.catalog.serves(answer.record, lambda: self.catalog.shows(answer.record, st)):
             if n:
                 answer.fetched.append(Fetched(item, offset, data, st))
         else:
             self._changed(answer.record, offset, st)
-
-    def _serves(self, record: int, st: os.stat_result) -> bool:
-        """Whether `st` is the version that is shown; then bytes of it are being handed out.
-
-        To be seen again after that is recorded: only then does whoever records another version know of it.
-        """
-        if not self.catalog.shows(record, st):
-            return False
-        self.catalog.set_served(record)
-        return self.catalog.shows(record, st)
 
     def account(self, answer: Answer) -> None:
         """What follows once a READ is answered: count what was missed, and admit it if there is room."""

@@ -138,10 +138,9 @@ class Sharing:
             if outcome is not Outcome.OK:
                 self._counters.add(_COUNTED[outcome])
                 done(None)
-            elif self._catalog.size_and_mtime(record) != version:
+            elif not self._catalog.serves(record, lambda: self._catalog.size_and_mtime(record) == version):
                 done(None)  # somebody has seen another one meanwhile
             else:
-                self._catalog.set_served(record)
                 self._counters.count_peer_read(length)
                 done(data)
 
