@@ -445,10 +445,12 @@ class Admission:
                 self.purge(record)
         self._wake()
 
-    def look_at_cgroups(self) -> None:
-        """See where the keepers are charged for memory: somebody may have moved them."""
+    def look_at_cgroups(self) -> dict[bytes | None, int]:
+        """See where the keepers are charged for memory, as somebody may have moved them; one of each such cgroup."""
         with self.lock:
-            self._keeper_cgroups = {cgroups.of_memory(pid) for pid in self.keeper_pids}
+            found = {cgroups.of_memory(pid): pid for pid in self.keeper_pids}
+            self._keeper_cgroups = set(found)
+            return found
 
     def lose_keeper(self, index: int) -> None:
         """A keeper died, and its pins with it. What it held is pinned again as it is, as long as it is resident."""

@@ -21,9 +21,11 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from math import ceil
 
 from coordlfs.kernel import fuse, pages, paths, process
 from coordlfs.kernel.inotify import OpenWatch
@@ -31,6 +33,7 @@ from coordlfs.wire import MAX_PACKET, PINS, REPLY, How, Outcome, Verb, parse_req
 
 _BATCH = 32  # items whose reading is started before the first is waited for
 _SENTINELS = 15  # files that are watched for being opened
+_PAUSE = 0.025  # seconds until it is looked again whether one was: short epochs would wake both processes for each
 _SPARE_MAPPINGS = 1000  # of vm.max_map_count, for the interpreter
 _FILLERS = 8  # threads that read items for a cache that is memory of its own
 _FILL = 4 << 20  # bytes that one of them asks for at a time
@@ -84,10 +87,17 @@ class Keeper:
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
         poll.register(self.watch.fd, select.POLLIN)
+        paused_until = 0.0  # the watch is, if that is not 0
         while True:
-            ready = {fd for fd, _ in poll.poll(0 if self.fetching else None)}
+            pause = max(0.0, paused_until - time.monotonic())
+            if paused_until and not pause:
+                poll.register(self.watch.fd, select.POLLIN)
+                paused_until = 0.0
+            ready = {fd for fd, _ in poll.poll(0 if self.fetching else ceil(pause * 1000) if paused_until else None)}
             if self.watch.fd in ready:
                 self._report_opened()
+                poll.unregister(self.watch.fd)
+                paused_until = time.monotonic() + _PAUSE
             if self.sock.fileno() not in ready:
                 if self.fetching:
                     self._end_fetch(self.fetching.popleft())
@@ -265,7 +275,7 @@ class Keeper:
             self.replies.append(request.reply(Outcome.WATCHED))
 
     def _report_opened(self) -> None:
-        for watch in self.watch.opened():
+        for watch in set(self.watch.opened()):
             if watch in self.sentinels:
                 self.sock.send(REPLY.pack(Outcome.OPENED, 0, 0, self.sentinels[watch]))
 

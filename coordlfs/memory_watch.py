@@ -7,6 +7,7 @@ unseen: memory that ran out is not given back, it costs somebody's life.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from contextlib import suppress
 
@@ -14,7 +15,7 @@ import trio
 
 from coordlfs.admission import Admission
 from coordlfs.governor import Governor, Marks
-from coordlfs.kernel import pages
+from coordlfs.kernel import cgroups, pages
 from coordlfs.kernel.memory import memory, stalled
 from coordlfs.metrics import Counters
 from coordlfs.sizes import text
@@ -53,9 +54,11 @@ class MemoryWatch:
 
     def _look(self) -> None:
         have = memory()
-        self._admission.look_at_cgroups()
         # Pins are charged where the keepers are, which somebody may have given a memory cgroup of their own.
-        for pid in self._admission.keeper_pids:
+        ours = cgroups.of_memory(os.getpid())
+        for cgroup, pid in self._admission.look_at_cgroups().items():
+            if cgroup == ours:
+                continue
             with suppress(OSError):
                 of_keeper = memory(pid)
                 if of_keeper.available < have.available:

@@ -13,7 +13,7 @@ import os
 import stat
 import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import trio
 
@@ -23,11 +23,11 @@ from coordlfs.metrics import Counters
 from coordlfs.namespace import Namespace
 from coordlfs.notifier import Notifier
 from coordlfs.reading import Reader
-from coordlfs.source import Source
+from coordlfs.source import Neighbours, Source
 
 log = logging.getLogger(__name__)
 
-_BATCH = 256
+_BATCH = 1024
 _SHARE = 0.8  # of the promised time in which a sweep is to be through
 _KINDS = REGULAR | DIRECTORY
 
@@ -83,7 +83,11 @@ class Revalidation:
 
     async def _in_thread(self, records: Iterable[int]) -> int:
         # Abandoned when the mount ends: a source that never answers must not hold that up.
-        return await trio.to_thread.run_sync(lambda: sum(map(self.check, records)), abandon_on_cancel=True)
+        return await trio.to_thread.run_sync(self._check_all, records, abandon_on_cancel=True)
+
+    def _check_all(self, records: Iterable[int]) -> int:
+        with closing(Neighbours(self._source)) as neighbours:
+            return sum(self.check(record, neighbours) for record in records)
 
     def _below(self, paths: Collection[bytes]) -> list[int]:
         """Records at and below `paths`, and of the directories that hold these, which show what is new."""
@@ -103,13 +107,14 @@ class Revalidation:
         for parent, name in self._catalog.other_names(record):  # hard links
             yield self._catalog.path(parent) + b"/" + name if parent else name
 
-    def check(self, record: int) -> bool:
+    def check(self, record: int, neighbours: Neighbours) -> bool:
         """Compare a record with the source; whether it had changed. What the source fails at is left for later."""
         if self._catalog.flags(record) & SUPERSEDED:
             return False
         self._counters.add("checked_files")
         try:
-            st = self._source.lstat(self._catalog.path(record))
+            parent, name = self._catalog.entry(record)
+            st = neighbours.lstat(self._catalog.directory_path(parent), name)
         except OSError as e:
             if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 return False

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from mmap import mmap
 from typing import TypeVar
@@ -64,6 +64,37 @@ class Listing:
 
     def __del__(self) -> None:  # so that one thread may forget a listing that another one still reads
         self.close()
+
+
+class Neighbours:
+    """Attributes of many names, of which those of one directory come one after another: that is then opened once.
+
+    For as long as a change may go unnoticed, and by one thread: a directory that is moved meanwhile is followed.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._directory: bytes | None = None
+        self._fd = -1
+
+    def lstat(self, directory: bytes, name: bytes) -> os.stat_result:
+        """As `Source.lstat` of the name in the directory, which is empty for the root; so is the root's own name."""
+        if directory != self._directory or not name:
+            self.close()
+            self._directory = directory
+        elif self._fd < 0:
+            with suppress(OSError):
+                self._fd = self._source.open(directory, os.O_PATH | os.O_DIRECTORY)
+        if self._fd >= 0:
+            with suppress(OSError):
+                return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+        return self._source.lstat(directory + b"/" + name if directory else name)
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 @dataclass(slots=True)

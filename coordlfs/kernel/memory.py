@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 
 _UNLIMITED = 1 << 62  # version 1 of cgroups writes "no limit" as a number about as large
 
@@ -20,18 +22,16 @@ class Memory:
 
 def _meminfo() -> Memory:
     fields = {}
-    with open("/proc/meminfo") as f:
-        for line in f:
-            name, _, value = line.partition(":")
+    with open("/proc/meminfo", "rb") as f:
+        for line in islice(f, 3):  # MemTotal, MemFree, MemAvailable
+            name, _, value = line.partition(b":")
             fields[name] = int(value.split()[0]) * 1024
-    return Memory(fields["MemTotal"], fields["MemAvailable"])
+    return Memory(fields[b"MemTotal"], fields[b"MemAvailable"])
 
 
-def _cgroup_directories(pid: int | str) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Directory, limit files and usage file of the process's memory cgroup and those above it.
-
-    Above memory.high the kernel slows processes down, and reclaims what cannot be reclaimed here: a limit as well.
-    """
+@cache
+def _cgroup_mounts() -> dict[str, str]:
+    """Where cgroups of version 2 and those of version 1 for memory are mounted; asked once: hosts have many mounts."""
     mounted = {}
     with open("/proc/self/mounts", errors="surrogateescape") as f:
         for line in f:
@@ -40,6 +40,15 @@ def _cgroup_directories(pid: int | str) -> Iterator[tuple[str, tuple[str, ...], 
                 mounted["v2"] = point
             elif fstype == "cgroup" and "memory" in options.split(","):
                 mounted["v1"] = point
+    return mounted
+
+
+def _cgroup_directories(pid: int | str) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Directory, limit files and usage file of the process's memory cgroup and those above it.
+
+    Above memory.high the kernel slows processes down, and reclaims what cannot be reclaimed here: a limit as well.
+    """
+    mounted = _cgroup_mounts()
     with open(f"/proc/{pid}/cgroup", errors="surrogateescape") as f:
         for line in f:
             _, controllers, path = line.rstrip("\n").split(":", 2)

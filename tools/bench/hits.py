@@ -18,8 +18,7 @@ from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratio
 
 _ROUNDS = 12
 _PER_PLACEMENT = 2  # rounds with the same pages
-_GUARDED_FILES = 6_000
-_GUARDED_ROUNDS, _PASSES = 41, 4  # short ones, since the speed of the machine drifts
+_GUARDED_ROUNDS = 41  # short ones, since the speed of the machine drifts
 _SWEEP_FILES, _SWEEP_SECONDS = 1_000_000, 600.0  # a large dataset, and what --revalidate is by default
 _SCRAPE = 1.0  # seconds
 
@@ -89,11 +88,10 @@ def run_guarded(context: Context) -> list[Figure]:
 
     One mount, since two mounts of the same files differ by a quarter for where their pages came to lie.
     """
-    images = context.images()
-    data = images.part(min(_GUARDED_FILES, len(images.paths)))
+    data = context.images()
     pace = f"{max(1.0, _SWEEP_SECONDS * len(data.paths) / _SWEEP_FILES):.1f}s"
     options = ["--revalidate", pace, "--metrics", "0"]
-    with mounts.coordlfs(images.root, data.allocated * 11 // 10, options=options) as mount:
+    with mounts.coordlfs(data.root, data.allocated * 11 // 10, options=options) as mount:
         reader.read(mount.point, data.paths, 2, 0)
         if (pinned := mount.settled()["pinned_items"]) != len(data.paths):
             raise BenchError(f"only {pinned} of {len(data.paths)} files were cached")
@@ -106,12 +104,12 @@ def _compare_guarded(context: Context, mount: mounts.Mount, data: Images, thread
     def guarded(n: int) -> float:
         with mount.scraped(_SCRAPE):
             reader.read(mount.point, data.paths, threads, n)  # what was due while it was stopped is done meanwhile
-            return _speed(mount.point, data, threads, n)
+            return reader.read(mount.point, data.paths, threads, n).files_per_second
 
     def stopped(n: int) -> float:
         reader.read(mount.point, data.paths, threads, n)  # so that nothing is missing, for which nobody would answer
         with mount.stopped():
-            return _speed(mount.point, data, threads, n)
+            return reader.read(mount.point, data.paths, threads, n).files_per_second
 
     speeds = alternate(context, context.rounds(_GUARDED_ROUNDS), {"guarded": guarded, "stopped": stopped})
     sweeps = mount.status()["revalidation"]["sweeps"] - before
@@ -127,11 +125,6 @@ def _compare_guarded(context: Context, mount: mounts.Mount, data: Images, thread
             f" half of {len(both)} rounds: {low:.3f} – {high:.3f}",
         )
     ]
-
-
-def _speed(root: Path, data: Images, threads: int, seed: int) -> float:
-    passes = [reader.read(root, data.paths, threads, _PASSES * seed + i) for i in range(_PASSES)]
-    return sum(p.files for p in passes) / sum(p.seconds for p in passes)
 
 
 def _warm_speed(root: Path, data: Images, threads: int, seed: int) -> float:
