@@ -70,3 +70,21 @@ def test_it_starts_within_300_ms(command: list[str]) -> None:
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(5)) <= 0.3  # the best, since other tests' ends may take the cores
+
+
+def _programs() -> list[str]:
+    """Every module that `python -m` runs for people, who give it options; others are run by programs."""
+    files = [path for top in SETUPTOOLS["package-dir"].values() for path in (ROOT / top).rglob("*.py")]
+    mains = {
+        path for path in files if {'if __name__ == "__main__":', "import argparse"} <= set(path.read_text().split("\n"))
+    }
+    names = {top: name for name, top in SETUPTOOLS["package-dir"].items()}
+    parts = [path.relative_to(ROOT).with_suffix("").parts for path in mains]
+    return sorted(".".join([names[top], *below]).removesuffix(".__main__") for top, *below in parts)
+
+
+@pytest.mark.parametrize("program", _programs())
+def test_every_program_has_help(program: str) -> None:
+    said = subprocess.run([sys.executable, "-m", program, "--help"], capture_output=True, text=True, timeout=60)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("usage: ")

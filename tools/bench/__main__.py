@@ -42,7 +42,7 @@ _BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
     "tree": (tree.run, "listing a million files, and the server's memory for them"),
     "analyser": (analyser.run, "the stall analyser on jobs whose truth is known"),
     "predictions": (analyser.predictions, "epochs that the analyser predicts against real ones on a mount"),
-    "tasks": (tasks.run, "the stalls of three training tasks with 35 % cached, page cache and coordlfs"),
+    "tasks": (tasks.run, "the stalls of three training tasks with 35 %% cached, page cache and coordlfs"),
     "startup": (startup.run, "the command, and from mount to first byte"),
     "loader": (
         loader.measure,
