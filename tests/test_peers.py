@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import liars
@@ -21,6 +23,7 @@ import pytest
 from liars import Liar
 from mounts import (
     MIB,
+    NOBODY,
     Cgroup,
     MakeMount,
     Mount,
@@ -34,10 +37,18 @@ from mounts import (
     write_files,
 )
 from test_mount_memory import holding
+from users import User
 
-from coordlfs.peers import connection, protocol
+from coordlfs import items, memfds
+from coordlfs.catalog import Catalog, node_of_path
+from coordlfs.errors import UserError
+from coordlfs.metrics import Counters
+from coordlfs.minio import MinIO
+from coordlfs.peers import connection, link, protocol, settings
 from coordlfs.peers.connection import Credentials
+from coordlfs.peers.ownership import Node, Ownership, key_of
 from coordlfs.peers.protocol import ProtocolError, Reply, Request, Status, Verb
+from coordlfs.peers.sharing import Sharing
 
 _STALL = 20.0  # seconds that one read may take whatever the peers do: the limits, on a machine four times slower
 _KEY = b"0123456789abcdef0123456789abcdef"
@@ -50,6 +61,11 @@ def free_ports(count: int) -> list[int]:
         for sock in socks:
             sock.bind(("127.0.0.1", 0))
         return [sock.getsockname()[1] for sock in socks]
+
+
+def _own_key() -> bytes:
+    """The key of nodes that are given none."""
+    return settings.read_key(settings.loopback_key())
 
 
 def _list(ports: list[int]) -> str:
@@ -195,6 +211,77 @@ def test_what_belongs_to_a_node_that_joins_gives_way(source: Path, mount: MakeMo
     for node in made:
         _check(node, names, 9)
     _check_storage(made, before, unanswered)
+
+
+def test_what_gives_way_is_found_while_questions_are_answered(key_file: Path) -> None:
+    """Of 50,000 pinned items what another node owns, and that of the last view only; nobody waits for it."""
+    count, page = 50_000, 4096
+    own, other = Node("127.0.0.1:1", count * page), Node("127.0.0.1:2", 2 * count * page)
+    mine = {"name": own.name, "key_file": str(key_file), "own_key": False}
+    config = {"peers": mine | dict.fromkeys(("tls_cert", "tls_key", "tls_ca")), "capacity": own.weight}
+    policy = MinIO(count)
+    fds = memfds.allocate()
+    with ExitStack() as stack:
+        for fd in fds:
+            stack.callback(os.close, fd)
+        catalog = Catalog(*fds)
+        wanted: set[int] = set()
+        ownership = Ownership([own, other])
+        for number in range(count):
+            name = b"item-%d" % number
+            st = os.stat_result((0o100644, number + 2, 1, 1, 0, 0, page, 0, 0, 0), {"st_mtime_ns": 0})
+            item = items.item_at(catalog.enter(0, name, st)[0], 0)
+            assert policy.admit(item, 1)
+            policy.pin(item, 0)
+            if ownership.owner(key_of(node_of_path(name), 0)) == other:
+                wanted.add(item)
+        admission: Any = SimpleNamespace(policy=policy, lock=threading.RLock(), has_room=lambda npages: False)
+        sharing = Sharing(config, catalog, admission, Counters(catalog.counters))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (ours, theirs):
+            stack.callback(sock.close)
+        theirs.settimeout(20)
+        sharing.attach(os.getpid(), ours)
+        thread = threading.Thread(target=sharing.run)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(sharing.close)
+
+        def tell(*nodes: Node) -> None:
+            for packet in link.encode_members(
+                [link.Member(n.name, "127.0.0.1", 2, n.weight, 0, True, 0.0, 0, "") for n in nodes]
+            ):
+                theirs.send(packet)
+            theirs.recv(link.MOST)
+
+        def displaced() -> list[int]:
+            began = time.monotonic()
+            with admission.lock:
+                found = sharing.displaced(1)
+            took.append(time.monotonic() - began)
+            return found
+
+        took: list[float] = []
+        tell()
+        assert displaced() == []  # it is alone
+        tell(Node("127.0.0.1:3", 1))
+        displaced()
+        tell(other)
+        found: list[int] = []
+        asked = 0
+
+        def all_gone() -> bool:
+            nonlocal asked
+            theirs.send(link.QUESTION.pack(b"?", 1, 12345, 0))
+            asked += link.ANSWER.unpack(theirs.recv(link.MOST))[0] == b"!"
+            found.extend(displaced())
+            return len(found) >= len(wanted)
+
+        eventually(all_gone, 60)
+        assert set(found) == wanted
+        assert len(found) == len(wanted)
+        assert asked > 5
+        assert max(took) < 1
 
 
 @pytest.mark.timeout(120)
@@ -349,8 +436,8 @@ def liar() -> Iterator[Callable[..., Liar]]:
     """Makes a node that lies."""
     with ExitStack() as stack:
 
-        def make(port: int, lie: liars.Lie, key: bytes = b"", says: bytes | None = None) -> Liar:
-            made = Liar(socket.create_server(("127.0.0.1", port)), key, lie, says)
+        def make(port: int, lie: liars.Lie, key: bytes | None = None, says: bytes | None = None) -> Liar:
+            made = Liar(socket.create_server(("127.0.0.1", port)), key or _own_key(), lie, says)
             stack.callback(made.close)
             return made
 
@@ -515,6 +602,144 @@ def test_a_node_with_another_key_is_no_member(
 
 
 @pytest.mark.timeout(60)
+def test_a_stranger_is_refused_where_no_key_is_given(
+    source: Path, nodes: Callable[..., list[Mount]], liar: Callable[..., Liar], mount: MakeMount
+) -> None:
+    names = write_files(source, 20, 50_000)
+    made = nodes(2)
+    where = ("127.0.0.1", int(made[0].stats()["peers"]["name"].partition(":")[2]))
+    for key in (b"", _KEY):
+        with pytest.raises((ProtocolError, ConnectionError)):
+            connection.connect(where, Credentials(key), None)
+    connection.connect(where, Credentials(_own_key()), None).close()
+    ports = free_ports(2)
+    bad = Liar(socket.create_server(("127.0.0.1", ports[1])), b"", liars.nothing)
+    try:
+        node = mount(source, "16M", *_options(ports[0], ports))
+        eventually(lambda: bad.strangers > 0)
+        _check(node, names)
+        assert node.stats()["peers"]["alive"] == bad.asked == 0
+    finally:
+        bad.close()
+
+
+def _prepare(**options: str) -> None:
+    """What a mount does with its options, on a port that is free."""
+    [port] = free_ports(1)
+    cluster = settings.Cluster(listen=f"127.0.0.1:{port}", **{"peers": f"127.0.0.1:{port}", **options})
+    config, sock = settings.prepare(cluster)
+    sock.close()
+    assert settings.credentials(config).key
+
+
+@pytest.fixture
+def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for /run/coordlfs."""
+    monkeypatch.setattr(settings, "_OF_ROOT", str(place / "run"))
+    return place / "run"
+
+
+def test_a_key_is_made_once_for_all_nodes_without_one(run: Path) -> None:
+    found: list[tuple[str, bytes]] = []
+
+    def look() -> None:
+        path = settings.loopback_key()
+        found.append((path, settings.read_key(path)))
+
+    threads = [threading.Thread(target=look) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
+    path, key = found[0]
+    assert path == str(run / "loopback.key")
+    assert len(key) == 64
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    assert run.stat().st_mode & 0o777 == 0o700
+    assert os.listdir(run) == ["loopback.key"]
+
+
+def _open_to_others(key: Path) -> None:
+    key.chmod(0o644)
+
+
+def _of_somebody_else(key: Path) -> None:
+    os.chown(key, NOBODY, NOBODY)
+
+
+def _too_short(key: Path) -> None:
+    key.write_bytes(b"short")
+
+
+def _a_directory_of_all(key: Path) -> None:
+    key.parent.chmod(0o777)
+
+
+def _a_directory_of_somebody_else(key: Path) -> None:
+    os.chown(key.parent, NOBODY, NOBODY)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _open_to_others,
+        _of_somebody_else,
+        _too_short,
+        _a_directory_of_all,
+        _a_directory_of_somebody_else,
+    ],
+)
+def test_a_key_that_others_may_know_is_refused_in_one_line(run: Path, spoil: Callable[[Path], None]) -> None:
+    _prepare()
+    spoil(run / "loopback.key")
+    with pytest.raises(UserError) as caught:
+        _prepare()
+    assert str(run) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_where_the_key_of_a_user_lies(run: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user = User("nobody", place)
+    home, runtime, foreign = (place / name for name in ("home", "runtime", "foreign"))
+    for made in (home, runtime, foreign):
+        made.mkdir(mode=0o755)
+    for made in (home, runtime):
+        os.chown(made, user.uid, user.gid)
+    foreign.chmod(0o777)
+    in_home = home / ".cache" / "coordlfs" / "loopback.key"
+    monkeypatch.setenv("HOME", str(home))
+    for directory, wanted in (
+        (str(runtime), runtime / "coordlfs" / "loopback.key"),
+        (str(foreign), in_home),
+        ("relative", in_home),
+        (str(place / "missing"), in_home),
+    ):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
+        assert user.do(settings.loopback_key) == str(wanted)
+        assert wanted.stat().st_uid == user.uid
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place / "foreign"))
+    assert settings.loopback_key() == str(run / "loopback.key")  # root's, whatever the environment
+    monkeypatch.setattr(settings, "_OF_ROOT", "/proc/coordlfs")
+    monkeypatch.setenv("HOME", str(place))
+    assert settings.loopback_key() == str(place / ".cache" / "coordlfs" / "loopback.key")
+
+
+def test_a_key_that_is_gone_is_made_again(run: Path) -> None:
+    """As when XDG_RUNTIME_DIR went with the user's session: a server that is replaced must come up."""
+    [port] = free_ports(1)
+    config, sock = settings.prepare(settings.Cluster(listen=f"127.0.0.1:{port}", peers=f"127.0.0.1:{port}"))
+    sock.close()
+    key = settings.credentials(config).key
+    (run / "loopback.key").unlink()
+    assert len(again := settings.credentials(config).key) == len(key)
+    assert again != key
+    with pytest.raises(FileNotFoundError):
+        settings.credentials(config | {"own_key": False, "key_file": "/nowhere"})
+
+
+@pytest.mark.timeout(60)
 def test_only_files_of_the_dataset_can_be_asked_for(source: Path, mount: MakeMount, place: Path) -> None:
     (source / "directory").mkdir()
     (source / "file").write_bytes(b"inside")
@@ -523,7 +748,7 @@ def test_only_files_of_the_dataset_can_be_asked_for(source: Path, mount: MakeMou
     ports = free_ports(2)
     node = mount(source, "16M", *_options(ports[0], ports))
     st = (source / "file").stat()
-    with connection.connect(("127.0.0.1", ports[0]), Credentials(b""), None) as sock:
+    with connection.connect(("127.0.0.1", ports[0]), Credentials(_own_key()), None) as sock:
 
         def ask(path: bytes, size: int = 6, mtime_ns: int = st.st_mtime_ns) -> Status:
             request = Request(Verb.GET, 7, 1, 0, size, mtime_ns, path)
@@ -564,12 +789,76 @@ def test_another_version_is_not_served(source: Path, nodes: Callable[..., list[M
         assert read(two.path / name) == noise(60_000, 7)
 
 
+def _owned_by(node: Mount, names: list[str]) -> list[str]:
+    rows = json.loads(coordlfs("peers", node.path, "--json").stdout)
+    ownership = Ownership([Node(row["name"], row["capacity_bytes"]) for row in rows])
+
+    def owner(name: str) -> str | None:
+        found = ownership.owner(key_of(node_of_path(name.encode()), 0))
+        return found and found.name
+
+    return [name for name in names if owner(name) == rows[0]["name"]]
+
+
+def _read_again_if_stale(path: Path) -> bytes:
+    """What whoever opens a file again gets that was changed while it was read."""
+    found: list[bytes] = []
+
+    def is_read() -> bool:
+        try:
+            found.append(read(path))
+        except OSError as e:
+            if e.errno != errno.ESTALE:
+                raise
+        return bool(found)
+
+    eventually(is_read, what=f"{path} is not stale")
+    return found[0]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("size", [50_000, 2_500_000])  # in one READ, and in some
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("change", [1.3, 1, 0.7])
+def test_what_changes_after_all_nodes_have_listed_it_is_read_in_one_version(
+    source: Path, nodes: Callable[..., list[Mount]], size: int, change: float, replaced: bool
+) -> None:
+    """The owner, which has read nothing of it, learns by the request that its file is another one than it believes."""
+    new = noise(int(size * change), 7)
+    names = [f"item-{number:05}" for number in range(24)]
+    for number, name in enumerate(names):
+        (source / name).write_bytes(noise(size, number + 100))
+    one, two = nodes(2, "64M")
+    for node in (one, two):
+        for name in names:
+            assert (node.path / name).stat().st_size == size
+    theirs = _owned_by(two, names)
+    assert theirs
+    for name in theirs:
+        old = read(source / name)
+        if replaced:
+            (source / "new").write_bytes(new)
+            (source / "new").rename(source / name)
+        else:
+            with open(source / name, "r+b") as f:
+                f.truncate(len(new))
+                f.write(new)
+        for node in (one, two, one):
+            data = _read_again_if_stale(node.path / name)
+            assert data in (old, new), (name, node.path, len(data))
+    figures = one.stats()["peers"]
+    assert figures["wrong_versions"] > 0  # it asked
+    assert figures["failures"] == figures["bad_payloads"] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "status", "says"),
     [
         (["--listen", "0.0.0.0:0"], 2, "--peers"),
         (["--peers", "a:1,b:2"], 2, "--listen"),
         (["--peers", "a:1", "--listen", "0.0.0.0:7070"], 2, "--cluster-key-file"),
+        (["--peers", "127.0.0.1:1,10.1.2.3:7070", "--listen", "127.0.0.1:7070"], 2, "--cluster-key-file"),
+        (["--peers", "[2001:db8::1]:7070", "--listen", "127.0.0.1:7070"], 2, "--cluster-key-file"),
         (["--peers", "a:1", "--listen", "nonsense"], 2, "HOST:PORT"),
         (["--peers", "nonsense", "--listen", "127.0.0.1:0"], 2, "etcd:URL"),
         (["--peers", "a:1", "--listen", "127.0.0.1:7070", "--tls-cert", "x"], 2, "go together"),

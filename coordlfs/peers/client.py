@@ -304,10 +304,12 @@ class Peer:
         with self._lock:
             if self._asked >= _ASKED or not self.breaker.allows(time.monotonic()):
                 return self._count(Outcome.SKIPPED)
+            pipe = self._free_pipe()
+            if pipe is None and self._opening >= _CONNECTIONS:
+                return self._count(Outcome.SKIPPED)
             self._asked += 1
             self._number = self._number + 1 & 0xFFFFFFFF
             request = Request(Verb.GET, self._number, length, offset, *version, path)
-            pipe = self._free_pipe()
             if pipe is None:
                 self._opening += 1
         if pipe is None:
@@ -318,7 +320,7 @@ class Peer:
                 self._asked -= 1
                 if outcome is Outcome.OK:
                     self.received_bytes += length
-                if outcome in (Outcome.FAILED, Outcome.BAD):
+                if outcome in (Outcome.FAILED, Outcome.BAD, Outcome.ERROR):  # an error takes its source's time
                     self.breaker.failed(time.monotonic())
                 else:
                     self.breaker.succeeded()

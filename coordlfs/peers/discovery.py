@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -33,6 +34,7 @@ _ASK_SLURM_EVERY, _SLURM_THINKS = 15.0, 10.0  # seconds: its controller is asked
 _NODE_LIST = re.compile(r"(?:^|\s)NodeList=([^\s(]+)")
 _LEASE = 10  # seconds that etcd keeps a node which says nothing
 _RENEW_EVERY = 3.0
+_QUIET = 15.0  # seconds without a change after which it is asked whether there was one
 _AGAIN_AFTER = 1.0  # seconds after which an etcd that failed is asked again
 
 
@@ -162,8 +164,9 @@ async def _keep_key(client: httpx.AsyncClient, key: str) -> None:
                 if int(answer["result"].get("TTL", 0)) <= 0:
                     lease = None
             if lease is None:
-                lease = (await _ask(client, "lease/grant", {"TTL": _LEASE}))["ID"]
-                await _ask(client, "kv/put", {"key": _encode(key), "value": "", "lease": lease})
+                new = (await _ask(client, "lease/grant", {"TTL": _LEASE}))["ID"]
+                await _ask(client, "kv/put", {"key": _encode(key), "value": "", "lease": new})
+                lease = new
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as e:
             log.info("etcd: the key of this node: %r", e)
             lease = None if isinstance(e, httpx.HTTPStatusError) else lease
@@ -173,7 +176,10 @@ async def _keep_key(client: httpx.AsyncClient, key: str) -> None:
 
 
 async def _etcd_changes(client: httpx.AsyncClient, prefix: str) -> AsyncIterator[Addresses]:
-    """The addresses now, and again after every change. Ends when etcd goes away."""
+    """The addresses now, and again after every change. Ends when etcd goes away, or says nothing for a while.
+
+    For of a connection that went dead there is no other sign; then it is asked anew.
+    """
     import httpx
 
     span = {"key": _encode(prefix), "range_end": _after(prefix)}
@@ -181,13 +187,18 @@ async def _etcd_changes(client: httpx.AsyncClient, prefix: str) -> AsyncIterator
     yield _addresses(answer, prefix)
     revision = int(answer["header"]["revision"]) + 1
     body = {"create_request": {**span, "start_revision": str(revision)}}
-    never = httpx.Timeout(5.0, read=None)
-    async with client.stream("POST", "/v3/watch", json=body, timeout=never) as response:
+    quiet = httpx.Timeout(5.0, read=_QUIET)
+    async with client.stream("POST", "/v3/watch", json=body, timeout=quiet) as response:
         response.raise_for_status()
-        async for line in response.aiter_lines():
-            if "events" in json.loads(line).get("result", {}):
-                # What is there now, and not what the events say: whatever was missed is made good by it.
-                yield _addresses(await _ask(client, "kv/range", {**span, "keys_only": True}), prefix)
+        lines = response.aiter_lines()
+        with suppress(httpx.ReadTimeout, StopAsyncIteration):
+            while True:
+                result = json.loads(await anext(lines)).get("result", {})
+                if result.get("canceled"):  # as its revision is compacted away
+                    break
+                if "events" in result:
+                    # What is there now, and not what the events say: whatever was missed is made good by it.
+                    yield _addresses(await _ask(client, "kv/range", {**span, "keys_only": True}), prefix)
 
 
 def _addresses(answer: dict[str, Any], prefix: str) -> Addresses:

@@ -39,6 +39,7 @@ class _Known:
 
     host: str
     port: int
+    at: tuple[str, int] | None = None  # where it was reached, in numbers
     info: dict[str, Any] | None = None  # what the node said of itself, last
     heard: float = 0.0  # when
     latency: float | None = None
@@ -68,7 +69,8 @@ class Membership:
         self._served = served
         self._instance = os.urandom(8).hex()
         self._known: dict[tuple[str, int], _Known] = {}
-        self._limiter = trio.CapacityLimiter(_AT_ONCE)
+        # Names that cannot be resolved may hold their threads for long: not those by which others are greeted.
+        self._reached, self._unreached = trio.CapacityLimiter(_AT_ONCE), trio.CapacityLimiter(_AT_ONCE)
         self._told: dict[str, str] = {}
 
     def own(self, pinned: int) -> dict[str, Any]:
@@ -113,14 +115,16 @@ class Membership:
         return sorted(waiting, key=lambda known: not known.is_alive(now))
 
     async def _greet(self, known: _Known) -> None:
-        await trio.to_thread.run_sync(self._ask, known, limiter=self._limiter, abandon_on_cancel=True)
+        limiter = self._unreached if known.at is None else self._reached
+        await trio.to_thread.run_sync(self._ask, known, limiter=limiter, abandon_on_cancel=True)
 
     def _ask(self, known: _Known) -> None:
         """Greet one address; on a thread, which is not waited for if that takes too long."""
         known.asking, began = True, time.monotonic()
         try:
             if known.sock is None:
-                known.sock = connection.connect((known.host, known.port), self._credentials, self._tls)
+                known.sock = connection.connect(known.at or (known.host, known.port), self._credentials, self._tls)
+                known.at = known.sock.getpeername()[:2]
                 began = time.monotonic()
             room = memoryview(bytearray(protocol.MOST_INFO))
             reply = connection.ask(known.sock, Request(Verb.INFO, 0), room)
@@ -135,6 +139,8 @@ class Membership:
             if known.sock is not None:
                 known.sock.close()
                 known.sock = None
+            else:
+                known.at = None  # a name may lead elsewhere by now
             known.problem = (e.strerror if isinstance(e, OSError) else None) or str(e) or type(e).__name__
         finally:
             known.asking = False
@@ -145,7 +151,7 @@ class Membership:
         now = time.monotonic()
         found: dict[str, link.Member] = {}
         instances: dict[str, str] = {self._config["name"]: self._instance}
-        for known in self._known.values():
+        for known in list(self._known.values()):
             info, alive, problem = known.info, known.is_alive(now), known.problem
             if info is not None and info["instance"] == self._instance:
                 continue
@@ -156,8 +162,7 @@ class Membership:
                 continue  # one node at two addresses
             found[name] = link.Member(
                 name,
-                known.host,
-                known.port,
+                *(known.at or (known.host, known.port)),  # in numbers, since READs must wait for no name service
                 info["capacity"] if info else 0,
                 info["pinned"] if info else 0,
                 alive,

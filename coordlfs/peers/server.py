@@ -9,6 +9,7 @@ user may do so with files of its own only, and then the server looks at who read
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import socket
 import stat
 import sys
 import threading
+import time
 from collections import Counter
 from contextlib import suppress
 from typing import Any
@@ -33,6 +35,9 @@ log = logging.getLogger(__name__)
 
 _MOST_CONNECTIONS = 4096
 _MOST_STRANGERS = 64  # connections that have not yet proved anything
+_OTHER_VERSION = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE}
+)  # gone, or changed while it was read
 _SEND = 5.0  # seconds that a call may wait for a receiver to take something
 _IDLE = 120.0  # seconds without a request after which a connection is closed: nodes greet each other every few
 _QUESTION = 1.0  # seconds that the mount's server may think
@@ -87,6 +92,15 @@ class Checksums:
         self._known[key] = value
 
 
+def _is_asked_for(st: os.stat_result, request: Request) -> bool:
+    """Whether a file is in the version that is asked for."""
+    return stat.S_ISREG(st.st_mode) and (st.st_size, st.st_mtime_ns) == (request.size, request.mtime_ns)
+
+
+def _status(error: OSError) -> Status:
+    return Status.WRONG_VERSION if error.errno in _OTHER_VERSION else Status.ERROR
+
+
 class PeerServer:
     """Accepts connections, each served by a thread of its own."""
 
@@ -98,33 +112,33 @@ class PeerServer:
         self._questions = Questions(socket.socket(fileno=config["socket"]))
         self._checksums = Checksums()
         self._lock = threading.Lock()
-        self._connections = self._strangers = 0
+        self._connections = threading.Semaphore(_MOST_CONNECTIONS)
+        self._strangers = threading.Semaphore(_MOST_STRANGERS)
         self.served: Counter[str] = Counter()  # bytes by the name of the asker
         self.membership = Membership(config, self._credentials, self._questions.tell, self.served)
 
     def accept(self) -> None:
-        """Accept connections, for ever."""
+        """Accept connections, for ever; with as many as there may be, the next ones wait in the kernel's queue."""
         while True:
+            self._strangers.acquire()
+            self._connections.acquire()
+            sock = None
             try:
                 sock, where = self._listener.accept()
-            except OSError as e:
-                log.error("accepting: %s", e.strerror)
-                threading.Event().wait(1)
-                continue
-            with self._lock:
-                if self._strangers >= _MOST_STRANGERS or self._connections >= _MOST_CONNECTIONS:
+                threading.Thread(target=self._serve, args=(sock, where[0]), name="peer", daemon=True).start()
+            except (OSError, RuntimeError) as e:  # no descriptor, or no thread
+                log.error("accepting: %s", e)
+                if sock is not None:
                     sock.close()
-                    continue
-                self._strangers += 1
-                self._connections += 1
-            threading.Thread(target=self._serve, args=(sock, where[0]), name="peer", daemon=True).start()
+                self._connections.release()
+                self._strangers.release()
+                time.sleep(1)
 
     def _serve(self, sock: socket.socket, who: str) -> None:
         stranger = True
         try:
             sock = connection.accept(sock, self._credentials, self._tls)
-            with self._lock:
-                self._strangers -= 1
+            self._strangers.release()
             stranger = False
             connection.set_limits(sock, _IDLE, _SEND)
             self._answer_all(sock, who)
@@ -134,9 +148,9 @@ class PeerServer:
             log.debug("connection from %s closed: %s", who, e)
         finally:
             sock.close()
-            with self._lock:
-                self._connections -= 1
-                self._strangers -= stranger
+            self._connections.release()
+            if stranger:
+                self._strangers.release()
 
     def _answer_all(self, sock: socket.socket, who: str) -> None:
         requests = Requests()
@@ -162,14 +176,14 @@ class PeerServer:
         """Answer one request for bytes; how many were sent. Raises OSError if the connection is of no use any more."""
         try:
             fd = self._open(request.path)
-        except OSError:
-            self._refuse(sock, request, Status.ERROR)
+        except OSError as e:
+            self._refuse(sock, request, _status(e))
             return 0
         try:
             try:
                 status, check, is_read = self._find(fd, request, buffer, plain)
-            except OSError:
-                status, check, is_read = Status.ERROR, 0, False
+            except OSError as e:
+                status, check, is_read = _status(e), 0, False
             if status is not Status.OK:
                 self._refuse(sock, request, status)
                 return 0
@@ -198,7 +212,7 @@ class PeerServer:
     def _find(self, fd: int, request: Request, buffer: memoryview, plain: bool) -> tuple[Status, int, bool]:
         """How to answer; the checksum; and whether the bytes were read into `buffer`. Raises OSError."""
         st = os.fstat(fd)
-        if not stat.S_ISREG(st.st_mode) or (st.st_size, st.st_mtime_ns) != (request.size, request.mtime_ns):
+        if not _is_asked_for(st, request):
             return Status.WRONG_VERSION, 0, False
         first = request.offset // pages.PAGE * pages.PAGE
         span = pages.count(request.offset + request.length - first) * pages.PAGE
@@ -212,8 +226,9 @@ class PeerServer:
         if plain and known is not None:
             return Status.OK, known, False
         view = buffer[: request.length]
-        if os.preadv(fd, [view], request.offset) != request.length:
-            return Status.ERROR, 0, False
+        # What the mount believed of the file may be old; then it was this that made it look, and know better.
+        if os.preadv(fd, [view], request.offset) != request.length or not _is_asked_for(os.fstat(fd), request):
+            return Status.WRONG_VERSION, 0, False
         known = protocol.checksum(view)
         self._checksums.put(key, known)
         return Status.OK, known, True
@@ -221,6 +236,14 @@ class PeerServer:
     @staticmethod
     def _refuse(sock: socket.socket, request: Request, status: Status) -> None:
         sock.sendall(protocol.encode_reply(Reply(status, request.number)))
+
+
+def _end_process(died: threading.ExceptHookArgs) -> None:
+    log.error(
+        "a thread of the peer server died",
+        exc_info=(died.exc_type, died.exc_value or died.exc_type(), died.exc_traceback),
+    )
+    os._exit(1)  # another one takes its place
 
 
 def main() -> None:
@@ -232,6 +255,7 @@ def main() -> None:
     logs.configure(config["log"])
     os.chdir("/")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's to handle
+    threading.excepthook = _end_process
     try:
         server = PeerServer(config)
         threading.Thread(target=server.accept, name="accept", daemon=True).start()
