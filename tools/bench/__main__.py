@@ -19,6 +19,7 @@ from coordlfs_tools.bench import (
     hits,
     loader,
     misses,
+    ownership,
     peers,
     startup,
     tasks,
@@ -39,6 +40,7 @@ _BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
     "first-epoch": (first_epoch.run, "filling the cache against reading directly"),
     "hints": (hints.run, "epochs of a DataLoader with hints and without, from a slow disk, with as much compute"),
     "peers": (peers.run, "nodes that share their caches, against each alone, and peer hits against a bare loop"),
+    "ownership": (ownership.measure, "the shares of a million items, and what a node that leaves moves"),
     "tree": (tree.run, "listing a million files, and the server's memory for them"),
     "analyser": (analyser.run, "the stall analyser on jobs whose truth is known"),
     "predictions": (analyser.predictions, "epochs that the analyser predicts against real ones on a mount"),
@@ -51,7 +53,7 @@ _BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
     "handover": (handover.measure, "batches that cost nothing to prepare, handed to 4 jobs, against memcpy"),
     "tensorsocket": (tensorsocket.measure, "jobs that share their prep, against TensorSocket; what each survives"),
 }
-_WITHOUT_ROOT = {"loader", "handover", "tensorsocket"}
+_WITHOUT_ROOT = {"loader", "handover", "ownership", "tensorsocket"}
 
 
 def _parser() -> argparse.ArgumentParser:
