@@ -697,9 +697,11 @@ class Admission:
     def _learn(self, link: Link, pins: list[tuple[int, int]]) -> None:
         for item, length in pins:
             record = items.record_of(item)
-            if record >= len(self.catalog) or not self.policy.admit(item, pages.count(length)):
+            if record >= len(self.catalog) or self.policy.holder(item) == link.index:
                 continue
-            if self.catalog.flags(record) & STALE:
+            if not self.policy.admit(item, pages.count(length), is_held=True):
+                self._send(link, Verb.DROP, item, 0)  # another keeper holds it, or is about to
+            elif self.catalog.flags(record) & STALE:
                 self._dropping.add(item)
                 self._send(link, Verb.DROP, item, 0)
             else:
@@ -713,7 +715,7 @@ class Admission:
         if outcome is Outcome.DROPPED:
             self._dropping.discard(item)
             link.full = False
-            if item not in self._pending:
+            if item not in self._pending and self.policy.holder(item) in (None, link.index):
                 self._forget(item)
             return
         pending = self._pending.get(item)

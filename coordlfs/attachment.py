@@ -51,18 +51,23 @@ def attach(source: str, mountpoint: bytes) -> int:
     return device
 
 
-def detach(mountpoint: bytes, *, lazy: bool = False, abort: bool = False) -> None:
+def detach(mountpoint: bytes, *, lazy: bool = False, abort: bool = False, device: int | None = None) -> None:
     """Unmount; `lazy` lets open files live on. Raises OSError: EBUSY, EPERM, EINVAL.
+
+    `device`: only if that is what is mounted there: a mount that was detached must not take the next one with it.
 
     `abort` ends the connection, so that nobody waits for an answer any more; for an ordinary user, where
     /sys/fs/fuse/connections is not mounted, that happens when the last process that holds /dev/fuse ends.
     """
+    if device is not None or (abort and not is_privileged()):
+        there = next((m.device for m in reversed(list(mounts.table())) if m.point == mountpoint), 0)
+        if device not in (None, there):
+            raise OSError(errno.EINVAL, "something else is mounted there")
     if is_privileged():
         mounts.unmount(mountpoint, lazy=lazy, abort=abort)
         return
     if abort:
-        device = next((m.device for m in reversed(list(mounts.table())) if m.point == mountpoint), 0)
-        with suppress(OSError), open(f"/sys/fs/fuse/connections/{os.minor(device)}/abort", "w") as f:
+        with suppress(OSError), open(f"/sys/fs/fuse/connections/{os.minor(there)}/abort", "w") as f:
             f.write("1")
     fusermount.unmount(mountpoint, lazy=lazy)
 

@@ -314,6 +314,7 @@ class ByteLane:
             if opcode in (fuse.READDIR, fuse.READDIRPLUS):
                 _HANDLE.pack_into(request, fuse.IN_HEADER.size, node)
             self._counters.add("name_requests")
+            self._waits[unique] = _Wait(time.monotonic(), False)
             self._names.send(message)
         elif opcode not in _SILENT:
             self._counters.add("direct_opens")
@@ -355,6 +356,10 @@ class ByteLane:
         if not isinstance(error, OSError):
             log.exception("a request failed")
         self._reply(fuse.error_reply(unique, code or errno.EIO))
+
+    def name_answered(self, unique: int) -> None:
+        """The name lane has answered a request."""
+        self._waits.pop(unique, None)
 
     def look_at_waits(self) -> None:
         """Answer, in place of the source, what has waited for it for too long. Called every so often.

@@ -195,10 +195,17 @@ class Catalog:
         self._w[at] = _access(st) << 32 | self._w[at] & 0xFFFFFFFF
 
     @_locked
-    def supersedes(self, record: int, st: os.stat_result) -> bool:
-        """Whether `st` is another file in the place of one of which bytes have been handed out."""
+    def supersedes(self, record: int, st: os.stat_result, *, is_another: bool = False) -> bool:
+        """Whether `st` is another file in the place of one of which bytes have been handed out, or another link.
+
+        `is_another`: it is another file, though the inode's number may be the same.
+        """
         flags = self.flags(record)
-        if flags & SERVED and st.st_ino != self._w[_HEADER_WORDS + record * _WORDS + 5]:
+        another = is_another or st.st_ino != self._w[_HEADER_WORDS + record * _WORDS + 5]
+        if stat.S_ISLNK(st.st_mode) and not flags & (REGULAR | DIRECTORY):
+            # The kernel keeps where a link leads with the node, and new attributes do not have it look again.
+            another, flags = not self.shows_bytes(record, st), flags | SERVED
+        if flags & SERVED and another:
             self.set_stale(record)
             self._w[_HEADER_WORDS + record * _WORDS + 1] |= SUPERSEDED
             return True
@@ -251,9 +258,10 @@ class Catalog:
                     self._w[_HEADER_WORDS + record * _WORDS + 1] &= ~SUPERSEDED
                 return record, False, superseded
             if same and not self.supersedes(record, st):
-                if flags & REGULAR and stat.S_ISREG(st.st_mode):
+                kind = self._kind(st, linked)
+                if (REGULAR | DIRECTORY) & kind & flags:
                     return record, True, superseded
-                self.set_version(record, Version.of(st), self._kind(st, linked))
+                self.set_version(record, Version.of(st), kind)
                 return record, False, superseded
             if same and not flags & SUPERSEDED:
                 superseded = record
@@ -293,10 +301,15 @@ class Catalog:
 
     @_locked
     def change_version(self, record: int, version: Version, served: int) -> bool:
-        """`set_version`, if SERVED is still `served`: else bytes of the old one have been handed out meanwhile."""
+        """Record another version, if SERVED is still `served`: else bytes of the old one have been handed out since.
+
+        It stays: what takes the place of the file later is another one to those who got bytes of any version of it.
+        """
         if self.flags(record) & SERVED != served:
             return False
         self.set_version(record, version)
+        if served:
+            self.set_served(record)
         return True
 
     def set_served(self, record: int) -> None:

@@ -100,8 +100,14 @@ class Control:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._source.root]))]
         await stream.socket.sendmsg([b"\n"], rights)
 
-    def _items(self, paths: list[str]) -> list[int]:
-        """The items of the files named; names that are no regular files are left out."""
+    async def _items(self, paths: list[str]) -> list[int]:
+        """The items of the files named; names that are no regular files are left out.
+
+        From a thread: the source may take its time, or never answer, and all else goes on.
+        """
+        return await trio.to_thread.run_sync(self._look_up, paths, abandon_on_cancel=True)
+
+    def _look_up(self, paths: list[str]) -> list[int]:
         found: list[int] = []
         directories: dict[bytes, int] = {b"": 0}
         for text in paths:
@@ -126,7 +132,7 @@ class Control:
 
     async def _admit(self, request: dict[str, Any]) -> dict[str, int]:
         """Have files pinned, and wait until they are or cannot be."""
-        wanted = self._items(request["paths"])
+        wanted = await self._items(request["paths"])
         self._admission.admit(wanted)
         while not self._admission.settled(wanted):
             await trio.sleep(0.005)
@@ -147,7 +153,7 @@ class Control:
     async def _drop(self, request: dict[str, Any]) -> dict[str, int]:
         """Let files go (all of them if no paths are given), and wait until they are gone."""
         policy = self._admission.policy
-        wanted = self._items(request["paths"]) if "paths" in request else policy.items()
+        wanted = await self._items(request["paths"]) if "paths" in request else policy.items()
         before = policy.used
         dropped = self._admission.drop(wanted)
         while not self._admission.settled(wanted):

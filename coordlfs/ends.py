@@ -4,7 +4,8 @@ It shows a file as long as it was last told, until a READ comes back short: that
 does not listen if it was notified about the inode after it sent the READ, and would show zeros up to the end that it
 knows. Whether it was cannot be told from the message. So of an inode that the kernel was notified about, a READ that
 would be answered short is refused once: what was to be read ahead, the kernel then asks for page by page, and what it
-asks for after the refusal it sent after the notification. The reader sees nothing of it.
+asks for after the refusal it sent after the notification. The reader sees nothing of it, but for one that faults in a
+single page behind which its mapping goes on: of a file whose end has not come down no READ is refused, therefore.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ class Ends:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._refused: OrderedDict[int, list[range]] = OrderedDict()  # by node: pages
+        # By node: the pages, and the largest size that the kernel may believe in.
+        self._refused: OrderedDict[int, tuple[list[range], int]] = OrderedDict()
 
-    def notified(self, node: int) -> None:
-        """The kernel is about to be notified about an inode."""
+    def notified(self, node: int, size: int) -> None:
+        """The kernel, which may take it to have `size` bytes, is about to be notified about an inode."""
         with self._lock:
-            self._refused.pop(node, None)
-            self._refused[node] = []
+            _, before = self._refused.pop(node, ((), 0))
+            self._refused[node] = [], max(size, before)
             if len(self._refused) > _INODES:
                 self._refused.popitem(last=False)
 
@@ -41,8 +43,8 @@ class Ends:
         if node not in self._refused:
             return False
         with self._lock:
-            refused = self._refused.get(node)
-            if refused is None or any(end // PAGE in pages for pages in refused):
+            refused, size_believed = self._refused.get(node, ([], 0))
+            if end >= size_believed or any(end // PAGE in pages for pages in refused):
                 return False
             del refused[: 1 - _REFUSALS]
             refused.append(range(offset // PAGE, -(-(offset + size) // PAGE)))

@@ -43,9 +43,12 @@ class MinIO:
             return State.PINNED
         return State.ADMITTED if item in self._pages else State.ABSENT
 
-    def admit(self, item: int, pages: int) -> bool:
-        """Take room for an item that is absent; False if there is too little, and then nothing changes."""
-        if pages <= 0 or item in self._pages or self.used + pages > self.capacity:
+    def admit(self, item: int, pages: int, *, is_held: bool = False) -> bool:
+        """Take room for an item that is absent; False if there is too little, and then nothing changes.
+
+        `is_held`: it is in memory as it is, be there room or not.
+        """
+        if pages <= 0 or item in self._pages or (self.used + pages > self.capacity and not is_held):
             return False
         self._pages[item] = pages
         self.used += pages

@@ -2,7 +2,8 @@
 
 Listings, links, extended attributes and file system figures. The kernel asks nothing twice: names, attributes and
 listings are good for a day. pyfuse3 reads from a socket pair that the byte lane feeds; see `coordlfs.server`.
-A source that may never answer, as on a network, is asked from threads, so that nothing waits but who asked.
+A source that may never answer, as on a network, is asked from threads, so that nothing waits but who asked; so is every
+directory, whose names may take a disk seconds.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ class NameLane(pyfuse3.Operations):
         self._lock = threading.Lock()  # of the listings
         self._threads = trio.CapacityLimiter(TASKS)
 
-    async def _ask(self, question: Callable[[], T]) -> T:
-        """Ask the source something, from a thread if it may never answer."""
-        if not self._source.is_remote:
+    async def _ask(self, question: Callable[[], T], *, is_long: bool = False) -> T:
+        """Ask the source something, from a thread if it may never answer or take long."""
+        if not self._source.is_remote and not is_long:
             return question()
         return await trio.to_thread.run_sync(question, abandon_on_cancel=True, limiter=self._threads)
 
@@ -130,7 +131,7 @@ class NameLane(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """Entries from position `start_id` on; `fh` is the node id, since directories are not opened."""
         record = self._namespace.record_of(fh)
-        await self._ask(lambda: self._list(fh, record, start_id, token))
+        await self._ask(lambda: self._list(fh, record, start_id, token), is_long=True)
 
     def _list(self, fh: int, record: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         listing = self._listing(fh, record, start_id)

@@ -88,8 +88,15 @@ class Namespace:
         record, changed, superseded = self._catalog.enter(parent, name, st)
         if superseded is not None:
             self._reader.replaced(superseded)
-        if changed:
+        if changed and stat.S_ISREG(st.st_mode) and self._reader.supersedes(record, st):
+            self._reader.replaced(record)
+            record, changed, _ = self._catalog.enter(parent, name, st)
+        if changed and stat.S_ISREG(st.st_mode):
             self._reader.modified(record, st, announce=announce)
+        elif changed:  # a directory, whose listing the kernel drops itself as soon as it is told the new time
+            if announce:
+                self._reader.drop_pages(record)
+            self._catalog.set_version(record, Version.of(st))
         return record
 
     def _lstat(self, path: bytes, before_wait: Callable[[], None] | None) -> os.stat_result:

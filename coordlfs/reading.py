@@ -294,7 +294,7 @@ class Reader:
         shown = self.catalog.version(record)
         served = self.catalog.flags(record) & SERVED  # before it is asked whether another file takes its place
         node = self.catalog.node(record)
-        if self.catalog.supersedes(record, st):
+        if self.supersedes(record, st):
             self.replaced(record)
             raise OSError(errno.ESTALE, "replaced while it was read")
         if self.catalog.is_stricter(record, st):
@@ -309,7 +309,8 @@ class Reader:
         if st.st_size < shown.size:
             # A short reply tells the kernel where the file ends now, unless the READ begins behind it: what lies before
             # it would be zeros. Nor does the kernel listen if it was told of older attributes meanwhile.
-            self._ends.notified(node)
+            self._ends.notified(node, shown.size)
+            self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))  # who has got the new bytes sees the new version
             self.drop_pages(record)
             if offset and (served or offset >= st.st_size):
                 self.admission.drop_file(record, shown.size)
@@ -325,6 +326,18 @@ class Reader:
         self.catalog.set_served(record)
         self.admission.drop_file(record, shown.size)
 
+    def supersedes(self, record: int, st: os.stat_result) -> bool:
+        """Whether `st`, another version than the one shown, is another file in the place of one that was read.
+
+        Be it with the inode number of the one that was deleted for it.
+        """
+        is_another = (
+            bool(self.catalog.flags(record) & SERVED)
+            and not self.catalog.shows_bytes(record, st)
+            and self.source.is_younger(self.catalog.path(record), self.catalog.version(record).mtime_ns)
+        )
+        return self.catalog.supersedes(record, st, is_another=is_another)
+
     def modified(self, record: int, st: os.stat_result, *, announce: bool) -> None:
         """The attributes of a file show another version: the kernel is about to be told, and drops what it has.
 
@@ -333,7 +346,7 @@ class Reader:
         if self.catalog.shows_bytes(record, st):
             self.catalog.set_access(record, st)
             return
-        if self.catalog.supersedes(record, st):  # bytes were handed out a moment ago
+        if self.supersedes(record, st):  # bytes were handed out a moment ago
             self.replaced(record)
             raise OSError(errno.ESTALE, "replaced")
         self.counters.add("changed_files")
@@ -351,7 +364,7 @@ class Reader:
         """Do what a server before this one had begun when it was killed: nothing of a version past may stay."""
         for record in self.catalog.stale():
             parent, name = self.catalog.entry(record)
-            self._ends.notified(self.catalog.node(record))
+            self._ends.notified(self.catalog.node(record), fuse.LARGEST_FILE)
             if record:
                 self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
             self.drop_pages(record)
@@ -361,10 +374,10 @@ class Reader:
 
         Should this server not live to see that moment, the next one does it.
         """
-        node = self.catalog.node(record)
+        node, size = self.catalog.node(record), self.catalog.size(record)
         self.admission.stale(record)
         self.catalog.set_foreign(record)
-        self.notifier.call(lambda: self._ends.notified(node))
+        self.notifier.call(lambda: self._ends.notified(node, size))
         self.notifier.send(fuse.invalidate_inode(node, 0, 0))
         self.notifier.call(lambda: self.admission.purge(record))
 

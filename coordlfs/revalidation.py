@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 _BATCH = 1024
 _SHARE = 0.8  # of the promised time in which a sweep is to be through
+_LONGEST_PAUSE = 0.01  # of that time, after which it is seen what else has become known
+_HANGS_AFTER = 30.0  # seconds that the source may take for a batch
+_THREADS = 16  # that may wait for a source which does not answer
 _KINDS = REGULAR | DIRECTORY
 
 
@@ -50,40 +53,57 @@ class Revalidation:
         self._reader = reader
         self._notifier = notifier
         self._counters = counters
+        self._sweepers, self._refreshers = trio.CapacityLimiter(_THREADS), trio.CapacityLimiter(_THREADS)
         self._gone: set[int] = set()  # what was missing already when it was last looked at
 
     async def run(self, interval: float) -> None:
-        """Sweep until cancelled, so that a change is noticed within `interval` seconds."""
+        """Sweep until cancelled, so that a change is noticed within `interval` seconds.
+
+        What becomes known during a sweep is looked at in that sweep: so nothing is looked at later than one after it
+        was, or after it became known.
+        """
         late = False
         while True:
-            records, began = len(self._catalog), time.monotonic()
-            batches = range(0, records, _BATCH)
-            for number, first in enumerate(batches):
-                await trio.sleep_until(trio.current_time() + self._wait(began, interval, number, len(batches)))
-                await self._in_thread(range(first, min(first + _BATCH, records)))
+            checked, began = 0, time.monotonic()
+            while (left := len(self._catalog) - checked) > 0:
+                pause = self._pause(began + interval * _SHARE - time.monotonic(), left)
+                if pause > (longest := interval * _LONGEST_PAUSE):
+                    await trio.sleep(longest)
+                    continue  # there may be more to look at by now
+                await trio.sleep(pause)
+                batch = range(checked, checked + min(left, _BATCH))
+                await self._within(_HANGS_AFTER, batch)
+                checked = batch.stop
             self._counters.add("sweeps")
             took = time.monotonic() - began
             if took > interval and not late:
                 late = True
-                log.warning("a sweep of %d names took %.0f s, longer than --revalidate %.0f s", records, took, interval)
+                log.warning("a sweep of %d names took %.0f s, longer than --revalidate %.0f s", checked, took, interval)
 
     @staticmethod
-    def _wait(began: float, interval: float, number: int, batches: int) -> float:
-        """Seconds until a batch is due, so that the batches are spread evenly."""
-        due = began + interval * _SHARE * (number + 1) / batches
-        return max(0.0, due - time.monotonic())
+    def _pause(seconds: float, left: int) -> float:
+        """How long to wait for the next batch, so that what is left is spread evenly over so many seconds."""
+        return max(0.0, seconds * min(left, _BATCH) / left)
+
+    async def _within(self, seconds: float, batch: range) -> None:
+        """Look at a batch; one that hangs in the source is left to its thread, and the others go on."""
+        with trio.move_on_after(seconds) as scope:
+            await self._in_thread(batch, self._sweepers)
+        if scope.cancelled_caught:
+            path = os.fsdecode(self._catalog.path(batch.start))
+            log.warning("names from %s on are not looked at: the source does not answer", path or "the root")
 
     async def refresh(self, paths: Collection[bytes]) -> tuple[int, int]:
         """Look now at what is known of `paths` and below them; how many names there were, and how many had changed."""
         wanted = await trio.to_thread.run_sync(self._below, paths)
         changed = 0
         for first in range(0, len(wanted), _BATCH):
-            changed += await self._in_thread(wanted[first : first + _BATCH])
+            changed += await self._in_thread(wanted[first : first + _BATCH], self._refreshers)
         return len(wanted), changed
 
-    async def _in_thread(self, records: Iterable[int]) -> int:
+    async def _in_thread(self, records: Iterable[int], limiter: trio.CapacityLimiter) -> int:
         # Abandoned when the mount ends: a source that never answers must not hold that up.
-        return await trio.to_thread.run_sync(self._check_all, records, abandon_on_cancel=True)
+        return await trio.to_thread.run_sync(self._check_all, records, abandon_on_cancel=True, limiter=limiter)
 
     def _check_all(self, records: Iterable[int]) -> int:
         with closing(Neighbours(self._source)) as neighbours:

@@ -66,7 +66,7 @@ def _attach_pyfuse3(names: NameLane, init: bytes) -> tuple[socket.socket, socket
     return ours, theirs
 
 
-def _relay(names: socket.socket, device: int) -> None:
+def _relay(names: socket.socket, device: int, answered: Callable[[int], None]) -> None:
     """Carry the name lane's replies to the kernel, but for the first, which answers the INIT played to it."""
     first = True
     with suppress(OSError):
@@ -74,6 +74,7 @@ def _relay(names: socket.socket, device: int) -> None:
             if first:
                 first = False
                 continue
+            answered(fuse.OUT_HEADER.unpack_from(reply)[2])
             with suppress(OSError):  # ENOENT: the caller gave up waiting
                 os.write(device, reply)
 
@@ -86,7 +87,7 @@ def serve(config: dict[str, Any]) -> None:
     in_place = config["source"] == config["mountpoint"]
     path = None if in_place else os.fsencode(config["source"])
     fstype = None if config["fstype"] is None else os.fsencode(config["fstype"])
-    source = Source(config["root"], path, is_remote=config["is_remote"], fstype=fstype)
+    source = Source(config["root"], path, is_remote=config["is_remote"], fstype=fstype, since=config.get("mounted"))
     epochs = Epochs(Epoch(counters["epochs_before"]))
     policy = MinIO(config["capacity"] // pages.PAGE)
     link = SupervisorLink(config["link"])
@@ -116,7 +117,7 @@ def serve(config: dict[str, Any]) -> None:
         lane = ByteLane(device, ours, reader, namespace, ahead, counters)
         admission.is_awaited = lane.is_awaited
         threads = [
-            threading.Thread(target=_relay, args=(ours, device), name="relay"),
+            threading.Thread(target=_relay, args=(ours, device, lane.name_answered), name="relay"),
             threading.Thread(target=admission.run, name="admission"),
         ]
         if sharing is not None:
@@ -141,7 +142,7 @@ def serve(config: dict[str, Any]) -> None:
             background.append(partial(revalidation.run, config["revalidate"]))
         if config["metrics"] is not None:
             exporter.serve(config["metrics"], stats.collect)
-        _run_or_exit(_tasks, config["mountpoint"], lane, link, admission, background)
+        _run_or_exit(_tasks, config["mountpoint"], config.get("mount_device"), lane, link, admission, background)
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
 
@@ -185,6 +186,7 @@ def _exit_with_thread(failure: threading.ExceptHookArgs) -> None:
 
 async def _tasks(
     mountpoint: str,
+    device: int | None,  # an older supervisor does not say
     lane: ByteLane,
     link: SupervisorLink,
     admission: Admission,
@@ -201,7 +203,7 @@ async def _tasks(
             log.error("the supervisor died: unmounting %s", mountpoint)
             with suppress(OSError):
                 # Nobody is to wait any more for a process that cannot end: one with a thread that waits for the source.
-                attachment.detach(os.fsencode(mountpoint), lazy=True, abort=True)
+                attachment.detach(os.fsencode(mountpoint), lazy=True, abort=True, device=device)
             nursery.cancel_scope.cancel()
 
         lane.on_end = unmounted

@@ -35,9 +35,17 @@ _ATTEMPTS = 4  # at reading a file that is written to meanwhile
 _KEPT_FOR = 1.0  # seconds after which a name is looked at again
 
 
-def lies_elsewhere(root: int) -> bool:
-    """Whether a file system has no block device of its own, as NFS and Lustre: to open a file may take its time."""
-    return os.major(os.fstat(root).st_dev) == 0
+def lies_elsewhere(root: int, path: bytes | None = None) -> bool:
+    """Whether a file system has no block device of its own, as NFS and Lustre: to open a file may take its time.
+
+    Or one that is mounted beneath its path.
+    """
+    if os.major(os.fstat(root).st_dev) == 0:
+        return True
+    beneath = None if path is None else path.rstrip(b"/") + b"/"
+    return beneath is not None and any(
+        mount.point.startswith(beneath) and os.major(mount.device) == 0 for mount in mounts.table()
+    )
 
 
 def _same(a: os.stat_result, b: os.stat_result) -> bool:
@@ -76,6 +84,7 @@ class Neighbours:
         self._source = source
         self._directory: bytes | None = None
         self._fd = -1
+        self._is_patient = True  # until the source fails in a way that may pass: it is waited for once
 
     def lstat(self, directory: bytes, name: bytes) -> os.stat_result:
         """As `Source.lstat` of the name in the directory, which is empty for the root; so is the root's own name."""
@@ -88,7 +97,14 @@ class Neighbours:
         if self._fd >= 0:
             with suppress(OSError):
                 return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
-        return self._source.lstat(directory + b"/" + name if directory else name)
+        path = directory + b"/" + name if directory else name
+        if not self._is_patient:
+            return self._source.lstat_once(path)
+        try:
+            return self._source.lstat(path)
+        except OSError as e:
+            self._is_patient = e.errno not in _PASSING
+            raise
 
     def close(self) -> None:
         """Let go of the directory."""
@@ -116,13 +132,21 @@ class Source:
     `root` is a descriptor of it; `path`, if given, leads to what is mounted in its place once its file system is gone.
     A file system of another type than `fstype` is not in its place: it shows while nothing is mounted there.
     `is_remote`: see `lies_elsewhere`, which is asked if it is not given, and may not be where the source may be gone.
+    `since`: when it was mounted, in ns.
     Errors that may pass are returned only after a few attempts, in about half a second.
     """
 
     def __init__(
-        self, root: int, path: bytes | None = None, *, is_remote: bool | None = None, fstype: bytes | None = None
+        self,
+        root: int,
+        path: bytes | None = None,
+        *,
+        is_remote: bool | None = None,
+        fstype: bytes | None = None,
+        since: int | None = None,
     ) -> None:
         self.root = root
+        self._since = time.time_ns() if since is None else since
         self.retries = 0
         self._path = path
         self._fstype = fstype
@@ -181,9 +205,10 @@ class Source:
 
         `slow` is called before the disk has to be waited for.
         """
-        return self._persistently(lambda: self._lstat(path, slow), slow)
+        return self._persistently(lambda: self.lstat_once(path, slow), slow)
 
-    def _lstat(self, path: bytes, slow: Callable[[], None] | None) -> os.stat_result:
+    def lstat_once(self, path: bytes, slow: Callable[[], None] | None = None) -> os.stat_result:
+        """`lstat`, without another attempt if that fails."""
         fd = paths.open_if_cached(self.root, path, os.O_PATH)
         if fd is None:
             if slow is not None:
@@ -193,6 +218,18 @@ class Source:
             return os.fstat(fd)
         finally:
             paths.close_at_once(fd)
+
+    def is_younger(self, path: bytes, ns: int) -> bool:
+        """Whether the file at `path` came into being at `ns` or later, and since the mount; False if that is not known.
+
+        A new file often gets the inode number of the one that was deleted before it: by this it is told from that one.
+        """
+        try:
+            with self._reference(path) as fd:
+                born = paths.born(fd)
+        except OSError:
+            return False
+        return born is not None and born >= max(ns, self._since)
 
     def readlink(self, path: bytes) -> bytes:
         """Where a symbolic link leads."""
@@ -285,15 +322,16 @@ class Source:
                 return None
             taken = fd, time.monotonic()
         fd, since = taken
-        st = os.fstat(fd)
-        length = min(size, st.st_size - offset)
-        if length > 0 and stat.S_ISREG(st.st_mode):
-            npages = pages.count(length)
-            cached = pages.resident(fd, offset, npages * pages.PAGE)
-            if cached == npages:
-                pages.set_direct(fd, False)
-            if cached is not None:
-                return Opened(record, fd, since, offset, length, cached == npages, st)
+        with suppress(OSError):  # `read` will say
+            st = os.fstat(fd)
+            length = min(size, st.st_size - offset)
+            if length > 0 and stat.S_ISREG(st.st_mode):
+                npages = pages.count(length)
+                cached = pages.resident(fd, offset, npages * pages.PAGE)
+                if cached == npages:
+                    pages.set_direct(fd, False)
+                if cached is not None:
+                    return Opened(record, fd, since, offset, length, cached == npages, st)
         paths.close_at_once(fd)
         return None
 
@@ -302,7 +340,11 @@ class Source:
 
         None if it was written to meanwhile: they belong to no version, and `read` is to be called.
         """
-        st = os.fstat(opened.fd)
+        try:
+            st = os.fstat(opened.fd)
+        except OSError:
+            os.close(opened.fd)
+            return None
         if st.st_size >= _KEEP_OPEN_FROM:
             if opened.is_cached:
                 pages.set_direct(opened.fd, True)
@@ -333,8 +375,9 @@ class Source:
             if not kept:
                 return None
             fd, opened = kept.pop()
-        if time.monotonic() - opened < _KEPT_FOR and os.fstat(fd).st_nlink:
-            return fd, opened
+        with suppress(OSError):  # ESTALE, or whatever a source that fails says
+            if time.monotonic() - opened < _KEPT_FOR and os.fstat(fd).st_nlink:
+                return fd, opened
         os.close(fd)
         return None
 

@@ -211,6 +211,7 @@ class Supervisor:
             config = self.config | {
                 "parent": os.getpid(),
                 "device": self.device,
+                "mount_device": self.mount_device,
                 "records": self.records,
                 "names": self.names,
                 "root": self.root,
@@ -424,7 +425,9 @@ class Supervisor:
 
     def _unmount(self, *, lazy: bool, abort: bool = False) -> None:
         with suppress(OSError):
-            attachment.detach(os.fsencode(self.config["mountpoint"]), lazy=lazy, abort=abort)
+            attachment.detach(
+                os.fsencode(self.config["mountpoint"]), lazy=lazy, abort=abort, device=self.mount_device or None
+            )
 
     def _let_go(self) -> None:
         """The mountpoint is gone: end the keepers, whose files are all that still holds the file system."""
@@ -450,7 +453,7 @@ class Supervisor:
             self.server.kill()
             with suppress(subprocess.TimeoutExpired):
                 self.server.wait(_END_WITHIN)
-        if self.mount_device and self._is_mounted():
+        if self.mount_device and not self.ending and self._is_mounted():
             self._unmount(lazy=True, abort=True)
 
 

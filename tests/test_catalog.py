@@ -381,11 +381,30 @@ def test_what_is_stale_is_known_to_the_next_server(fds: tuple[int, int]) -> None
     assert Catalog(*fds).stale() == []
 
 
-def test_a_directory_that_changed_is_shown_as_it_is_at_once(fds: tuple[int, int]) -> None:
+def test_a_directory_that_changed_is_recorded_by_who_sees_to_its_listing(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
     record, *_ = catalog.enter(0, b"d", attributes(2, kind=stat.S_IFDIR, mtime_ns=1))
-    assert catalog.enter(0, b"d", attributes(2, kind=stat.S_IFDIR, mtime_ns=2))[:2] == (record, False)
-    assert catalog.version(record).mtime_ns == 2
+    assert catalog.enter(0, b"d", attributes(2, kind=stat.S_IFDIR, mtime_ns=2)) == (record, True, None)
+    assert catalog.version(record).mtime_ns == 1
+
+
+def test_a_symbolic_link_that_leads_elsewhere_is_another_node(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    before = attributes(2, kind=stat.S_IFLNK, mtime_ns=1)
+    record, *_ = catalog.enter(0, b"l", before)
+    assert catalog.enter(0, b"l", before) == (record, False, None)
+    another, changed, superseded = catalog.enter(0, b"l", attributes(2, kind=stat.S_IFLNK, mtime_ns=2))
+    assert (changed, superseded) == (False, record)
+    assert another != record
+    assert catalog.flags(record) & SUPERSEDED
+
+
+def test_bytes_of_an_older_version_that_were_handed_out_are_remembered(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    record, *_ = catalog.enter(0, b"f", attributes(2, mtime_ns=1))
+    catalog.set_served(record)
+    assert catalog.change_version(record, Version.of(attributes(2, mtime_ns=2)), SERVED)
+    assert catalog.supersedes(record, attributes(3, mtime_ns=3))
 
 
 def test_a_file_that_became_a_directory_is_one(fds: tuple[int, int]) -> None:

@@ -56,6 +56,12 @@ def _overwrite(path: Path, data: bytes) -> None:
     os.utime(path, ns=(0, os.stat(path).st_mtime_ns + 1_000_000))
 
 
+def _recreate(path: Path, data: bytes) -> None:
+    """Delete a file and make a new one: most file systems give it the same inode number."""
+    path.unlink()
+    path.write_bytes(data)
+
+
 Change = Callable[[Path, bytes], None]
 
 
@@ -230,18 +236,49 @@ def test_a_name_that_becomes_another_kind(source: Path, mount: MakeMount) -> Non
     assert read(again.path / "link") == noise(7000)
 
 
+def test_a_link_that_leads_elsewhere_when_its_directory_is_listed(source: Path, mount: MakeMount) -> None:
+    (source / "link").symlink_to("releases/v10")
+    mounted = mount(source, "8M", "--immutable")
+    assert os.readlink(mounted.path / "link") == "releases/v10"
+    for target in ("v2", "releases/v11"):
+        (source / "link.new").symlink_to(target)
+        os.rename(source / "link.new", source / "link")
+        coordlfs("drop", mounted.path, mounted.path / "link")  # which looks the name up
+        assert os.listdir(mounted.path) == ["link"]
+        os.lstat(mounted.path / "link")
+        assert os.readlink(mounted.path / "link") in ("releases/v10", target)
+        coordlfs("refresh", mounted.path)
+        eventually(lambda target=target: os.readlink(mounted.path / "link") == target, 5)  # type: ignore[misc]
+
+
+def test_a_new_file_in_a_directory_that_a_command_has_looked_at(source: Path, mount: MakeMount) -> None:
+    (source / "d").mkdir()
+    (source / "d" / "old").write_bytes(noise(5000))
+    mounted = mount(source, "8M", "--immutable")
+    assert os.listdir(mounted.path / "d") == ["old"]
+    (source / "d" / "new").write_bytes(noise(6000))
+    coordlfs("warm", mounted.path, mounted.path / "d" / "old")
+    eventually(lambda: sorted(os.listdir(mounted.path / "d")) == ["new", "old"], 5)
+
+
 # -- read in part -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("look", [False, True])
+@pytest.mark.parametrize("change", [_replace, _recreate])
 @pytest.mark.parametrize("cache", ["0", "200M"])
-def test_replaced_while_it_is_open(source: Path, mount: MakeMount, cache: str) -> None:
+def test_replaced_while_it_is_open(source: Path, mount: MakeMount, cache: str, change: Change, look: bool) -> None:
     size = 3 * CHUNK
     old, new = noise(size, 1), noise(size, 2)
     (source / "f").write_bytes(old)
     mounted = mount(source, cache)
     with open(mounted.path / "f", "rb", buffering=0) as f:
         got = bytearray(f.read(100_000))
-        _replace(source / "f", new)
+        change(source / "f", new)
+        if look:  # another one meets the change first
+            coordlfs("refresh", mounted.path)
+            assert os.listdir(mounted.path) == ["f"]
+            _assert_soon(mounted.path / "f", new)
         while part := _or_error(lambda: f.read(MIB), errno.ESTALE):
             got += part
         assert bytes(got) == old[: len(got)]

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from coordlfs_tools.faulty_fs import Faulty
 from mounts import (
+    COORDLFS,
     MIB,
     MakeMount,
     Mount,
@@ -392,6 +393,39 @@ def test_who_waits_for_a_name_can_be_interrupted(source: Path, faults: Callable[
         reader.send_signal(signal.SIGINT)
         assert reader.wait(10) == -signal.SIGINT
         assert mounted.stats()["requests"]["interrupted"] == 1
+    faulty.kill()
+
+
+def test_who_waits_for_a_listing_can_be_interrupted(
+    source: Path, faults: Callable[[], Faulty], mount: MakeMount
+) -> None:
+    (source / "pinned").write_bytes(noise(50_000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    read(mounted.path / "pinned")
+    mounted.settle()
+    faulty.set("readdir ", delay=3600)
+    with _waiting([["ls", str(mounted.path)]]) as [reader]:
+        assert read(mounted.path / "pinned") == noise(50_000)
+        reader.send_signal(signal.SIGINT)
+        assert reader.wait(10) == -signal.SIGINT
+        assert mounted.stats()["requests"]["interrupted"] == 1
+    faulty.kill()
+
+
+def test_a_command_about_what_never_answers_holds_up_nobody_else(
+    source: Path, faults: Callable[[], Faulty], mount: MakeMount
+) -> None:
+    for name in ("hung", "pinned"):
+        (source / name).write_bytes(noise(50_000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    read(mounted.path / "pinned")
+    mounted.settle()
+    faulty.set("lookup hung", delay=3600)
+    with _waiting([[*COORDLFS, "drop", str(mounted.path), str(mounted.path / "hung")]]):
+        assert read(mounted.path / "pinned") == noise(50_000)
+        assert mounted.stats()["pinned_items"] == 1  # which the loop answers that the command's names are not asked in
     faulty.kill()
 
 

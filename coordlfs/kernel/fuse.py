@@ -52,6 +52,7 @@ HAS_RESEND = 1 << (39 - 32)  # in flags2
 ROOT_NODE = 1
 _S = 10**9  # nanoseconds
 MAX_READ = 1 << 20
+LARGEST_FILE = (1 << 63) - 1
 MAX_READ_PAGES = 256
 REQUEST_BUFFER = 1 << 17  # room for the longest request that a read-only mount can send
 

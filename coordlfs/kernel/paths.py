@@ -13,6 +13,8 @@ from coordlfs.kernel.libc import check, libc, quick_call
 SYS_OPENAT2 = 437
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_CACHED = 0x02, 0x04, 0x08, 0x20
 _LONGEST = 4095
+_AT_EMPTY_PATH, _STATX_BTIME = 0x1000, 0x800
+_STATX, _BTIME_AT = 256, 80  # bytes
 _HOW = struct.Struct("=QQQ")
 
 
@@ -59,6 +61,15 @@ def open_if_cached(directory: int, path: bytes, flags: int) -> int | None:
         if e.errno in (errno.EAGAIN, errno.EINVAL):
             return None
         raise
+
+
+def born(fd: int) -> int | None:
+    """When a file came into being, in ns; None if the file system does not say. Raises OSError. (statx, Linux 4.11)"""
+    room = ctypes.create_string_buffer(_STATX)
+    check(libc.statx(fd, b"", _AT_EMPTY_PATH, ctypes.c_uint(_STATX_BTIME), room), "statx")
+    [found] = struct.unpack_from("=I", room)
+    seconds, ns = struct.unpack_from("=qI", room, _BTIME_AT)
+    return int(seconds * 10**9 + ns) if found & _STATX_BTIME else None
 
 
 def close_at_once(fd: int) -> None:
