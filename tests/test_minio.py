@@ -31,6 +31,14 @@ class Model(RuleBasedStateMachine):
         if fits:
             self.room[item] = pages
 
+    @rule(item=ITEMS, pages=st.integers(-1, 9))
+    def learn(self, item: int, pages: int) -> None:
+        """What is held in memory is in the books, be there room or not."""
+        is_new = pages > 0 and item not in self.room
+        assert self.cache.admit(item, pages, is_held=True) is is_new
+        if is_new:
+            self.room[item] = pages
+
     @rule(item=ITEMS, holder=st.integers(0, 2))
     def pin(self, item: int, holder: int) -> None:
         if item in self.room and item not in self.holder:
@@ -58,7 +66,8 @@ class Model(RuleBasedStateMachine):
     def books_are_right(self) -> None:
         cache, room, holder = self.cache, self.room, self.holder
         assert cache.items() == list(room)  # nothing goes but by release: never evicted
-        assert cache.used == sum(room.values()) <= self.capacity == cache.capacity
+        assert cache.used == sum(room.values())
+        assert cache.capacity == self.capacity
         assert cache.pinned_pages == sum(room[i] for i in holder) <= cache.used
         assert len(cache) == len(holder)
         for item in range(8):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import zlib
@@ -88,6 +90,39 @@ while True:
             total = zlib.crc32(f.read(), total)
     print(total, flush=True)
 """
+
+
+def _locked(pids: list[int]) -> int:
+    """Bytes that these processes have locked."""
+    found = [re.findall(r"^VmLck:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE) for pid in pids]
+    return sum(int(kib) * 1024 for [kib] in found)
+
+
+@pytest.mark.timeout(180)
+def test_a_server_that_takes_over_while_memory_is_tight_knows_of_every_pin(
+    cgroup: Callable[[int], Cgroup], source: Path, mount: MakeMount
+) -> None:
+    names = write_files(source, 9_000, 8_000)
+    write_files(source, 64, MIB)
+    group = cgroup(768 * MIB)
+    mounted = mount(source, "256M")
+    for pid in mounted.pids:
+        (group.path / "cgroup.procs").write_text(str(pid))
+    for name in names:
+        read(mounted.path / name)
+    pinned = mounted.settle()["pinned_bytes"]
+    assert _locked(mounted.processes["keepers"]) == pinned
+    available = mounted.stats()["memory"]["available_bytes"]
+    with holding(available - 75 * MIB, group) as neighbour:  # less than is to stay available, more than is tight
+        assert neighbour.stdout is not None
+        assert neighbour.stdout.readline() == "held\n"
+        for _ in range(3):
+            old = mounted.processes["server"]
+            os.kill(old, signal.SIGKILL)
+            eventually(lambda old=old: mounted.processes["server"] != old)  # type: ignore[misc]
+            (group.path / "cgroup.procs").write_text(str(mounted.processes["server"]))
+            eventually(lambda: _locked(mounted.processes["keepers"]) == mounted.stats()["pinned_bytes"] > 0, 10)
+    assert mounted.settle()["pinned_bytes"] > pinned // 2
 
 
 @pytest.mark.timeout(120)

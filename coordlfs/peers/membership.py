@@ -39,7 +39,8 @@ class _Known:
 
     host: str
     port: int
-    at: tuple[str, int] | None = None  # where it was reached, in numbers
+    at: tuple[str, int] | None = None  # where it was reached last, in numbers
+    is_sought: bool = True  # by its name, which may lead elsewhere since
     info: dict[str, Any] | None = None  # what the node said of itself, last
     heard: float = 0.0  # when
     latency: float | None = None
@@ -115,7 +116,7 @@ class Membership:
         return sorted(waiting, key=lambda known: not known.is_alive(now))
 
     async def _greet(self, known: _Known) -> None:
-        limiter = self._unreached if known.at is None else self._reached
+        limiter = self._unreached if known.is_sought else self._reached
         await trio.to_thread.run_sync(self._ask, known, limiter=limiter, abandon_on_cancel=True)
 
     def _ask(self, known: _Known) -> None:
@@ -123,8 +124,9 @@ class Membership:
         known.asking, began = True, time.monotonic()
         try:
             if known.sock is None:
-                known.sock = connection.connect(known.at or (known.host, known.port), self._credentials, self._tls)
-                known.at = known.sock.getpeername()[:2]
+                where = (known.host, known.port) if known.is_sought or known.at is None else known.at
+                known.sock = connection.connect(where, self._credentials, self._tls)
+                known.at, known.is_sought = known.sock.getpeername()[:2], False
                 began = time.monotonic()
             room = memoryview(bytearray(protocol.MOST_INFO))
             reply = connection.ask(known.sock, Request(Verb.INFO, 0), room)
@@ -140,7 +142,7 @@ class Membership:
                 known.sock.close()
                 known.sock = None
             else:
-                known.at = None  # a name may lead elsewhere by now
+                known.is_sought = True
             known.problem = (e.strerror if isinstance(e, OSError) else None) or str(e) or type(e).__name__
         finally:
             known.asking = False
