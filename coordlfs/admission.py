@@ -697,7 +697,7 @@ class Admission:
     def _learn(self, link: Link, pins: list[tuple[int, int]]) -> None:
         for item, length in pins:
             record = items.record_of(item)
-            if record >= len(self.catalog) or self.policy.holder(item) == link.index:
+            if record >= len(self.catalog) or not 0 < length <= items.CHUNK or self.policy.holder(item) == link.index:
                 continue
             if not self.policy.admit(item, pages.count(length), is_held=True):
                 self._send(link, Verb.DROP, item, 0)  # another keeper holds it, or is about to
