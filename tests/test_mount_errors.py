@@ -380,32 +380,19 @@ def test_a_server_without_descriptors_left(source: Path, mount: MakeMount) -> No
     assert mounted.stats()["source"]["retries"] > 0
 
 
-def test_who_waits_for_a_name_can_be_interrupted(source: Path, faults: Callable[[], Faulty], mount: MakeMount) -> None:
+@pytest.mark.parametrize("fault", ["lookup hung", "readdir "])
+def test_who_waits_for_names_can_be_interrupted(
+    source: Path, faults: Callable[[], Faulty], mount: MakeMount, fault: str
+) -> None:
     for name in ("hung", "pinned"):
         (source / name).write_bytes(noise(50_000))
     faulty = faults()
     mounted = mount(faulty.path)
     read(mounted.path / "pinned")
     mounted.settle()
-    faulty.set("lookup hung", delay=3600)
-    with _waiting([["cat", str(mounted.path / "hung")]]) as [reader]:
-        assert read(mounted.path / "pinned") == noise(50_000)
-        reader.send_signal(signal.SIGINT)
-        assert reader.wait(10) == -signal.SIGINT
-        assert mounted.stats()["requests"]["interrupted"] == 1
-    faulty.kill()
-
-
-def test_who_waits_for_a_listing_can_be_interrupted(
-    source: Path, faults: Callable[[], Faulty], mount: MakeMount
-) -> None:
-    (source / "pinned").write_bytes(noise(50_000))
-    faulty = faults()
-    mounted = mount(faulty.path)
-    read(mounted.path / "pinned")
-    mounted.settle()
-    faulty.set("readdir ", delay=3600)
-    with _waiting([["ls", str(mounted.path)]]) as [reader]:
+    faulty.set(fault, delay=3600)
+    waits = ["cat", str(mounted.path / "hung")] if fault == "lookup hung" else ["ls", str(mounted.path)]
+    with _waiting([waits]) as [reader]:
         assert read(mounted.path / "pinned") == noise(50_000)
         reader.send_signal(signal.SIGINT)
         assert reader.wait(10) == -signal.SIGINT
