@@ -55,7 +55,6 @@ def detach(mountpoint: bytes, *, lazy: bool = False, abort: bool = False, device
     """Unmount; `lazy` lets open files live on. Raises OSError: EBUSY, EPERM, EINVAL.
 
     `device`: only if that is what is mounted there: a mount that was detached must not take the next one with it.
-
     `abort` ends the connection, so that nobody waits for an answer any more; for an ordinary user, where
     /sys/fs/fuse/connections is not mounted, that happens when the last process that holds /dev/fuse ends.
     """

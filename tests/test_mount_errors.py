@@ -244,6 +244,17 @@ def test_unmounting_while_the_source_takes_its_time(
     eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
+def _one_pinned(source: Path, faults: Callable[[], Faulty], mount: MakeMount, *others: str) -> tuple[Mount, Faulty]:
+    """A mount of a source that fails on command, with `pinned` cached of files of 50 kB; the others are not known."""
+    for name in ("pinned", *others):
+        (source / name).write_bytes(noise(50_000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    assert read(mounted.path / "pinned") == noise(50_000)
+    mounted.settle()
+    return mounted, faulty
+
+
 @contextmanager
 def _waiting(commands: list[list[str]]) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Processes that wait for what never comes; they are killed in the end, and must end then."""
@@ -384,12 +395,7 @@ def test_a_server_without_descriptors_left(source: Path, mount: MakeMount) -> No
 def test_who_waits_for_names_can_be_interrupted(
     source: Path, faults: Callable[[], Faulty], mount: MakeMount, fault: str
 ) -> None:
-    for name in ("hung", "pinned"):
-        (source / name).write_bytes(noise(50_000))
-    faulty = faults()
-    mounted = mount(faulty.path)
-    read(mounted.path / "pinned")
-    mounted.settle()
+    mounted, faulty = _one_pinned(source, faults, mount, "hung")
     faulty.set(fault, delay=3600)
     waits = ["cat", str(mounted.path / "hung")] if fault == "lookup hung" else ["ls", str(mounted.path)]
     with _waiting([waits]) as [reader]:
@@ -403,12 +409,7 @@ def test_who_waits_for_names_can_be_interrupted(
 def test_a_command_about_what_never_answers_holds_up_nobody_else(
     source: Path, faults: Callable[[], Faulty], mount: MakeMount
 ) -> None:
-    for name in ("hung", "pinned"):
-        (source / name).write_bytes(noise(50_000))
-    faulty = faults()
-    mounted = mount(faulty.path)
-    read(mounted.path / "pinned")
-    mounted.settle()
+    mounted, faulty = _one_pinned(source, faults, mount, "hung")
     faulty.set("lookup hung", delay=3600)
     with _waiting([[*COORDLFS, "drop", str(mounted.path), str(mounted.path / "hung")]]):
         assert read(mounted.path / "pinned") == noise(50_000)
@@ -453,12 +454,7 @@ def test_a_change_that_is_announced_while_the_new_end_is_read(
 def test_a_source_that_is_unmounted_and_mounted_again(
     source: Path, faults: Callable[[], Faulty], mount: MakeMount
 ) -> None:
-    for name in ("pinned", "other", "third"):
-        (source / name).write_bytes(noise(50_000))
-    faulty = faults()
-    mounted = mount(faulty.path)
-    assert read(mounted.path / "pinned") == noise(50_000)
-    mounted.settle()
+    mounted, faulty = _one_pinned(source, faults, mount, "other", "third")
     assert read(mounted.path / "other") == noise(50_000)
     faulty.kill()
     with mounted.messages() as sent:
@@ -476,13 +472,8 @@ def test_a_server_comes_up_while_the_source_is_gone(
     source: Path, faults: Callable[[], Faulty], mount: MakeMount
 ) -> None:
     """And as often as it is killed, and a keeper as well: the mount stays, with what it has cached."""
-    for name in ("pinned", "other"):
-        (source / name).write_bytes(noise(50_000))
-    faulty = faults()
-    mounted = mount(faulty.path)
+    mounted, faulty = _one_pinned(source, faults, mount, "other")
     mounted.expect_errors = True
-    assert read(mounted.path / "pinned") == noise(50_000)
-    mounted.settle()
     faulty.kill()
     os.kill(mounted.processes["keepers"][0], signal.SIGKILL)
     eventually(lambda: mounted.stats()["processes"]["keepers"] not in ([], mounted.processes["keepers"]))

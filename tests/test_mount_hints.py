@@ -314,18 +314,21 @@ def test_large_files_are_read_ahead_by_their_chunks(source: Path, mount: MakeMou
     for number in range(3):
         (source / f"shard-{number}").write_bytes(random.Random(number).randbytes(20 * MIB))
         names.append(f"shard-{number}")
-    mounted = mount(source, "20M")
-    with hinting(mounted) as hints:
-        hints.begin(0, [mounted.path / name for name in names])
-        eventually(lambda: all(resident(mounted.path / name) == page_count(20 * MIB) for name in names))
-        for name in names:
-            hints.advance()
-            assert read(mounted.path / name) == read(source / name)
-        hints.end()
-        assert job(mounted)["misses"] == 3
-        # On a busy machine a few pages come twice, in one run of thirty: why is not known.
-        assert 60 * MIB <= mounted.source_bytes() < 61 * MIB
-        assert mounted.stats()["epoch"]["items"] == 6
+    # On a busy machine a few pages come twice in one mount of thirty, why is not known: not in three of three.
+    read_from_source: list[int] = []
+    while 60 * MIB not in read_from_source and len(read_from_source) < 3:
+        mounted = mount(source, "20M")
+        with hinting(mounted) as hints:
+            hints.begin(0, [mounted.path / name for name in names])
+            eventually(lambda at=mounted: all(resident(at.path / name) == page_count(20 * MIB) for name in names))  # type: ignore[misc]
+            for name in names:
+                hints.advance()
+                assert read(mounted.path / name) == read(source / name)
+            hints.end()
+            assert job(mounted)["misses"] == 3
+            read_from_source.append(mounted.source_bytes())
+            assert mounted.stats()["epoch"]["items"] == 6
+    assert read_from_source[-1] == 60 * MIB
 
 
 def test_what_another_node_caches_is_read_ahead_from_there(source: Path, mount: MakeMount, files: list[str]) -> None:
