@@ -65,15 +65,16 @@ class Revalidation:
         late = False
         while True:
             checked, began = 0, time.monotonic()
+            looked = began
             while (left := len(self._catalog) - checked) > 0:
-                pause = self._pause(began + interval * _SHARE - time.monotonic(), left)
+                pause = self._due(looked, began + interval * _SHARE, left) - time.monotonic()
                 if pause > (longest := interval * _LONGEST_PAUSE):
                     await trio.sleep(longest)
                     continue  # there may be more to look at by now
-                await trio.sleep(pause)
+                await trio.sleep(max(0.0, pause))
                 batch = range(checked, checked + min(left, _BATCH))
                 await self._within(_HANGS_AFTER, batch)
-                checked = batch.stop
+                checked, looked = batch.stop, time.monotonic()
             self._counters.add("sweeps")
             took = time.monotonic() - began
             if took > interval and not late:
@@ -81,9 +82,9 @@ class Revalidation:
                 log.warning("a sweep of %d names took %.0f s, longer than --revalidate %.0f s", checked, took, interval)
 
     @staticmethod
-    def _pause(seconds: float, left: int) -> float:
-        """How long to wait for the next batch, so that what is left is spread evenly over so many seconds."""
-        return max(0.0, seconds * min(left, _BATCH) / left)
+    def _due(looked: float, end: float, left: int) -> float:
+        """When the batch after the one of `looked` is due, so that what is left is spread evenly until `end`."""
+        return looked + (end - looked) * min(left, _BATCH) / left
 
     async def _within(self, seconds: float, batch: range) -> None:
         """Look at a batch; one that hangs in the source is left to its thread, and the others go on."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +103,21 @@ def test_a_sweep_notices_in_time(source: Path, mount: MakeMount, change: Callabl
     change(source / "d" / "item-00003")
     eventually(lambda: _tree(mounted.path) == _tree(source), timeout=10)
     assert mounted.stats()["revalidation"]["interval_seconds"] == 1
+
+
+def test_a_sweep_is_spread_over_its_time(source: Path, mount: MakeMount) -> None:
+    for number in range(3000):
+        (source / f"{number}").touch()
+    mounted = mount(source, "8M", "--revalidate", "4s")
+    assert len(os.listdir(mounted.path)) == 3000
+    looked: dict[int, float] = {}  # names that were compared, and when that was seen
+    until = time.monotonic() + 12
+    while time.monotonic() < until:
+        looked.setdefault(mounted.stats()["revalidation"]["checked_files"], time.monotonic())
+        time.sleep(0.05)
+    times = list(looked.values())[2:]  # the first sweep began before there were names
+    assert max(b - a for a, b in itertools.pairwise(times)) < 2
+    assert len(times) > 6
 
 
 def test_an_immutable_source_is_not_looked_at(source: Path, mount: MakeMount) -> None:
