@@ -795,7 +795,7 @@ def _owned_by(node: Mount, names: list[str]) -> list[str]:
 
     def owner(name: str) -> str | None:
         found = ownership.owner(key_of(node_of_path(name.encode()), 0))
-        return found and found.name
+        return None if found is None else found.name
 
     return [name for name in names if owner(name) == rows[0]["name"]]
 
