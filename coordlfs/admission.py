@@ -279,27 +279,30 @@ class Admission:
         return known[0] is not None and self._keeper_cgroups == {known[0]}
 
     def _count_miss(self, record: int, item: int, offset: int, nbytes: int, file_size: int) -> None:
-        self._know(record, file_size)
+        of_file = self._know(record, file_size)
         if self.ahead is not None:
             self.ahead.missed(record, nbytes)
         whole = file_size <= items.CHUNK
-        last = self.catalog.last_miss(record) if whole else self._chunk_misses.get(item, _NEVER_MISSED)
-        remember = self.epochs.miss(last, offset // pages.PAGE, nbytes, self.unpinned())
+        last = of_file if whole else self._chunk_misses.get(item, _NEVER_MISSED)
+        remember = self.epochs.miss(last, offset // pages.PAGE, nbytes, self.unpinned)
         if remember is None:
             return
         self._passed_over.discard(item)
-        if nbytes and self.catalog.last_miss(record)[0] != remember[0]:
+        if nbytes and of_file[0] != remember[0]:
             self.counters.add("source_files")
         if not whole:
             self._chunk_misses[item] = remember
         self.catalog.set_last_miss(record, *remember)  # of a large file: when any of it missed
 
-    def _know(self, record: int, file_size: int) -> None:
-        """From the first read on, a file counts as part of the dataset."""
-        if self.catalog.last_miss(record) == _UNKNOWN:
-            self.catalog.set_last_miss(record, *_NEVER_MISSED)
-            self.counters.add("dataset_items", len(items.items_of(record, file_size)))
-            self.counters.add("dataset_bytes", file_size)
+    def _know(self, record: int, file_size: int) -> tuple[int, int]:
+        """From the first read on, a file counts as part of the dataset; its last miss."""
+        last = self.catalog.last_miss(record)
+        if last != _UNKNOWN:
+            return last
+        self.catalog.set_last_miss(record, *_NEVER_MISSED)
+        self.counters.add("dataset_items", len(items.items_of(record, file_size)))
+        self.counters.add("dataset_bytes", file_size)
+        return _NEVER_MISSED
 
     def unpinned(self) -> int:
         """Bytes that were ever read and are not pinned: what an epoch that begins now will read."""

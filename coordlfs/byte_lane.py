@@ -76,10 +76,9 @@ class _Wait:
     bytes_of: tuple[int, int] | None = None  # what it waits for: node, and number of the chunk
 
 
-def _part_read(request: bytearray) -> tuple[int, int]:
+def _part(asked: Request) -> tuple[int, int]:
     """Node, and number of the chunk, of a READ."""
-    node = fuse.IN_HEADER.unpack_from(request)[3]
-    return node, fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)[1] // items.CHUNK
+    return asked.node, asked.offset // items.CHUNK
 
 
 @contextmanager
@@ -287,7 +286,10 @@ class ByteLane:
             self._reply(fuse.error_reply(unique, errno.EINVAL))
         elif opcode == fuse.READ:
             self._counters.add("reads")
-            self._answer(unique, pid, self._read, unique, node, request, pid, into, reads=_part_read(request))
+            _, offset, size, _, _, flags = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
+            direct, leaves_no_trace = bool(flags & os.O_DIRECT), bool(flags & os.O_NOATIME)
+            asked = Request(node, offset, min(size, fuse.MAX_READ), pid, direct, leaves_no_trace)
+            self._answer(unique, pid, self._read, unique, asked, into, reads=asked)
         elif opcode == fuse.LOOKUP:
             self._counters.add("lookups")
             self._answer(unique, pid, self._lookup, unique, node, bytes(message[fuse.IN_HEADER.size : -1]))
@@ -326,7 +328,7 @@ class ByteLane:
         pid: int,
         method: Callable[..., None],
         *arguments: object,
-        reads: tuple[int, int] | None = None,
+        reads: Request | None = None,
         interrupted: bool = False,
     ) -> None:
         """Call `method` with a way to say that it is about to wait; its error is the answer, if it raises one."""
@@ -336,7 +338,8 @@ class ByteLane:
             nonlocal wait
             if wait is None:
                 is_keepers = pid in self._reader.admission.keeper_threads
-                wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, interrupted, True, bytes_of=reads)
+                part = None if reads is None else _part(reads)
+                wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, interrupted, True, bytes_of=part)
                 if self._reader.source.is_remote:
                     self._replace(wait)
                 elif not self._brief_waits.is_set():
@@ -397,36 +400,21 @@ class ByteLane:
         self._ahead.take(body, uid, pid, time.monotonic())
         self._reply(fuse.ioctl_reply(unique))
 
-    def _read(
-        self,
-        unique: int,
-        node: int,
-        request: bytearray,
-        pid: int,
-        into: pages.Buffer,
-        before_wait: Callable[[], None],
-    ) -> None:
-        _, offset, size, _, _, flags = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
-        if offset > _LAST_OFFSET:
+    def _read(self, unique: int, asked: Request, into: pages.Buffer, before_wait: Callable[[], None]) -> None:
+        if asked.offset > _LAST_OFFSET:
             raise OSError(errno.EINVAL, "no file is so long")
-        if self._hung and (node, offset // items.CHUNK) in self._hung and pid in self._reader.admission.keeper_threads:
+        if self._hung and _part(asked) in self._hung and asked.pid in self._reader.admission.keeper_threads:
             raise OSError(errno.EIO, "it hangs, and the keeper has more to do")
-        direct, leaves_no_trace = bool(flags & os.O_DIRECT), bool(flags & os.O_NOATIME)
-        asked = Request(node, offset, min(size, fuse.MAX_READ), pid, direct, leaves_no_trace)
         if self._reader.sharing is not None:
             wait = self._waits[unique] = _Wait(time.monotonic(), False)
             if self._reader.ask(asked, partial(self._shared, unique, asked, wait), before_wait):
                 return  # it is answered when the other node has
             self._end_wait(unique, wait)
-        begun = self._reader.begin(asked)
+        begun = self._reader.begin(asked, memoryview(into))
         if begun is None:
             self._finish_read(unique, self._reader.read(asked, into, before_wait))
-        elif begun.file.is_cached:
-            wait = self._wait_for(unique, asked)  # a page may be on its way from the disk still
-            try:
-                self._read_begun(unique, begun, into)
-            finally:
-                self._end_wait(unique, wait)
+        elif isinstance(begun, Answer):
+            self._finish_read(unique, begun)
         elif not self._begin_read(unique, begun):
             before_wait()
             self._read_begun(unique, begun, into)
@@ -434,15 +422,13 @@ class ByteLane:
     def _wait_for(self, unique: int, asked: Request) -> _Wait:
         """A READ that may have to wait for the source, and so far holds this thread."""
         is_keepers = asked.pid in self._reader.admission.keeper_threads
-        part = asked.node, asked.offset // items.CHUNK
-        wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, holds_thread=True, bytes_of=part)
+        wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, holds_thread=True, bytes_of=_part(asked))
         return wait
 
     def _read_begun(self, unique: int, begun: Begun, into: pages.Buffer) -> None:
         file = begun.file
-        span = file.length if file.is_cached else pages.count(file.length) * pages.PAGE
         try:
-            n = pread_all(file.fd, memoryview(into)[:span], file.offset)
+            n = pread_all(file.fd, memoryview(into)[: pages.count(file.length) * pages.PAGE], file.offset)
         except OSError:
             n = 0
         self._answer_begun(unique, begun, n, memoryview(into))
@@ -517,8 +503,7 @@ class ByteLane:
         def read(before_wait: Callable[[], None]) -> None:
             self._finish_read(unique, self._reader.read(asked, into, before_wait))
 
-        part = asked.node, asked.offset // items.CHUNK
-        self._answer(unique, asked.pid, read, reads=part, interrupted=interrupted)
+        self._answer(unique, asked.pid, read, reads=asked, interrupted=interrupted)
 
     def _finish_read(self, unique: int, answer: Answer) -> None:
         length = sum(map(len, answer.data))

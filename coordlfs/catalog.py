@@ -138,6 +138,8 @@ class Catalog:
     def path(self, record: int) -> bytes:
         """The path relative to the root; empty for the root."""
         parent, name = self.entry(record)
+        if directory := self._directories.get(parent):
+            return directory + b"/" + name
         names = [name]
         while (known := self._directories.get(parent)) is None:
             parent, name = self.entry(parent)
@@ -350,9 +352,10 @@ class Catalog:
 
         It is seen again after that is recorded: only then does whoever records another version know of it.
         """
-        if not is_shown():
-            return False
-        self.set_served(record)
+        if not self.flags(record) & SERVED:
+            if not is_shown():
+                return False
+            self.set_served(record)
         return is_shown()
 
     def last_miss(self, record: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ when an epoch begins, and which items it has (`coordlfs.fetch_ahead`). No I/O he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median_low
 
@@ -44,18 +45,20 @@ class Epochs:
     told: bool = False  # a loader says when an epoch begins: nothing else starts one
     _sentinels: dict[int, tuple[int, float]] = field(default_factory=dict)  # epoch, time of the last opening
 
-    def miss(self, last: tuple[int, int], page: int, nbytes: int, unpinned: int = 0) -> tuple[int, int] | None:
+    def miss(
+        self, last: tuple[int, int], page: int, nbytes: int, unpinned: Callable[[], int] = int
+    ) -> tuple[int, int] | None:
         """A READ that went to the source, for `nbytes` from `page` on.
 
         `last` is what this function returned for the item before, or (0, 0). Returns what to remember for the item,
-        or None if the READ continues a miss that is known. `unpinned`: bytes known and not pinned.
+        or None if the READ continues a miss that is known. `unpinned` says how many bytes are known and not pinned.
         """
         epoch, first_page = last
         if epoch == self.current.number != 0 and (self.told or page != first_page):
             self.current.bytes += nbytes
             return None
         if epoch == self.current.number:
-            self.advance(unpinned)
+            self.advance(unpinned())
         self.current.misses += 1
         self.current.bytes += nbytes
         return self.current.number, page

@@ -35,7 +35,7 @@ def span(item: int, file_size: int) -> tuple[int, int]:
 
 def length(item: int, file_size: int) -> int:
     """Bytes of the item."""
-    return span(item, file_size)[1]
+    return max(0, min(CHUNK, file_size - chunk_of(item) * CHUNK))
 
 
 def items_of(record: int, file_size: int) -> range:

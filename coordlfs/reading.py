@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from coordlfs import items
@@ -52,15 +53,15 @@ class Answer:
 
     record: int
     request: Request
+    for_peer: bool = False
+    asks: bool = False  # other nodes, before the source is read
     data: list[memoryview] = field(default_factory=list)
     fetched: list[Fetched] = field(default_factory=list)
     shared: list[tuple[int, int, int]] = field(default_factory=list)  # from a peer: item, offset in the file, length
-    for_peer: bool = False
-    asks: bool = False  # other nodes, before the source is read
 
 
 class Begun(NamedTuple):
-    """A READ of one item, none of which has to be asked for elsewhere, and its file; see `Reader.begin`."""
+    """A READ of one item for which the disk has to be read, and its file; see `Reader.begin`."""
 
     answer: Answer
     item: int
@@ -116,7 +117,7 @@ class Reader:
         self, record: int, request: Request, into: pages.Buffer, before_wait: Callable[[], None]
     ) -> Answer:
         offset = request.offset
-        answer = self._answer(record, request)
+        answer = Answer(record, request, self._is_for_peer(request))
         at, end = offset, self.catalog.size(record)
         several = items.item_at(record, offset) != items.item_at(record, offset + request.size - 1)
         answer.asks = several and not answer.for_peer
@@ -135,28 +136,38 @@ class Reader:
                     at += len(part)
         return answer
 
-    def _answer(self, record: int, request: Request) -> Answer:
-        answer = Answer(record, request)
-        if self.sharing is not None and (request.marked or not self.sharing.marks):
-            answer.for_peer = self.sharing.is_peer_server(request.pid)
-        return answer
+    def _is_for_peer(self, request: Request) -> bool:
+        sharing = self.sharing
+        return sharing is not None and (request.marked or not sharing.marks) and sharing.is_peer_server(request.pid)
 
-    def begin(self, request: Request) -> Begun | None:
-        """Begin to read what is in one item and wholly from the source, without waiting; None if `read` is to do it.
+    def begin(self, request: Request, into: memoryview) -> Answer | Begun | None:
+        """Read what is in one item and wholly from the source, without waiting: into `into`, see `read`.
 
-        The caller reads the bytes of `Begun.file`, calls `fetched`, replies, and calls `account`.
+        If the disk has to be waited for, the caller reads the bytes of `Begun.file`, and calls `fetched`. It replies,
+        and calls `account`. None if `read` is to be called, whatever the reason. Raises OSError if no answer must be
+        given.
         """
-        record, offset = self.catalog.find(request.node), request.offset
+        catalog, offset = self.catalog, request.offset
+        record = catalog.find(request.node)
         if record is None or offset % pages.PAGE:
             return None
-        item, end = items.item_at(record, offset), self.catalog.size(record)
+        item, end = items.item_at(record, offset), catalog.size(record)
         size = min(request.size, end - offset)
         if size <= 0 or offset % items.CHUNK + size > items.CHUNK:
             return None
         if self.admission.stashed(item, offset, size, end, request.pid) != [size]:
             return None
-        file = self.source.begin(record, self.catalog.path(record), offset, size)
-        return None if file is None else Begun(self._answer(record, request), item, file)
+        found = self.source.begin(record, catalog.path(record), into, offset, size)
+        if found is None:
+            return None
+        if isinstance(found, Opened):
+            return Begun(Answer(record, request, self._is_for_peer(request)), item, found)
+        if not catalog.serves(record, partial(catalog.shows, record, found)):
+            return None
+        self.counters.count_read(size)
+        data = into[:size]
+        fetched = Fetched(item, offset, data, found)
+        return self._checked(Answer(record, request, self._is_for_peer(request), False, [data], [fetched]), size)
 
     def fetched(self, begun: Begun, data: memoryview) -> Answer | None:
         """The answer with `data`, all that was begun; None if `read` is to be called after all.
@@ -169,10 +180,13 @@ class Reader:
             return None
         self._took(answer, begun.item, file.offset, file.length, data, st)
         answer.data.append(data)
+        return self._checked(answer, file.length)
+
+    def _checked(self, answer: Answer, length: int) -> Answer | None:
         request = answer.request
         if request.direct and self._is_stale(request.node):
             return None
-        self.check_end(request, file.length)
+        self.check_end(request, length)
         return answer
 
     def check_end(self, request: Request, length: int, before_wait: Callable[[], None] | None = None) -> None:
@@ -253,7 +267,7 @@ class Reader:
     def _took(self, answer: Answer, item: int, offset: int, n: int, data: memoryview, st: os.stat_result) -> None:
         """The source gave `n` bytes of a file that has attributes `st`."""
         self.counters.count_read(n)
-        if self.catalog.serves(answer.record, lambda: self.catalog.shows(answer.record, st)):
+        if self.catalog.serves(answer.record, partial(self.catalog.shows, answer.record, st)):
             if n:
                 answer.fetched.append(Fetched(item, offset, data, st))
         else:

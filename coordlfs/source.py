@@ -115,14 +115,13 @@ class Neighbours:
 
 @dataclass(slots=True)
 class Opened:
-    """A file that is about to be read: `length` bytes at `offset`, of which the page cache holds all if `is_cached`."""
+    """A file that is about to be read from the disk: `length` bytes at `offset`, with O_DIRECT."""
 
     record: int
     fd: int
     since: float
     offset: int
     length: int
-    is_cached: bool
     st: os.stat_result
 
 
@@ -281,7 +280,7 @@ class Source:
     def _read_file(
         self, record: int, path: bytes, into: mmap | memoryview, offset: int, size: int, slow: Callable[[], None]
     ) -> tuple[int, os.stat_result]:
-        fd, opened = self._take(record) or (self._open_direct(path), time.monotonic())
+        fd, opened = self._take(record) or (self._open(path), time.monotonic())
         keep = False
         try:
             st = os.fstat(fd)
@@ -296,43 +295,57 @@ class Source:
             return n, st
         finally:
             if keep:
-                if not self._direct_refused:
-                    pages.set_direct(fd, True)
                 self._give(record, fd, opened)
             elif self.is_remote:
                 os.close(fd)
             else:
                 paths.close_at_once(fd)
 
-    def begin(self, record: int, path: bytes, offset: int, size: int) -> Opened | None:
-        """Open a file to read up to `size` bytes at `offset`, a multiple of the page size; never waits.
+    def begin(
+        self, record: int, path: bytes, into: memoryview, offset: int, size: int
+    ) -> os.stat_result | Opened | None:
+        """Read `size` bytes at `offset`, a multiple of the page size, if the page cache holds all of them; never waits.
 
-        Unless it is in the page cache, it is open for O_DIRECT. None if `read` is to be called, whatever the reason.
-        To be followed by `end`.
+        Returns the attributes that the file has afterwards: if they are not those it had when it was read before, it
+        may have been written to meanwhile, and `read` is to be called. So it is if None is returned, whatever the
+        reason. Otherwise the disk has to be read, which is to be followed by `end`.
         """
         if self.is_remote or self._direct_refused:
             return None
         taken = self._take(record)
         if taken is None:
             try:
-                fd = paths.open_if_cached(self.root, path, os.O_RDONLY | os.O_DIRECT)
+                fd = paths.open_if_cached(self.root, path, os.O_RDONLY)
             except OSError:
                 return None
             if fd is None:
                 return None
-            taken = fd, time.monotonic()
+            taken = fd, 0.0
         fd, since = taken
-        with suppress(OSError):  # `read` will say
-            st = os.fstat(fd)
-            length = min(size, st.st_size - offset)
-            if length > 0 and stat.S_ISREG(st.st_mode):
-                npages = pages.count(length)
-                cached = pages.resident(fd, offset, npages * pages.PAGE)
-                if cached == npages:
-                    pages.set_direct(fd, False)
-                if cached is not None:
-                    return Opened(record, fd, since, offset, length, cached == npages, st)
-        paths.close_at_once(fd)
+        try:
+            npages = -(-size // pages.PAGE)
+            cached = pages.resident(fd, offset, npages * pages.PAGE)
+            if cached == npages:
+                # Should a page be on its way from the disk still, or gone by now, this ends there.
+                if os.preadv(fd, [into[:size]], offset, os.RWF_NOWAIT) == size:
+                    st = os.fstat(fd)
+                    if st.st_size < _KEEP_OPEN_FROM:
+                        return st
+                    self._give(record, fd, since or time.monotonic())
+                    fd = -1
+                    return st
+            elif cached is not None:
+                st = os.fstat(fd)
+                length = min(size, st.st_size - offset)
+                if length > 0 and stat.S_ISREG(st.st_mode) and self._set_direct(fd, True):
+                    opened = Opened(record, fd, since or time.monotonic(), offset, length, st)
+                    fd = -1
+                    return opened
+        except OSError:
+            pass  # `read` will say
+        finally:
+            if fd >= 0:
+                paths.close_at_once(fd)
         return None
 
     def end(self, opened: Opened) -> os.stat_result | None:
@@ -346,25 +359,25 @@ class Source:
             os.close(opened.fd)
             return None
         if st.st_size >= _KEEP_OPEN_FROM:
-            if opened.is_cached:
-                pages.set_direct(opened.fd, True)
             self._give(opened.record, opened.fd, opened.since)
         else:
             paths.close_at_once(opened.fd)
         return st if _same(opened.st, st) else None
 
-    def _open_direct(self, path: bytes) -> int:
-        if self._direct_refused:
-            return self.open(path)
-        try:
-            fd = None if self.is_remote else paths.open_if_cached(self.root, path, os.O_RDONLY | os.O_DIRECT)
-            return self.open(path, os.O_RDONLY | os.O_DIRECT) if fd is None else fd
-        except OSError as e:
-            if e.errno != errno.EINVAL:
-                raise
-            fd = self.open(path)
-            self._direct_refused = stat.S_ISREG(os.fstat(fd).st_mode)  # else it is the file that is wrong
-            return fd
+    def _open(self, path: bytes) -> int:
+        fd = None if self.is_remote else paths.open_if_cached(self.root, path, os.O_RDONLY)
+        return self.open(path) if fd is None else fd
+
+    def _set_direct(self, fd: int, on: bool) -> bool:
+        """Have a regular file read around the page cache, or no longer; False if the file system refuses that."""
+        if not self._direct_refused:
+            try:
+                pages.set_direct(fd, on)
+            except OSError as e:
+                if e.errno != errno.EINVAL:
+                    raise
+                self._direct_refused = True
+        return not self._direct_refused
 
     def _take(self, record: int) -> tuple[int, float] | None:
         # A descriptor is used by one thread at a time, since O_DIRECT is a property of it and not of the read.
@@ -382,6 +395,7 @@ class Source:
         return None
 
     def _give(self, record: int, fd: int, opened: float) -> None:
+        self._set_direct(fd, False)
         closing: list[tuple[int, float]] = []
         with self._lock:
             kept = self._kept.setdefault(record, [])
@@ -407,14 +421,13 @@ class Source:
         cached = pages.resident(fd, first, span)
         if cached is None or cached * pages.PAGE < span:
             slow()
-            if not self._direct_refused:
+            if self._set_direct(fd, True):
                 try:
                     return min(want, pread_all(fd, memoryview(into)[: pages.count(want) * pages.PAGE], offset))
                 except OSError as e:
                     if e.errno != errno.EINVAL:  # not aligned as this file system wants it
                         raise
-        if not self._direct_refused:
-            pages.set_direct(fd, False)
+        self._set_direct(fd, False)
         if cached:
             return pread_all(fd, memoryview(into)[:want], offset)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # or more than is asked for would be read, and stay

@@ -125,7 +125,7 @@ def test_latest_is_the_last_epoch_that_is_whole() -> None:
     first = epochs.miss((0, 0), 0, 1000)
     assert epochs.latest is epochs.current, "there is no other"
     assert first is not None
-    epochs.miss(first, 0, 100, unpinned=1000)
+    epochs.miss(first, 0, 100, unpinned=lambda: 1000)
     assert epochs.latest is epochs.finished[-1], "the second has just begun"
     epochs.miss((1, 0), 0, 880)
     assert epochs.latest is epochs.current, "98 % of what it will read is nearly all"

@@ -13,7 +13,7 @@ import struct
 from contextlib import suppress
 
 from coordlfs.kernel import pages
-from coordlfs.kernel.libc import quick_call, syscall
+from coordlfs.kernel.libc import check, quick, syscall
 
 _NUMBERS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2), "riscv64": (0, 1, 4, 2)}
 _IO_SETUP, _IO_DESTROY, _IO_GETEVENTS, _IO_SUBMIT = _NUMBERS.get(platform.machine(), (-1,) * 4)
@@ -67,15 +67,10 @@ class Reads:
         """The slots of reads that ended since the last call, and of each the bytes read or, negative, the errno."""
         with suppress(BlockingIOError):
             os.eventfd_read(self.fd)
-        n = quick_call(
-            "syscall",
-            ctypes.c_long(_IO_GETEVENTS),
-            self._context,
-            ctypes.c_long(0),
-            self._most,
-            self._events,
-            self._at_once,
+        n = quick.syscall(
+            ctypes.c_long(_IO_GETEVENTS), self._context, ctypes.c_long(0), self._most, self._events, self._at_once
         )
+        check(n, "io_getevents")
         return [(slot, result) for slot, _, result, _ in _EVENT.iter_unpack(self._events.raw[: n * _EVENT.size])]
 
     def close(self) -> None:

@@ -11,13 +11,15 @@ import os
 from collections.abc import Callable
 
 libc = ctypes.CDLL(None, use_errno=True)
-_holding_gil = ctypes.PyDLL(None, use_errno=True)  # for calls that are over before another thread could run
 libc.syscall.restype = ctypes.c_long
-_holding_gil.syscall.restype = ctypes.c_long
-_holding_gil.read.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
-_holding_gil.read.restype = ctypes.c_ssize_t
-_holding_gil.write.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t]
-_holding_gil.write.restype = ctypes.c_ssize_t
+# Without releasing the GIL, for calls that never block: to get it back would cost more. They do not check their result,
+# which `check` does, since to wrap them costs as much as they do.
+quick = ctypes.PyDLL(None, use_errno=True)
+quick.syscall.restype = ctypes.c_long
+quick.read.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+quick.read.restype = ctypes.c_ssize_t
+quick.write.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t]
+quick.write.restype = ctypes.c_ssize_t
 
 
 def check(result: int, what: str) -> int:
@@ -33,16 +35,10 @@ def syscall(number: int, what: str, *arguments: object) -> int:
     return check(libc.syscall(ctypes.c_long(number), *arguments), what)
 
 
-def quick_call(function: str, *arguments: object) -> int:
-    """Call a C function that never blocks, without releasing the GIL: to get it back would cost more."""
-    result: int = getattr(_holding_gil, function)(*arguments)
-    return result if result != -1 else check(result, function)
-
-
 def quick_reader(fd: int, into: bytearray) -> Callable[[], int | None]:
     """A function that reads a descriptor that does not block, without releasing the GIL; None if nothing is there."""
     memory = (ctypes.c_char * len(into)).from_buffer(into)
-    address, size, call = ctypes.c_void_p(ctypes.addressof(memory)), len(into), _holding_gil.read
+    address, size, call = ctypes.c_void_p(ctypes.addressof(memory)), len(into), quick.read
 
     def read(_keep: object = memory) -> int | None:
         n: int = call(fd, address, size)
@@ -57,5 +53,5 @@ def quick_reader(fd: int, into: bytearray) -> Callable[[], int | None]:
 
 def quick_write(fd: int, data: bytes) -> int:
     """write(2) of a descriptor that does not block, without releasing the GIL."""
-    n: int = _holding_gil.write(fd, data, len(data))
+    n: int = quick.write(fd, data, len(data))
     return n if n >= 0 else check(n, "write")

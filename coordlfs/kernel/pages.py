@@ -9,7 +9,7 @@ import mmap as _mmap
 import os
 import threading
 
-from coordlfs.kernel.libc import check, libc, quick_call
+from coordlfs.kernel.libc import check, libc, quick
 
 PAGE = _mmap.PAGESIZE
 PROT_READ, MAP_SHARED = 1, 1
@@ -74,18 +74,16 @@ def resident(fd: int, offset: int = 0, length: int = 0) -> int | None:
     """
     call = _cachestat
     call.range[0], call.range[1] = offset, length
-    try:
-        quick_call("syscall", _SYS_CACHESTAT, fd, *call.tail)
-    except OSError as e:
-        if e.errno in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL):
-            return None
-        raise
+    failed = quick.syscall(_SYS_CACHESTAT, fd, *call.tail)
+    if failed and ctypes.get_errno() in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL):
+        return None
+    check(failed, "cachestat")
     return call.result[0]
 
 
 def set_direct(fd: int, on: bool) -> None:
     """Switch O_DIRECT of an open file. Raises OSError where the file system refuses."""
-    quick_call("fcntl", fd, fcntl.F_SETFL, os.O_DIRECT if on else 0)
+    check(quick.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT if on else 0), "fcntl")
 
 
 def drop(fd: int, offset: int, length: int) -> None:

@@ -8,7 +8,7 @@ import functools
 import os
 import struct
 
-from coordlfs.kernel.libc import check, libc, quick_call
+from coordlfs.kernel.libc import check, libc, quick
 
 SYS_OPENAT2 = 437
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_CACHED = 0x02, 0x04, 0x08, 0x20
@@ -16,6 +16,7 @@ _LONGEST = 4095
 _AT_EMPTY_PATH, _STATX_BTIME = 0x1000, 0x800
 _STATX, _BTIME_AT = 256, 80  # bytes
 _HOW = struct.Struct("=QQQ")
+_OPENAT2 = ctypes.c_long(SYS_OPENAT2)
 
 
 @functools.cache
@@ -54,13 +55,10 @@ def open_if_cached(directory: int, path: bytes, flags: int) -> int | None:
     """
     if len(path) > _LONGEST:
         return None
-    how = _how(flags, RESOLVE_CACHED)
-    try:
-        return quick_call("syscall", ctypes.c_long(SYS_OPENAT2), directory, path or b".", how, _HOW.size)
-    except OSError as e:
-        if e.errno in (errno.EAGAIN, errno.EINVAL):
-            return None
-        raise
+    fd: int = quick.syscall(_OPENAT2, directory, path or b".", _how(flags, RESOLVE_CACHED), _HOW.size)
+    if fd >= 0:
+        return fd
+    return None if ctypes.get_errno() in (errno.EAGAIN, errno.EINVAL) else check(fd, os.fsdecode(path))
 
 
 def born(fd: int) -> int | None:
@@ -74,4 +72,4 @@ def born(fd: int) -> int | None:
 
 def close_at_once(fd: int) -> None:
     """Close a descriptor of which nothing is to be waited for: of a local file that was read, or with O_PATH."""
-    quick_call("close", fd)
+    check(quick.close(fd), "close")
