@@ -32,6 +32,7 @@ from coordlfs.kernel import cgroups, fuse, pages
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO, State
 from coordlfs.stash import Stash
+from coordlfs.versions import Version
 from coordlfs.wire import MAX_PACKET, REQUEST, How, Outcome, Verb, parse_reply
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Fetched(NamedTuple):
     item: int
     offset: int  # in the file
     data: memoryview
-    st: os.stat_result  # attributes of the file, which the bytes belong to
+    version: Version  # of the file, which the bytes belong to
 
 
 @dataclass(slots=True)
@@ -158,10 +159,10 @@ class Admission:
         Counts it, and admits its item if there is room. `direct`: the READ went around the page cache. `for_peer`: it
         was another node that wanted it, and no epoch of this one.
         """
-        item, offset, data, st = fetched
-        record, file_size = items.record_of(item), st.st_size
+        item, offset, data, version = fetched
+        record, file_size = items.record_of(item), version.size
         with self.lock:
-            if not self.catalog.shows(record, st):
+            if not self.catalog.shows(record, version):
                 return  # another thread has seen a newer version meanwhile
             if direct:
                 self._know(record, file_size)
@@ -174,14 +175,14 @@ class Admission:
             if state is State.PINNED:
                 self._missed_though_pinned(item)
             elif item not in self._dropping:
-                self._take(item, offset, data, st, pid)
+                self._take(item, offset, data, file_size, pid)
 
     def _missed_though_pinned(self, item: int) -> None:
         self.drop([item])  # the kernel dropped pages of it, as it does when a file changes: pin it anew
 
-    def _take(self, item: int, offset: int, data: memoryview, st: os.stat_result, pid: int) -> None:
+    def _take(self, item: int, offset: int, data: memoryview, file_size: int, pid: int) -> None:
         """Take on an item that is absent and has room, or add to one that is on its way."""
-        record, length = items.record_of(item), items.length(item, st.st_size)
+        record, length = items.record_of(item), items.length(item, file_size)
         pending = self._pending.get(item)
         if pending is None:
             if not length or item in self._passed_over or not self._admits(item, pages.count(length)):
@@ -249,13 +250,13 @@ class Admission:
 
         Ahead of a reader it is that reader's miss.
         """
-        item, offset, data, st = fetched
+        item, offset, data, version = fetched
         record = items.record_of(item)
         with self.lock:
-            if not self.catalog.shows(record, st):
+            if not self.catalog.shows(record, version):
                 return
             if self.ahead is not None and self.ahead.wants(record):
-                self._count_miss(record, item, offset, len(data), st.st_size)
+                self._count_miss(record, item, offset, len(data), version.size)
             if item in self._pending:
                 self._add(item, offset, data)
 
@@ -400,7 +401,7 @@ class Admission:
 
     def is_absent(self, item: int) -> bool:
         """Whether an item is neither pinned nor on its way in or out."""
-        return self.policy.state(item) is State.ABSENT and item not in self._dropping
+        return not self.policy.pages(item) and item not in self._dropping
 
     def is_pending(self, item: int) -> bool:
         """Whether an item is on its way to be pinned."""

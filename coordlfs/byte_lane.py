@@ -36,6 +36,7 @@ from coordlfs.metrics import Counters
 from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
 from coordlfs.reading import Answer, Begun, Reader, Request
 from coordlfs.source import pread_all
+from coordlfs.warm_reads import WarmReads
 
 log = logging.getLogger(__name__)
 
@@ -238,6 +239,7 @@ class ByteLane:
         view = memoryview(request)
         receive = quick_reader(self._device, request)
         into = pages.buffer(fuse.MAX_READ + pages.PAGE)
+        warm = WarmReads(self._reader, memoryview(into), self._reply)
         with _waiting_for([self._device, *finishers]) as wait:
             had_to_wait = True
             unlooked = 0
@@ -268,8 +270,15 @@ class ByteLane:
                         self._end()  # unmounted
                         return
                     raise
-                if n is not None:
-                    self._dispatch(request, view[:n], into)
+                if n is None:
+                    continue
+                try:
+                    if warm.answer(request, n):
+                        continue
+                except Exception as e:
+                    self._refuse(fuse.IN_HEADER.unpack_from(request)[2], e)
+                    continue
+                self._dispatch(request, view[:n], into)
 
     def _end(self) -> None:
         self.ended.set()

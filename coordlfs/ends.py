@@ -35,12 +35,16 @@ class Ends:
             if len(self._refused) > _INODES:
                 self._refused.popitem(last=False)
 
+    def knows(self, node: int) -> bool:
+        """Whether `refuses` may say so."""
+        return node in self._refused
+
     def refuses(self, node: int, offset: int, size: int, end: int) -> bool:
         """Whether to refuse a READ of `size` bytes at `offset`, whose answer ends at `end`, before all of these.
 
         No two READs that the kernel has sent for its cache at a time have a page in common.
         """
-        if node not in self._refused:
+        if not self.knows(node):
             return False
         with self._lock:
             refused, size_believed = self._refused.get(node, ([], 0))

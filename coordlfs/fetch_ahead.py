@@ -72,8 +72,9 @@ class FetchAhead:
 
     def missed(self, record: int, nbytes: int) -> None:
         """So much of a file was read from the source."""
-        self.orders.missed(record, nbytes)
-        self._note()
+        if self.wants(record):
+            self.orders.missed(record, nbytes)
+            self._note()
 
     def wants(self, record: int) -> bool:
         """Whether a reader announced the file."""

@@ -10,7 +10,6 @@ cache are ordinary ones: the kernel may keep or drop them.
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable
 
@@ -56,9 +55,9 @@ class MemoryAdmission(Admission):
         if not self.memory.is_current(item):
             self.drop([item])  # else it came to be cached while this READ was at the source
 
-    def _take(self, item: int, offset: int, data: memoryview, st: os.stat_result, pid: int) -> None:
+    def _take(self, item: int, offset: int, data: memoryview, file_size: int, pid: int) -> None:
         if item not in self._pending:
-            length = items.length(item, st.st_size)
+            length = items.length(item, file_size)
             if not length or not self._admits(item, pages.count(length)):
                 return
             if not self.memory.reserve(item, length):

@@ -11,10 +11,11 @@ import os
 import stat
 from collections.abc import Callable
 
-from coordlfs.catalog import DIRECTORY, REGULAR, SUPERSEDED, Catalog, Version
+from coordlfs.catalog import DIRECTORY, REGULAR, SUPERSEDED, Catalog
 from coordlfs.metrics import Counters
 from coordlfs.reading import Reader
 from coordlfs.source import Source
+from coordlfs.versions import Version
 
 NAME_TIMEOUT = 86400  # seconds that the kernel may believe names and attributes
 _EMPTY_TIMEOUT = 1  # of attributes of an empty file: nobody reads it, so that nothing else would show that it has grown
@@ -68,7 +69,7 @@ class Namespace:
             if not self._reader.use_other_name(record):
                 raise
             st = self._lstat(self._catalog.path(record), before_wait)
-        if self._catalog.shows(record, st):
+        if self._catalog.shows(record, Version.of(st)):
             return st
         flags = self._catalog.flags(record)
         kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0

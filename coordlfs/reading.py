@@ -16,17 +16,17 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from coordlfs import items
 from coordlfs.admission import Admission, Fetched
-from coordlfs.catalog import SERVED, STALE, Catalog, Version
+from coordlfs.catalog import SERVED, STALE, Catalog
 from coordlfs.ends import Ends
 from coordlfs.kernel import fuse, pages
 from coordlfs.metrics import Counters
 from coordlfs.notifier import Notifier
 from coordlfs.source import Opened, Source
+from coordlfs.versions import Version
 
 if TYPE_CHECKING:
     from coordlfs.peers.sharing import Sharing
@@ -93,7 +93,7 @@ class Reader:
         self.counters = counters
         self.notifier = notifier
         self.sharing: Sharing | None = None
-        self._ends = Ends()
+        self.ends = Ends()
 
     def read(self, request: Request, into: pages.Buffer, before_wait: Callable[[], None]) -> Answer:
         """The bytes that a READ asks for: from the stash what is there, and the rest from the source.
@@ -162,7 +162,7 @@ class Reader:
             return None
         if isinstance(found, Opened):
             return Begun(Answer(record, request, self._is_for_peer(request)), item, found)
-        if not catalog.serves(record, partial(catalog.shows, record, found)):
+        if not catalog.serves(record, found):
             return None
         self.counters.count_read(size)
         data = into[:size]
@@ -199,7 +199,7 @@ class Reader:
         if length == size:
             return
         if not direct:
-            if self._ends.refuses(node, offset, size, offset + length):
+            if self.ends.refuses(node, offset, size, offset + length):
                 raise OSError(errno.ESTALE, "its end is new")
         elif self._is_stale(node):
             until = 0.0
@@ -267,9 +267,10 @@ class Reader:
     def _took(self, answer: Answer, item: int, offset: int, n: int, data: memoryview, st: os.stat_result) -> None:
         """The source gave `n` bytes of a file that has attributes `st`."""
         self.counters.count_read(n)
-        if self.catalog.serves(answer.record, partial(self.catalog.shows, answer.record, st)):
+        version = Version.of(st)
+        if self.catalog.serves(answer.record, version):
             if n:
-                answer.fetched.append(Fetched(item, offset, data, st))
+                answer.fetched.append(Fetched(item, offset, data, version))
         else:
             self._changed(answer.record, offset, st)
 
@@ -323,7 +324,7 @@ class Reader:
         if st.st_size < shown.size:
             # A short reply tells the kernel where the file ends now, unless the READ begins behind it: what lies before
             # it would be zeros. Nor does the kernel listen if it was told of older attributes meanwhile.
-            self._ends.notified(node, shown.size)
+            self.ends.notified(node, shown.size)
             self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))  # who has got the new bytes sees the new version
             self.drop_pages(record)
             if offset and (served or offset >= st.st_size):
@@ -378,7 +379,7 @@ class Reader:
         """Do what a server before this one had begun when it was killed: nothing of a version past may stay."""
         for record in self.catalog.stale():
             parent, name = self.catalog.entry(record)
-            self._ends.notified(self.catalog.node(record), fuse.LARGEST_FILE)
+            self.ends.notified(self.catalog.node(record), fuse.LARGEST_FILE)
             if record:
                 self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
             self.drop_pages(record)
@@ -391,7 +392,7 @@ class Reader:
         node, size = self.catalog.node(record), self.catalog.size(record)
         self.admission.stale(record)
         self.catalog.set_foreign(record)
-        self.notifier.call(lambda: self._ends.notified(node, size))
+        self.notifier.call(lambda: self.ends.notified(node, size))
         self.notifier.send(fuse.invalidate_inode(node, 0, 0))
         self.notifier.call(lambda: self.admission.purge(record))
 

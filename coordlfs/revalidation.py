@@ -17,13 +17,14 @@ from contextlib import closing, suppress
 
 import trio
 
-from coordlfs.catalog import DIRECTORY, REGULAR, SUPERSEDED, Catalog, Version
+from coordlfs.catalog import DIRECTORY, REGULAR, SUPERSEDED, Catalog
 from coordlfs.kernel import fuse
 from coordlfs.metrics import Counters
 from coordlfs.namespace import Namespace
 from coordlfs.notifier import Notifier
 from coordlfs.reading import Reader
 from coordlfs.source import Neighbours, Source
+from coordlfs.versions import Version
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class Revalidation:
                 return False
             return self._lost(record)
         self._gone.discard(record)
-        if self._catalog.shows(record, st):
+        if self._catalog.shows(record, Version.of(st)):
             return False
         self._changed(record, st)
         return True

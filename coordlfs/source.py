@@ -20,6 +20,7 @@ from mmap import mmap
 from typing import TypeVar
 
 from coordlfs.kernel import mounts, pages, paths
+from coordlfs.versions import Version
 
 T = TypeVar("T")
 
@@ -301,14 +302,12 @@ class Source:
             else:
                 paths.close_at_once(fd)
 
-    def begin(
-        self, record: int, path: bytes, into: memoryview, offset: int, size: int
-    ) -> os.stat_result | Opened | None:
+    def begin(self, record: int, path: bytes, into: memoryview, offset: int, size: int) -> Version | Opened | None:
         """Read `size` bytes at `offset`, a multiple of the page size, if the page cache holds all of them; never waits.
 
-        Returns the attributes that the file has afterwards: if they are not those it had when it was read before, it
-        may have been written to meanwhile, and `read` is to be called. So it is if None is returned, whatever the
-        reason. Otherwise the disk has to be read, which is to be followed by `end`.
+        Returns the version that the file has afterwards: if it is not the one that it had before, it may have been
+        written to meanwhile, and `read` is to be called. So it is if None is returned, whatever the reason. Otherwise
+        the disk has to be read, which is to be followed by `end`.
         """
         if self.is_remote or self._direct_refused:
             return None
@@ -328,12 +327,11 @@ class Source:
             if cached == npages:
                 # Should a page be on its way from the disk still, or gone by now, this ends there.
                 if os.preadv(fd, [into[:size]], offset, os.RWF_NOWAIT) == size:
-                    st = os.fstat(fd)
-                    if st.st_size < _KEEP_OPEN_FROM:
-                        return st
-                    self._give(record, fd, since or time.monotonic())
-                    fd = -1
-                    return st
+                    version = Version.of_open(fd)
+                    if version.size >= _KEEP_OPEN_FROM:
+                        self._give(record, fd, since or time.monotonic())
+                        fd = -1
+                    return version
             elif cached is not None:
                 st = os.fstat(fd)
                 length = min(size, st.st_size - offset)

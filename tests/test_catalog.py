@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from coordlfs import memfds
-from coordlfs.catalog import COUNTERS, DIRECTORY, LINKED, REGULAR, SERVED, SUPERSEDED, Catalog, Version, node_of_path
+from coordlfs.catalog import COUNTERS, DIRECTORY, LINKED, REGULAR, SERVED, SUPERSEDED, Catalog, node_of_path
 from coordlfs.kernel.fuse import ROOT_NODE
+from coordlfs.versions import Version
 
 NAMES = (
     st.sampled_from([b"a", b"b", b"c", b"\xff\xfe", b" ", b"\n", b"x" * 255])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 IN_HEADER = struct.Struct("=IIQQIIIHH")  # len opcode unique nodeid uid gid pid extlen padding
 OUT_HEADER = struct.Struct("=IiQ")  # len error unique
 READ_IN = struct.Struct("=QQIIQI")  # fh offset size read_flags lock_owner flags (of the open file)
+READ_MESSAGE = struct.Struct("=IIQQ8xI4x8xQI12xI4x")  # all of a READ: len opcode unique nodeid pid offset size flags
+READ_SIZE = READ_MESSAGE.size
 INIT_IN = struct.Struct("=IIIII")  # major minor max_readahead flags flags2
 INIT_OUT = struct.Struct("=IIIIHHIIHHII")
 INIT_OUT_SIZE = 64

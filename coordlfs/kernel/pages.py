@@ -33,7 +33,7 @@ class _CacheStat(threading.local):
 
 
 _cachestat = _CacheStat()
-_SYS_CACHESTAT = ctypes.c_long(451)
+SYS_CACHESTAT = ctypes.c_long(451)
 
 
 def count(length: int) -> int:
@@ -74,7 +74,7 @@ def resident(fd: int, offset: int = 0, length: int = 0) -> int | None:
     """
     call = _cachestat
     call.range[0], call.range[1] = offset, length
-    failed = quick.syscall(_SYS_CACHESTAT, fd, *call.tail)
+    failed = quick.syscall(SYS_CACHESTAT, fd, *call.tail)
     if failed and ctypes.get_errno() in (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EINVAL):
         return None
     check(failed, "cachestat")

@@ -7,25 +7,30 @@ import errno
 import functools
 import os
 import struct
+import threading
 
 from coordlfs.kernel.libc import check, libc, quick
 
 SYS_OPENAT2 = 437
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_CACHED = 0x02, 0x04, 0x08, 0x20
 _LONGEST = 4095
-_AT_EMPTY_PATH, _STATX_BTIME = 0x1000, 0x800
+_AT_EMPTY_PATH, _STATX_BASIC, _STATX_BTIME = 0x1000, 0x7FF, 0x800
+_BASIC = ctypes.c_uint(_STATX_BASIC)
 _STATX, _BTIME_AT = 256, 80  # bytes
+_ATTRIBUTES = struct.Struct("=20xIIH2xQQ64xqI")  # of struct statx: uid gid mode inode size, mtime and its nanoseconds
 _HOW = struct.Struct("=QQQ")
-_OPENAT2 = ctypes.c_long(SYS_OPENAT2)
+HOW_SIZE = _HOW.size
+OPENAT2 = ctypes.c_long(SYS_OPENAT2)
 
 
 @functools.cache
-def _how(flags: int, resolve: int = 0) -> ctypes.Array[ctypes.c_char]:
+def how(flags: int, resolve: int = 0) -> ctypes.Array[ctypes.c_char]:
+    """struct open_how, as openat2(2) takes it, to open what lies beneath a directory and is reached by no link."""
     flags |= os.O_CLOEXEC | os.O_NOFOLLOW
     if not flags & os.O_PATH:
         flags |= os.O_NOCTTY | os.O_NONBLOCK  # what was a file may be a FIFO by now
     resolve |= RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
-    return ctypes.create_string_buffer(_HOW.pack(flags, 0, resolve), _HOW.size)
+    return ctypes.create_string_buffer(_HOW.pack(flags, 0, resolve), HOW_SIZE)
 
 
 def open_beneath(directory: int, path: bytes, flags: int) -> int:
@@ -43,7 +48,7 @@ def open_beneath(directory: int, path: bytes, flags: int) -> int:
             return open_beneath(above, path[cut + 1 :], flags)
         finally:
             os.close(above)
-    fd: int = libc.syscall(SYS_OPENAT2, directory, path or b".", _how(flags), _HOW.size)
+    fd: int = libc.syscall(SYS_OPENAT2, directory, path or b".", how(flags), HOW_SIZE)
     return fd if fd >= 0 else check(-1, os.fsdecode(path))
 
 
@@ -55,10 +60,31 @@ def open_if_cached(directory: int, path: bytes, flags: int) -> int | None:
     """
     if len(path) > _LONGEST:
         return None
-    fd: int = quick.syscall(_OPENAT2, directory, path or b".", _how(flags, RESOLVE_CACHED), _HOW.size)
+    fd: int = quick.syscall(OPENAT2, directory, path or b".", how(flags, RESOLVE_CACHED), HOW_SIZE)
     if fd >= 0:
         return fd
     return None if ctypes.get_errno() in (errno.EAGAIN, errno.EINVAL) else check(fd, os.fsdecode(path))
+
+
+class _Statx(threading.local):
+    """Room for what statx(2) finds, made once for each thread: making it takes longer than the call."""
+
+    def __init__(self) -> None:
+        self.room = ctypes.create_string_buffer(_STATX)
+
+
+_statx = _Statx()
+
+
+Attributes = tuple[int, int, int, int, int, int]
+
+
+def attributes(fd: int) -> Attributes:
+    """Mode, uid, gid, inode, size and mtime_ns of an open file on a local disk, as quickly as can be (Linux 4.11)."""
+    room = _statx.room
+    check(quick.statx(fd, b"", _AT_EMPTY_PATH, _BASIC, room), "statx")
+    uid, gid, mode, inode, size, seconds, ns = _ATTRIBUTES.unpack_from(room)
+    return mode, uid, gid, inode, size, seconds * 10**9 + ns
 
 
 def born(fd: int) -> int | None:

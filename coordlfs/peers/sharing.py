@@ -142,7 +142,7 @@ class Sharing:
             if outcome is not Outcome.OK:
                 self._counters.add(_COUNTED[outcome])
                 done(None)
-            elif not self._catalog.serves(record, lambda: self._catalog.size_and_mtime(record) == version):
+            elif not self._catalog.serves_if(record, lambda: self._catalog.size_and_mtime(record) == version):
                 done(None)  # somebody has seen another one meanwhile
             else:
                 self._counters.count_peer_read(length)

@@ -1,0 +1,33 @@
+"""What tells two states of a file apart."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from coordlfs.kernel import paths
+
+
+class Version(NamedTuple):
+    """A state of a file; `inode` only says whether it is the same file of the source."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+    access: int = 0  # who may do what: permissions, and 20 bits of a hash of the owners
+
+    @classmethod
+    def of(cls, st: os.stat_result) -> Version:
+        """The version that these attributes show."""
+        return cls(st.st_size, st.st_mtime_ns, st.st_ino, access(st.st_mode, st.st_uid, st.st_gid))
+
+    @classmethod
+    def of_open(cls, fd: int) -> Version:
+        """The version that an open file shows, without letting another thread run meanwhile. Raises OSError."""
+        mode, uid, gid, inode, size, mtime_ns = paths.attributes(fd)
+        return cls(size, mtime_ns, inode, access(mode, uid, gid))
+
+
+def access(mode: int, uid: int, gid: int) -> int:
+    """See `Version.access`."""
+    return (mode & 0xFFF) << 20 | hash((uid, gid)) & 0xFFFFF
