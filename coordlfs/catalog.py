@@ -170,9 +170,7 @@ class Catalog:
 
     def shows_bytes(self, record: int, st: os.stat_result) -> bool:
         """Whether the bytes are those of that version, whoever may read them now."""
-        w, at = self._w, _HEADER_WORDS + record * _WORDS
-        mtime = st.st_mtime_ns & 0xFFFFFFFFFFFFFFFF
-        return w[at + 3] == st.st_size and w[at + 4] == mtime and w[at + 5] == st.st_ino
+        return self.version(record)[:3] == Version.of(st)[:3]
 
     def stamp(self, record: int) -> int:
         """64 bits for what tells the bytes of that version from those of any other."""
@@ -387,11 +385,9 @@ class Catalog:
         record = self._w[_COUNT]
         if record >= (memfds.RECORDS - _HEADER) // (_WORDS * 8) - 1:
             raise OSError(28, "the catalogue is full")
-        at = _HEADER_WORDS + record * _WORDS
-        self._w[at] = node
-        self._w[at + 1] = parent << 32 | len(name) << 16 | flags
-        self._w[at + 2] = self._store_name(name)
-        self.set_version(record, version)
+        entry, at = parent << 32 | len(name) << 16 | flags, _HEADER + record * _RECORD.size
+        size, mtime_ns, inode, access_ = version
+        _RECORD.pack_into(self._map, at, node, entry, self._store_name(name), size, mtime_ns, inode, 0, access_ << 32)
         self._w[_COUNT] = record + 1  # only now does it exist
         return record
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from coordlfs.kernel import paths
 
+_HALF = 1 << 63
+
 
 class Version(NamedTuple):
     """A state of a file; `inode` only says whether it is the same file of the source."""
@@ -19,13 +21,18 @@ class Version(NamedTuple):
     @classmethod
     def of(cls, st: os.stat_result) -> Version:
         """The version that these attributes show."""
-        return cls(st.st_size, st.st_mtime_ns, st.st_ino, access(st.st_mode, st.st_uid, st.st_gid))
+        return cls(st.st_size, _signed(st.st_mtime_ns), st.st_ino, access(st.st_mode, st.st_uid, st.st_gid))
 
     @classmethod
     def of_open(cls, fd: int) -> Version:
         """The version that an open file shows, without letting another thread run meanwhile. Raises OSError."""
         mode, uid, gid, inode, size, mtime_ns = paths.attributes(fd)
-        return cls(size, mtime_ns, inode, access(mode, uid, gid))
+        return cls(size, _signed(mtime_ns), inode, access(mode, uid, gid))
+
+
+def _signed(ns: int) -> int:
+    """A time as 64 bits hold it, which goes wrong, the same way every time, after the year 2262."""
+    return ns if -_HALF <= ns < _HALF else (ns + _HALF) % (2 * _HALF) - _HALF
 
 
 def access(mode: int, uid: int, gid: int) -> int:
