@@ -18,6 +18,7 @@ import os
 import random
 import select
 import socket
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -29,6 +30,7 @@ from coordlfs import items
 from coordlfs.catalog import FOREIGN, STALE, Catalog
 from coordlfs.epochs import Epochs
 from coordlfs.kernel import cgroups, fuse, pages
+from coordlfs.kernel.libc import quick_reader, quick_write
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO, State
 from coordlfs.stash import Stash
@@ -53,6 +55,7 @@ _PENDING = 256
 _UNKNOWN, _NEVER_MISSED = (0, 0), (0, 0xFFFFFFFF)  # instead of the epoch and page of a last miss
 _CGROUP_KNOWN = 1.0  # seconds that a process is believed to stay in its cgroup
 _AWAITED = 0.1, 100  # seconds after which it is seen again whether an item is awaited, and how often
+_ONE = (1).to_bytes(8, sys.byteorder)  # what wakes whoever waits for an eventfd
 _FORCE_FROM = 2  # the attempt from which pages are dropped even where a job maps them
 
 
@@ -86,6 +89,8 @@ class Link:
     index: int
     pid: int
     sock: socket.socket
+    packet: bytearray  # what `receive` received last
+    receive: Callable[[], int | None]
     asked: int = 0
     full: bool = False
     purging: list[int] = field(default_factory=list)  # records
@@ -438,7 +443,8 @@ class Admission:
         """A keeper joins, a new one or one that a server before this one had."""
         sock.setblocking(False)
         with self.lock:
-            self.links[index] = Link(index, pid, sock)
+            packet = bytearray(MAX_PACKET)
+            self.links[index] = Link(index, pid, sock, packet, quick_reader(sock.fileno(), packet))
             self.keeper_pids |= {pid}
             self.keeper_threads |= {pid}
             self.look_at_cgroups()
@@ -522,7 +528,7 @@ class Admission:
     # -- inside; all with the lock held -------------------------------------------------------------------------
 
     def _wake(self) -> None:
-        os.eventfd_write(self._wake_fd, 1)
+        quick_write(self._wake_fd, _ONE)
 
     def _later(self, item: int, delay: float) -> None:
         due = self._pending[item].due = time.monotonic() + delay
@@ -624,7 +630,7 @@ class Admission:
     def _flush(self, link: Link) -> None:
         while link.backlog and link.asked < _WINDOW:
             try:
-                link.sock.send(link.backlog[0])
+                quick_write(link.sock.fileno(), link.backlog[0])
             except (BlockingIOError, OSError):  # full, or dying: the supervisor will say so
                 if not link.asked and self._flush_at is None:  # no answer will come that has it tried again
                     self._flush_at = time.monotonic() + RETRY[1]
@@ -637,9 +643,12 @@ class Admission:
     def _receive(self, link: Link) -> None:
         while True:
             try:
-                packet = link.sock.recv(MAX_PACKET)
-            except (BlockingIOError, OSError):
+                n = link.receive()
+            except OSError:
                 return
+            if n is None:
+                return
+            packet = bytes(link.packet[:n])
             if not packet:
                 self.lose_keeper(link.index)
                 return
