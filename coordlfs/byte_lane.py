@@ -31,12 +31,13 @@ from functools import partial
 from coordlfs import hints, items
 from coordlfs.fetch_ahead import FetchAhead
 from coordlfs.kernel import aio, fuse, pages
+from coordlfs.kernel.cached_files import CachedFiles
 from coordlfs.kernel.libc import quick_reader, quick_write
 from coordlfs.metrics import Counters
 from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
 from coordlfs.reading import Answer, Begun, Reader, Request
 from coordlfs.source import pread_all
-from coordlfs.warm_reads import WarmReads
+from coordlfs.whole_files import Whole, WholeFiles
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,8 @@ class ByteLane:
         self._brief_waits = threading.Event()  # there was one
         self._returned: deque[tuple[int, Request, bool]] = deque()  # READs that are to hold a thread; interrupted?
         self._disk = None if reader.source.is_remote else _disk()
-        self._begun: dict[int, tuple[int, Begun, _Wait]] = {}  # READs that the disk works on, by slot
+        self._whole_files = WholeFiles(reader, self._reply, self._begin_whole)
+        self._begun: dict[int, tuple[int, Begun | Whole, _Wait]] = {}  # READs that the disk works on, by slot
         # What to call when a descriptor is readable: READs that nobody waits for can be answered.
         self._finishers: dict[int, Callable[[], None]] = {}
         if self._disk is not None:
@@ -239,7 +241,7 @@ class ByteLane:
         view = memoryview(request)
         receive = quick_reader(self._device, request)
         into = pages.buffer(fuse.MAX_READ + pages.PAGE)
-        warm = WarmReads(self._reader, memoryview(into), self._reply)
+        bytes_into, files = memoryview(into), CachedFiles(self._reader.source.root)
         with _waiting_for([self._device, *finishers]) as wait:
             had_to_wait = True
             unlooked = 0
@@ -273,7 +275,7 @@ class ByteLane:
                 if n is None:
                     continue
                 try:
-                    if warm.answer(request, n):
+                    if self._whole_files.answer(request, n, files, bytes_into):
                         continue
                 except Exception as e:
                     self._refuse(fuse.IN_HEADER.unpack_from(request)[2], e)
@@ -455,16 +457,23 @@ class ByteLane:
             self._finish_read(unique, answer)
 
     def _begin_read(self, unique: int, begun: Begun) -> bool:
+        file = begun.file
+        return self._have_read(unique, begun, begun.answer.request, file.fd, file.offset, file.length)
+
+    def _begin_whole(self, whole: Whole) -> bool:
+        return self._have_read(whole.unique, whole, whole.request, whole.fd, 0, whole.shown.size)
+
+    def _have_read(self, unique: int, begun: Begun | Whole, asked: Request, fd: int, offset: int, length: int) -> bool:
         """Have the disk read while this thread goes on; False if that cannot be."""
-        file, disk = begun.file, self._disk
+        disk = self._disk
         with self._lock:
             slot = None if disk is None else disk.take()
         if disk is None or slot is None:
             return False
-        wait = self._wait_for(unique, begun.answer.request)
+        wait = self._wait_for(unique, asked)
         self._begun[slot] = unique, begun, wait
         try:
-            disk.submit(slot, file.fd, file.offset, pages.count(file.length) * pages.PAGE)
+            disk.submit(slot, fd, offset, pages.count(length) * pages.PAGE)
         except OSError:
             del self._begun[slot]
             disk.give(slot)
@@ -483,7 +492,10 @@ class ByteLane:
             unique, begun, wait = self._begun.pop(slot)
             self._end_wait(unique, wait)
             try:
-                self._answer_begun(unique, begun, n, disk.buffers[slot], interrupted=wait.interrupted)
+                if isinstance(begun, Begun):
+                    self._answer_begun(unique, begun, n, disk.buffers[slot], interrupted=wait.interrupted)
+                elif not self._whole_files.finish(begun, n, disk.buffers[slot]):
+                    self._return(unique, begun.request, interrupted=wait.interrupted)
             except Exception as e:
                 self._refuse(unique, e)
             finally:

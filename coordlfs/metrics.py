@@ -68,7 +68,7 @@ class Counters:
             self._words[_SOURCE_READS] += 1
             self._words[_SOURCE_BYTES] += nbytes
 
-    def count_warm_read(self, nbytes: int) -> None:
+    def count_whole_read(self, nbytes: int) -> None:
         """Count a READ, and that it went to the source."""
         with self._lock:
             self._words[_READS] += 1

@@ -340,7 +340,7 @@ class Source:
             elif cached is not None:
                 st = os.fstat(fd)
                 length = min(size, st.st_size - offset)
-                if length > 0 and stat.S_ISREG(st.st_mode) and self._set_direct(fd, True):
+                if length > 0 and stat.S_ISREG(st.st_mode) and self.go_direct(fd):
                     opened = Opened(record, fd, since or time.monotonic(), offset, length, st)
                     fd = -1
                     return opened
@@ -371,7 +371,7 @@ class Source:
         fd = None if self.is_remote else paths.open_if_cached(self.root, path, os.O_RDONLY)
         return self.open(path) if fd is None else fd
 
-    def _set_direct(self, fd: int, on: bool) -> bool:
+    def go_direct(self, fd: int, on: bool = True) -> bool:
         """Have a regular file read around the page cache, or no longer; False if the file system refuses that."""
         if not self._direct_refused:
             try:
@@ -398,7 +398,7 @@ class Source:
         return None
 
     def _give(self, record: int, fd: int, opened: float) -> None:
-        self._set_direct(fd, False)
+        self.go_direct(fd, False)
         closing: list[tuple[int, float]] = []
         with self._lock:
             kept = self._kept.setdefault(record, [])
@@ -424,13 +424,13 @@ class Source:
         cached = pages.resident(fd, first, span)
         if cached is None or cached * pages.PAGE < span:
             slow()
-            if self._set_direct(fd, True):
+            if self.go_direct(fd):
                 try:
                     return min(want, pread_all(fd, memoryview(into)[: pages.count(want) * pages.PAGE], offset))
                 except OSError as e:
                     if e.errno != errno.EINVAL:  # not aligned as this file system wants it
                         raise
-        self._set_direct(fd, False)
+        self.go_direct(fd, False)
         if cached:
             return pread_all(fd, memoryview(into)[:want], offset)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # or more than is asked for would be read, and stay

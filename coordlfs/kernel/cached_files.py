@@ -1,7 +1,4 @@
-"""Reading whole files from the page cache, and from nowhere else.
-
-In as few instructions as Python can do it with: this is half of what a miss costs where no disk has to be waited for.
-"""
+"""Files that the kernel knows, and whether it holds them in the page cache, asked in as few instructions as can be."""
 
 from __future__ import annotations
 
@@ -24,22 +21,13 @@ class CachedFiles:
         self._counts = (ctypes.c_uint64 * 5)()
         self._asks = ctypes.byref(self._range), ctypes.byref(self._counts), ctypes.c_uint(0)
 
-    def read(self, path: bytes, into: memoryview) -> paths.Attributes | None:
-        """Fill `into` from the beginning of a file; the attributes that the file has afterwards.
+    def open(self, path: bytes) -> int:
+        """A descriptor for reading; -1 if that cannot be had without waiting, whatever the reason."""
+        fd: int = quick.syscall(paths.OPENAT2, self._directory, path, _HOW, paths.HOW_SIZE)
+        return fd
 
-        None if not all of it can be had without waiting, whatever the reason, and then it was not asked for either.
-        """
-        fd = quick.syscall(paths.OPENAT2, self._directory, path, _HOW, paths.HOW_SIZE)
-        if fd < 0:
-            return None
-        try:
-            npages = -(-len(into) // PAGE)
-            self._range[1] = npages * PAGE
-            if quick.syscall(SYS_CACHESTAT, fd, *self._asks) or self._counts[0] != npages:
-                return None
-            # Should a page be on its way from the disk still, or gone by now, it ends there.
-            return paths.attributes(fd) if os.preadv(fd, (into,), 0, os.RWF_NOWAIT) == len(into) else None
-        except OSError:
-            return None
-        finally:
-            quick.close(fd)
+    def holds(self, fd: int, length: int) -> bool:
+        """Whether the first `length` bytes of a file are in the page cache; False as well where that is not told."""
+        npages = -(-length // PAGE)
+        self._range[1] = npages * PAGE
+        return not quick.syscall(SYS_CACHESTAT, fd, *self._asks) and self._counts[0] == npages
