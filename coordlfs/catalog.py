@@ -38,6 +38,8 @@ _COUNT, _NAMES_USED, _STALE = 0, 1, 2
 _RECORD = struct.Struct("=QQQQqQQQ")  # node, entry and flags, name, then as below
 _VERSION = struct.Struct("=24xQqQ8xQ")  # of a record's words: size, mtime, inode, and above 32 bits the access
 
+_FEW = 1 << 16  # records that are indexed one by one, in 20 ms
+
 _NO_VERSION = Version(0, 0, 0)
 
 P = ParamSpec("P")
@@ -411,10 +413,21 @@ class Catalog:
 
     def _build_index(self, capacity: int) -> tuple[memoryview, int]:
         """Open addressing with linear probing, at most half full; a slot holds a record number plus one."""
-        import numpy as np  # here, since it takes longer to import than a mount to come up
-
         size = 1 << max(12, (2 * capacity - 1).bit_length())
         mask = size - 1
+        if len(self) > _FEW:
+            return memoryview(self._index_many(size, mask)), mask
+        slots = array("I", bytes(4 * size))
+        for record, node in enumerate(self._w[_HEADER_WORDS : _HEADER_WORDS + len(self) * _WORDS : _WORDS], 1):
+            at = node & mask
+            while slots[at]:
+                at = (at + 1) & mask
+            slots[at] = record
+        return memoryview(slots), mask
+
+    def _index_many(self, size: int, mask: int) -> array[int]:
+        import numpy as np  # here, since it takes longer to import than a mount to come up, or to read many files
+
         slots = np.zeros(size, np.uint32)
         ids = np.frombuffer(self._map, np.uint64, len(self) * _WORDS, _HEADER)[::_WORDS]
         records = np.arange(1, len(ids) + 1, dtype=np.uint32)
@@ -426,4 +439,4 @@ class Catalog:
             records, at = records[homeless], (at[homeless] + 1) & mask
         packed = array("I")
         packed.frombytes(slots.tobytes())
-        return memoryview(packed), mask
+        return packed

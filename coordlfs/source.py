@@ -205,11 +205,6 @@ class Source:
 
         `slow` is called before the disk has to be waited for.
         """
-        try:
-            return self.lstat_once(path, slow)
-        except OSError as e:
-            if e.errno not in _PASSING:
-                raise
         return self._persistently(lambda: self.lstat_once(path, slow), slow)
 
     def lstat_once(self, path: bytes, slow: Callable[[], None] | None = None) -> os.stat_result:

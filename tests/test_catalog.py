@@ -208,6 +208,19 @@ def test_node_ids_are_made_of_the_path(tree: list[tuple[int, bytes]]) -> None:
             assert catalog.node(record) == node_of_path(catalog.path(record))
 
 
+@pytest.mark.parametrize("few", [0, 1 << 16], ids=["at once", "one by one"])
+def test_every_record_is_found_however_many_are_indexed(
+    fds: tuple[int, int], monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    monkeypatch.setattr("coordlfs.catalog._FEW", few)
+    catalog = Catalog(*fds, id_bits=16)  # as crowded as it may be, and wrapping around its end
+    for number in range(10_000):
+        catalog.enter(0, b"%d" % number, attributes(number + 2))
+    for seen in (catalog, Catalog(*fds, id_bits=16)):
+        assert [seen.find(catalog.node(record)) for record in range(len(catalog))] == list(range(10_001))
+        assert seen.find(1 << 20) is None
+
+
 def test_names_of_many_directories_that_collide_are_told_apart(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds, id_bits=8)
     homes = [catalog.enter(0, b"%d" % number, directory(number))[0] for number in range(2, 92)]
