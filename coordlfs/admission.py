@@ -642,10 +642,13 @@ class Admission:
 
     def _receive(self, link: Link) -> None:
         while True:
-            try:
-                n = link.receive()
-            except OSError:
-                return
+            with self.lock:
+                if self.links.get(link.index) is not link:
+                    return  # and its descriptor's number may be another one's by now
+                try:
+                    n = link.receive()
+                except OSError:
+                    return
             if n is None:
                 return
             packet = bytes(link.packet[:n])

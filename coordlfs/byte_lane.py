@@ -495,6 +495,7 @@ class ByteLane:
                 if isinstance(begun, Begun):
                     self._answer_begun(unique, begun, n, disk.buffers[slot], interrupted=wait.interrupted)
                 elif not self._whole_files.finish(begun, n, disk.buffers[slot]):
+                    self._counters.add("reads")
                     self._return(unique, begun.request, interrupted=wait.interrupted)
             except Exception as e:
                 self._refuse(unique, e)

@@ -162,8 +162,8 @@ class Reader:
             return None
         if isinstance(found, Opened):
             return Begun(Answer(record, request, self._is_for_peer(request)), item, found)
-        if not catalog.serves(record, found):
-            return None
+        if found.size != end or not catalog.serves(record, found):
+            return None  # else it ends elsewhere than was thought
         self.counters.count_read(size)
         data = into[:size]
         fetched = Fetched(item, offset, data, found)

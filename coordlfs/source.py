@@ -1,8 +1,9 @@
 """Reading the dataset directory without leaving a second copy of it in the page cache.
 
 Bytes that are in the source's page cache already are taken from there; everything else is read with O_DIRECT, or,
-where the file system refuses that, read and dropped. `preadv2(RWF_NOWAIT)` would not do to ask: since Linux 5.10 it
-starts readahead (measured on 6.18: the whole file was cached by the call), so cachestat(2) is asked.
+where the file system refuses that, read and dropped. `preadv2(RWF_NOWAIT)` alone would not do: since Linux 5.10 it
+starts readahead of what is missing (measured on 6.18: the whole file was cached by the call), so cachestat(2) is asked
+first.
 """
 
 from __future__ import annotations
@@ -31,17 +32,18 @@ _PASSING = frozenset(
     {errno.EAGAIN, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT}
 )
 _RETRIES = (0.0, 0.05, 0.5)  # seconds between the attempts
+_ASK_OTHERS = frozenset({b"fuseblk", b"gfs2", b"ocfs2"})  # though they have a block device
 _ROOT_IS_GONE = frozenset({errno.ENOTCONN, errno.ESTALE})
 _ATTEMPTS = 4  # at reading a file that is written to meanwhile
 _KEPT_FOR = 1.0  # seconds after which a name is looked at again
 
 
 def lies_elsewhere(root: int, path: bytes | None = None) -> bool:
-    """Whether a file system has no block device of its own, as NFS and Lustre: to open a file may take its time.
+    """Whether a file system has no block device of its own, as NFS and Lustre, or asks others: to open takes its time.
 
     Or one that is mounted beneath its path.
     """
-    if os.major(os.fstat(root).st_dev) == 0:
+    if os.major(os.fstat(root).st_dev) == 0 or mounts.fstype(root) in _ASK_OTHERS:
         return True
     beneath = None if path is None else path.rstrip(b"/") + b"/"
     return beneath is not None and any(
@@ -281,7 +283,7 @@ class Source:
     def _read_file(
         self, record: int, path: bytes, into: mmap | memoryview, offset: int, size: int, slow: Callable[[], None]
     ) -> tuple[int, os.stat_result]:
-        fd, opened = self._take(record) or (self._open(path), time.monotonic())
+        fd, opened = self._take(record) or (self._open(path, slow), time.monotonic())
         keep = False
         try:
             st = os.fstat(fd)
@@ -322,15 +324,15 @@ class Source:
             taken = fd, 0.0
         fd, since = taken
         try:
-            npages = -(-size // pages.PAGE)
+            npages = pages.count(size)
             cached = pages.resident(fd, offset, npages * pages.PAGE)
             if cached == npages:
                 # Should a page be on its way from the disk still, or gone by now, this ends there.
                 if os.preadv(fd, [into[:size]], offset, os.RWF_NOWAIT) == size:
                     version = Version.of_open(fd)
                     if version.size >= _KEEP_OPEN_FROM:
-                        self._give(record, fd, since or time.monotonic())
-                        fd = -1
+                        given, fd = fd, -1
+                        self._give(record, given, since or time.monotonic())
                     return version
             elif cached is not None:
                 st = os.fstat(fd)
@@ -362,20 +364,25 @@ class Source:
             paths.close_at_once(opened.fd)
         return st if _same(opened.st, st) else None
 
-    def _open(self, path: bytes) -> int:
+    def _open(self, path: bytes, slow: Callable[[], None]) -> int:
         fd = None if self.is_remote else paths.open_if_cached(self.root, path, os.O_RDONLY)
-        return self.open(path) if fd is None else fd
+        if fd is None:
+            slow()
+            fd = self.open(path)
+        return fd
 
     def go_direct(self, fd: int, on: bool = True) -> bool:
-        """Have a regular file read around the page cache, or no longer; False if the file system refuses that."""
-        if not self._direct_refused:
-            try:
-                pages.set_direct(fd, on)
-            except OSError as e:
-                if e.errno != errno.EINVAL:
-                    raise
-                self._direct_refused = True
-        return not self._direct_refused
+        """Have a file read around the page cache, or no longer; False if its file system refuses that."""
+        if on and self._direct_refused:
+            return False
+        try:
+            pages.set_direct(fd, on)
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            self._direct_refused = stat.S_ISREG(os.fstat(fd).st_mode)  # else it is the file that is wrong
+            return False
+        return True
 
     def _take(self, record: int) -> tuple[int, float] | None:
         # A descriptor is used by one thread at a time, since O_DIRECT is a property of it and not of the read.
@@ -416,15 +423,14 @@ class Source:
             return 0
         first = offset // pages.PAGE * pages.PAGE
         span = pages.count(offset + want - first) * pages.PAGE  # bytes of the pages that are touched
+        slow()  # of what is in the page cache, a page may be on its way from the disk still
         cached = pages.resident(fd, first, span)
-        if cached is None or cached * pages.PAGE < span:
-            slow()
-            if self.go_direct(fd):
-                try:
-                    return min(want, pread_all(fd, memoryview(into)[: pages.count(want) * pages.PAGE], offset))
-                except OSError as e:
-                    if e.errno != errno.EINVAL:  # not aligned as this file system wants it
-                        raise
+        if (cached is None or cached * pages.PAGE < span) and self.go_direct(fd):
+            try:
+                return min(want, pread_all(fd, memoryview(into)[: pages.count(want) * pages.PAGE], offset))
+            except OSError as e:
+                if e.errno != errno.EINVAL:  # not aligned as this file system wants it
+                    raise
         self.go_direct(fd, False)
         if cached:
             return pread_all(fd, memoryview(into)[:want], offset)

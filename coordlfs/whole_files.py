@@ -1,4 +1,4 @@
-"""The commonest READs, answered in one go: of a whole file that is not cached, or on its way into the cache.
+"""The commonest READs, answered in one go: of a whole file that is not cached, or whose bytes are kept here.
 
 What they cost is the interpreter and the copies. So this is what the byte lane, `Reader.begin`, `Reader.fetched` and
 `Reader.account` do, written out for the case in which nothing has to be weighed, in half the time. Whatever is unusual
@@ -17,7 +17,7 @@ from coordlfs.catalog import REGULAR
 from coordlfs.kernel import fuse, paths
 from coordlfs.kernel.cached_files import CachedFiles
 from coordlfs.reading import Reader, Request
-from coordlfs.versions import Version, access
+from coordlfs.versions import Version
 
 _UNUSUAL = os.O_DIRECT | os.O_NOATIME
 _LARGEST = fuse.MAX_READ - 1
@@ -38,7 +38,7 @@ class Whole(NamedTuple):
     @property
     def request(self) -> Request:
         """It, as the others know it."""
-        return Request(self.node, 0, self.asked, self.pid, direct=False)
+        return Request(self.node, 0, min(self.asked, fuse.MAX_READ), self.pid, direct=False)
 
 
 class WholeFiles:
@@ -54,7 +54,7 @@ class WholeFiles:
         self._rests = 0
 
     def answer(self, request: bytearray, length: int, files: CachedFiles, into: memoryview) -> bool:
-        """Answer a message of `length` bytes, or see that `finish` does, and never wait.
+        """Answer a message of `length` bytes, or see that `finish` does, and never wait for the source.
 
         `into` is memory for the bytes. False if it is to be dispatched as any other, and nothing was done.
         """
@@ -66,7 +66,7 @@ class WholeFiles:
         reader = self._reader
         catalog, admission = reader.catalog, reader.admission
         record = catalog.find(node)
-        if record is None:
+        if record is None or reader.ends.knows(node):
             return False
         state, shown, path = catalog.glance(record)
         size = shown.size
@@ -77,7 +77,7 @@ class WholeFiles:
             return self._answer_kept(unique, node, item, size, pid)
         if pid in admission.keeper_threads:
             return False
-        if self._rests:
+        if self._rests > 0:
             self._rests -= 1
             return False
         fd = files.open(path)
@@ -89,16 +89,20 @@ class WholeFiles:
             if files.holds(fd, size):
                 # Should a page be on its way from the disk still, or gone by now, this ends there.
                 data = into[:size]
-                return os.preadv(fd, (data,), 0, os.RWF_NOWAIT) == size and self._give(whole, data)
-            is_begun = reader.source.go_direct(fd) and self._begin(whole)
-            if not is_begun:
-                self._rests = _RESTS
-            return is_begun
+                if os.preadv(fd, (data,), 0, os.RWF_NOWAIT) == size:
+                    return self._give(whole, data)
+            elif Version.of_open(fd) != shown:
+                return False  # it might be no file any more
+            else:
+                is_begun = reader.source.go_direct(fd) and self._begin(whole)
         except OSError:
-            return False  # whoever reads it again will say
+            pass  # whoever reads it again will say
         finally:
             if not is_begun:
                 paths.close_at_once(fd)
+        if not is_begun:
+            self._rests = _RESTS
+        return is_begun
 
     def finish(self, whole: Whole, n: int, data: memoryview) -> bool:
         """Answer a READ with `n` bytes that the disk has read; False if `Reader.read` is to be called.
@@ -117,10 +121,10 @@ class WholeFiles:
         """Answer with `data`, if it is certain to be of the version that is shown: the file has it afterwards."""
         unique, node, _, pid, item, fd, shown = whole
         reader = self._reader
-        mode, uid, gid, inode, size, mtime_ns = paths.attributes(fd)
-        if (size, mtime_ns, inode, access(mode, uid, gid)) != shown:
+        size = shown.size
+        if Version.of_open(fd) != shown or not reader.catalog.serves(items.record_of(item), shown):
             return False
-        if not reader.catalog.serves(items.record_of(item), shown) or reader.ends.knows(node):
+        if reader.ends.knows(node):
             return False
         reader.counters.count_whole_read(size)
         self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + size, 0, unique), data)
@@ -131,7 +135,7 @@ class WholeFiles:
         """Answer with what need not be read, if that is all of it."""
         reader = self._reader
         [data, *others] = reader.admission.stashed(item, 0, size, size, pid)
-        if others or isinstance(data, int) or reader.ends.knows(node):
+        if others or isinstance(data, int) or len(data) != size or reader.ends.knows(node):
             return False
         reader.counters.add("reads")
         reader.counters.add(reader.admission.served_from, size)

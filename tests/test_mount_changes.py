@@ -31,6 +31,7 @@ from mounts import (
     noise,
     raises,
     read,
+    resident,
 )
 
 
@@ -234,6 +235,32 @@ def test_a_name_that_becomes_another_kind(source: Path, mount: MakeMount) -> Non
     assert os.listdir(again.path / "file") == []
     assert read(again.path / "directory") == noise(6000)
     assert read(again.path / "link") == noise(7000)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory"])
+def test_what_takes_the_place_of_a_small_file_is_not_read(source: Path, mount: MakeMount, kind: str) -> None:
+    for name in ("f", "g"):
+        (source / name).write_bytes(noise(5000))
+    mounted = mount(source, "0")
+    _know(mounted)
+    subprocess.run(["sync", "-f", source], check=True, timeout=60)
+    forget(source / "g")
+    (source / "f").unlink()
+    written = b""
+    if kind == "fifo":
+        os.mkfifo(source / "f")
+        fifo = os.open(source / "f", os.O_RDWR | os.O_NONBLOCK)
+        written = b"for somebody else" * 1000
+        os.write(fifo, written)
+    else:
+        (source / "f").mkdir()
+    raises(errno.ENOENT, lambda: read(mounted.path / "f"))
+    if kind == "fifo":
+        assert os.read(fifo, 1 << 20) == written
+        os.close(fifo)
+    assert read(mounted.path / "g") == noise(5000)
+    assert not resident(source / "g")
+    mounted.expect_errors = True
 
 
 def test_a_link_that_leads_elsewhere_when_its_directory_is_listed(source: Path, mount: MakeMount) -> None:

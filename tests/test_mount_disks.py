@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import subprocess
 import time
@@ -110,6 +111,32 @@ def test_a_slow_disk_holds_up_only_who_waits_for_it(source: Path, disk: Disk, mo
         for number, data in enumerate(reading):
             assert data.result(60) == noise(50_000, 2 + number)
     mounted.settle()
+
+
+def test_a_page_that_is_on_its_way_holds_up_only_who_waits_for_it(source: Path, disk: Disk, mount: MakeMount) -> None:
+    for number, name in enumerate(("warm", "awaited")):
+        (source / name).write_bytes(noise(100_000, number))
+    faulty, path = disk()
+    mounted = mount(path, "0")
+    for name in ("warm", "awaited"):
+        (mounted.path / name).stat()
+    drop_caches()
+    read(path / "warm")
+    os.stat(path / "awaited")
+    forget(faulty.path / "disk")
+    faulty.set("read disk", delay=3)
+    with ThreadPoolExecutor(2) as pool:
+        elsewhere = pool.submit(
+            read, path / "awaited"
+        )  # whose pages the page cache holds from now on, but not yet the bytes
+        time.sleep(0.3)
+        began = time.monotonic()
+        reading = pool.submit(read, mounted.path / "awaited")
+        time.sleep(0.2)
+        assert read(mounted.path / "warm") == noise(100_000, 0)
+        assert time.monotonic() - began < 1, "it waited for the page"
+        assert not reading.done()
+        assert reading.result(60) == elsewhere.result(60) == noise(100_000, 1)
 
 
 def test_a_disk_that_fails_gives_its_error_and_later_the_bytes(source: Path, disk: Disk, mount: MakeMount) -> None:

@@ -7,7 +7,7 @@ import os
 
 from coordlfs.kernel import paths
 from coordlfs.kernel.libc import quick
-from coordlfs.kernel.pages import PAGE, SYS_CACHESTAT
+from coordlfs.kernel.pages import PAGE, SYS_CACHESTAT, count
 
 _HOW = paths.how(os.O_RDONLY, paths.RESOLVE_CACHED)
 
@@ -28,6 +28,6 @@ class CachedFiles:
 
     def holds(self, fd: int, length: int) -> bool:
         """Whether the first `length` bytes of a file are in the page cache; False as well where that is not told."""
-        npages = -(-length // PAGE)
+        npages = count(length)
         self._range[1] = npages * PAGE
         return not quick.syscall(SYS_CACHESTAT, fd, *self._asks) and self._counts[0] == npages
