@@ -423,9 +423,16 @@ class Source:
             return 0
         first = offset // pages.PAGE * pages.PAGE
         span = pages.count(offset + want - first) * pages.PAGE  # bytes of the pages that are touched
-        slow()  # of what is in the page cache, a page may be on its way from the disk still
         cached = pages.resident(fd, first, span)
-        if (cached is None or cached * pages.PAGE < span) and self.go_direct(fd):
+        if cached is not None and cached * pages.PAGE == span:
+            self.go_direct(fd, False)
+            with suppress(OSError):
+                if os.preadv(fd, [memoryview(into)[:want]], offset, os.RWF_NOWAIT) == want:
+                    return want
+            slow()  # a page is on its way from the disk still
+            return pread_all(fd, memoryview(into)[:want], offset)
+        slow()
+        if self.go_direct(fd):
             try:
                 return min(want, pread_all(fd, memoryview(into)[: pages.count(want) * pages.PAGE], offset))
             except OSError as e:
