@@ -249,8 +249,9 @@ class ByteLane:
                 unlooked += 1
                 if unlooked > _LOOK_EVERY:
                     unlooked = 0
-                    for finish in finishers.values():
-                        finish()
+                    if self._begun or self._reader.sharing is not None:
+                        for finish in finishers.values():
+                            finish()
                 while self._returned:
                     self._read_alone(into)
                 if not had_to_wait and self._total - self._waiting - self._parked > _RUNNING:

@@ -30,6 +30,14 @@ class Version(NamedTuple):
         return cls(size, _signed(mtime_ns), inode, access(mode, uid, gid))
 
 
+def is_open_as(version: Version, fd: int) -> bool:
+    """Whether an open file shows `version`, as `Version.of_open`, in less time."""
+    mode, uid, gid, inode, size, mtime_ns = paths.attributes(fd)
+    if size != version.size or inode != version.inode or access(mode, uid, gid) != version.access:
+        return False
+    return mtime_ns == version.mtime_ns or _signed(mtime_ns) == version.mtime_ns
+
+
 def _signed(ns: int) -> int:
     """A time as 64 bits hold it, which goes wrong, the same way every time, after the year 2262."""
     return ns if -_HALF <= ns < _HALF else (ns + _HALF) % (2 * _HALF) - _HALF

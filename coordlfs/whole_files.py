@@ -17,7 +17,7 @@ from coordlfs.catalog import REGULAR
 from coordlfs.kernel import fuse, paths
 from coordlfs.kernel.cached_files import CachedFiles
 from coordlfs.reading import Reader, Request
-from coordlfs.versions import Version
+from coordlfs.versions import Version, is_open_as
 
 _UNUSUAL = os.O_DIRECT | os.O_NOATIME
 _LARGEST = fuse.MAX_READ - 1
@@ -91,7 +91,7 @@ class WholeFiles:
                 data = into[:size]
                 if os.preadv(fd, (data,), 0, os.RWF_NOWAIT) == size:
                     return self._give(whole, data)
-            elif Version.of_open(fd) != shown:
+            elif not is_open_as(shown, fd):
                 return False  # it might be no file any more
             else:
                 is_begun = reader.source.go_direct(fd) and self._begin(whole)
@@ -121,10 +121,11 @@ class WholeFiles:
         """Answer with `data`, if it is certain to be of the version that is shown: the file has it afterwards."""
         unique, node, _, pid, item, fd, shown = whole
         reader = self._reader
-        size = shown.size
-        if Version.of_open(fd) != shown or not reader.catalog.serves(items.record_of(item), shown):
+        if not is_open_as(shown, fd):
             return False
-        if reader.ends.knows(node):
+        catalog, record, size = reader.catalog, items.record_of(item), shown.size
+        catalog.set_served(record)  # and then it is seen again: whoever records another version from now on knows of it
+        if not catalog.shows(record, shown) or reader.ends.knows(node):
             return False
         reader.counters.count_whole_read(size)
         self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + size, 0, unique), data)
