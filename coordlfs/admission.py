@@ -641,51 +641,52 @@ class Admission:
         link.held_up = bool(link.backlog)
 
     def _receive(self, link: Link) -> None:
-        while True:
+        more = True
+        while more:
             with self.lock:
-                if self.links.get(link.index) is not link:
-                    return  # and its descriptor's number may be another one's by now
-                try:
-                    n = link.receive()
-                except OSError:
-                    return
-            if n is None:
-                return
-            packet = bytes(link.packet[:n])
-            if not packet:
-                self.lose_keeper(link.index)
-                return
-            try:
-                outcome, code, item, pins = parse_reply(packet)
-            except ValueError as e:
-                log.warning("keeper %d: %s", link.pid, e)
-                continue
-            with self.lock:
-                if outcome == Outcome.LISTED:
-                    self._learn(link, pins)
-                    if not pins:
-                        link.asked = max(0, link.asked - 1)
-                        self._recovered(link.index)
-                    continue
-                if outcome == Outcome.WATCHED:
-                    self.epochs.watch(item)
-                    continue
-                if outcome == Outcome.THREAD:
-                    link.threads.add(item)
-                    self.keeper_threads |= {item}
-                    continue
-                if outcome == Outcome.OPENED:
-                    self.epochs.opened(item, time.monotonic(), self.unpinned())
-                    continue
+                more = self._receive_one(link)
+
+    def _receive_one(self, link: Link) -> bool:
+        """Take what a keeper says; False if that is nothing more."""
+        if self.links.get(link.index) is not link:
+            return False  # and its descriptor's number may be another one's by now
+        try:
+            n = link.receive()
+        except OSError:
+            return False
+        if n is None:
+            return False
+        if not n:
+            self.lose_keeper(link.index)
+            return False
+        try:
+            outcome, code, item, pins = parse_reply(bytes(link.packet[:n]))
+        except ValueError as e:
+            log.warning("keeper %d: %s", link.pid, e)
+            return True
+        if outcome == Outcome.LISTED:
+            self._learn(link, pins)
+            if not pins:
                 link.asked = max(0, link.asked - 1)
-                if link.held_up:
-                    self._flush(link)
-                if outcome == Outcome.PURGED:
-                    self._purged(link, items.record_of(item))
-                elif outcome not in (Outcome.FETCHED, Outcome.GONE):
-                    self._answered(link, outcome, code, item)
-                if self.ahead is not None:
-                    self.ahead.go_on()
+                self._recovered(link.index)
+        elif outcome == Outcome.WATCHED:
+            self.epochs.watch(item)
+        elif outcome == Outcome.THREAD:
+            link.threads.add(item)
+            self.keeper_threads |= {item}
+        elif outcome == Outcome.OPENED:
+            self.epochs.opened(item, time.monotonic(), self.unpinned())
+        else:
+            link.asked = max(0, link.asked - 1)
+            if link.held_up:
+                self._flush(link)
+            if outcome == Outcome.PURGED:
+                self._purged(link, items.record_of(item))
+            elif outcome not in (Outcome.FETCHED, Outcome.GONE):
+                self._answered(link, outcome, code, item)
+            if self.ahead is not None:
+                self.ahead.go_on()
+        return True
 
     def _recovered(self, index: int) -> None:
         """A keeper has told what it holds, or will not."""

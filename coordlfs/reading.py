@@ -361,13 +361,13 @@ class Reader:
         if self.catalog.shows_bytes(record, st):
             self.catalog.set_access(record, st)
             return
+        served = self.catalog.flags(record) & SERVED  # before it is asked whether another file takes its place
         if self.supersedes(record, st):  # bytes were handed out a moment ago
             self.replaced(record)
             raise OSError(errno.ESTALE, "replaced")
         self.counters.add("changed_files")
         self.source.forget(record)
         size = self.catalog.size(record)
-        served = self.catalog.flags(record) & SERVED
         if announce or served:
             self.drop_pages(record)
         if not self.catalog.change_version(record, Version.of(st), served):

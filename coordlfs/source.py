@@ -43,12 +43,16 @@ def lies_elsewhere(root: int, path: bytes | None = None) -> bool:
 
     Or one that is mounted beneath its path.
     """
-    if os.major(os.fstat(root).st_dev) == 0 or mounts.fstype(root) in _ASK_OTHERS:
+    if _is_elsewhere(os.fstat(root).st_dev, mounts.fstype(root)):
         return True
     beneath = None if path is None else path.rstrip(b"/") + b"/"
     return beneath is not None and any(
-        mount.point.startswith(beneath) and os.major(mount.device) == 0 for mount in mounts.table()
+        mount.point.startswith(beneath) and _is_elsewhere(mount.device, mount.fstype) for mount in mounts.table()
     )
+
+
+def _is_elsewhere(device: int, fstype: bytes | None) -> bool:
+    return os.major(device) == 0 or (fstype or b"").partition(b".")[0] in _ASK_OTHERS
 
 
 def _same(a: os.stat_result, b: os.stat_result) -> bool:
@@ -274,7 +278,7 @@ class Source:
     ) -> tuple[int, os.stat_result]:
         """Read up to `size` bytes at `offset` into page-aligned memory; how many, and the attributes they belong to.
 
-        `record` names the file for the descriptors that are kept. `slow` is called before a read that will wait.
+        `record` names the file for the descriptors that are kept. `slow` is called before what will wait.
         """
         if self.is_remote:
             slow()
@@ -429,7 +433,7 @@ class Source:
             with suppress(OSError):
                 if os.preadv(fd, [memoryview(into)[:want]], offset, os.RWF_NOWAIT) == want:
                     return want
-            slow()  # a page is on its way from the disk still
+            slow()  # a page is on its way from the disk still, or the file system cannot say
             return pread_all(fd, memoryview(into)[:want], offset)
         slow()
         if self.go_direct(fd):

@@ -21,7 +21,7 @@ from coordlfs.versions import Version, is_open_as
 
 _UNUSUAL = os.O_DIRECT | os.O_NOATIME
 _LARGEST = fuse.MAX_READ - 1
-_RESTS = 32  # READs that are left to the others after one that could not be begun: more of those will come
+_RESTS = 32  # READs that are left to the others after one that went wrong here: more of those will come
 
 
 class Whole(NamedTuple):
