@@ -124,8 +124,7 @@ class WholeFiles:
         if not is_open_as(shown, fd):
             return False
         catalog, record, size = reader.catalog, items.record_of(item), shown.size
-        catalog.set_served(record)  # and then it is seen again: whoever records another version from now on knows of it
-        if not catalog.shows(record, shown) or reader.ends.knows(node):
+        if not catalog.serves(record, shown) or reader.ends.knows(node):
             return False
         reader.counters.count_whole_read(size)
         self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + size, 0, unique), data)
