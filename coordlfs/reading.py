@@ -151,19 +151,19 @@ class Reader:
         record = catalog.find(request.node)
         if record is None or offset % pages.PAGE:
             return None
-        item, end = items.item_at(record, offset), catalog.size(record)
-        size = min(request.size, end - offset)
+        item, shown = items.item_at(record, offset), catalog.version(record)
+        size = min(request.size, shown.size - offset)
         if size <= 0 or offset % items.CHUNK + size > items.CHUNK:
             return None
-        if self.admission.stashed(item, offset, size, end, request.pid) != [size]:
+        if self.admission.stashed(item, offset, size, shown.size, request.pid) != [size]:
             return None
         found = self.source.begin(record, catalog.path(record), into, offset, size)
         if found is None:
             return None
         if isinstance(found, Opened):
             return Begun(Answer(record, request, self._is_for_peer(request)), item, found)
-        if found.size != end or not catalog.serves(record, found):
-            return None  # else it ends elsewhere than was thought
+        if found != shown or not catalog.serves(record, shown):
+            return None  # written to meanwhile, perhaps, though another thread has recorded the new version already
         self.counters.count_read(size)
         data = into[:size]
         fetched = Fetched(item, offset, data, found)

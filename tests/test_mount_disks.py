@@ -126,9 +126,7 @@ def test_a_page_that_is_on_its_way_holds_up_only_who_waits_for_it(source: Path, 
     forget(faulty.path / "disk")
     faulty.set("read disk", delay=3)
     with ThreadPoolExecutor(2) as pool:
-        elsewhere = pool.submit(
-            read, path / "awaited"
-        )  # whose pages the page cache holds from now on, but not yet the bytes
+        elsewhere = pool.submit(read, path / "awaited")  # from now on the page cache holds its pages, without the bytes
         time.sleep(0.3)
         began = time.monotonic()
         reading = pool.submit(read, mounted.path / "awaited")

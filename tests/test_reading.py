@@ -1,10 +1,11 @@
-"""Races between a reader and whoever sees that a file changed, at the one moment that a mount rarely meets."""
+"""Races between a reader and whoever sees that a file changed, at moments that a mount rarely meets."""
 
 from __future__ import annotations
 
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from coordlfs import memfds
 from coordlfs.admission import Admission
 from coordlfs.catalog import SUPERSEDED, Catalog
 from coordlfs.epochs import Epochs
+from coordlfs.kernel import pages
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO
 from coordlfs.notifier import Notifier
-from coordlfs.reading import Reader
+from coordlfs.reading import Reader, Request
 from coordlfs.source import Source
 from coordlfs.stash import Stash
 from coordlfs.versions import Version
@@ -29,6 +31,18 @@ def catalog() -> Iterator[Catalog]:
     yield Catalog(*fds)
     for fd in fds:
         os.close(fd)
+
+
+@contextmanager
+def _reader(catalog: Catalog, counters: Counters, directory: Path) -> Iterator[Reader]:
+    root = os.open(directory, os.O_RDONLY)
+    try:
+        with open(os.devnull, "rb+") as device:
+            admission = Admission(catalog, MinIO(0), Stash(0), Epochs(), counters, lambda: None)
+            admission.notifier = notifier = Notifier(device.fileno())
+            yield Reader(catalog, Source(root, is_remote=False), admission, counters, notifier)
+    finally:
+        os.close(root)
 
 
 def test_a_file_that_is_replaced_just_as_it_is_first_read_is_another_file(catalog: Catalog, tmp_path: Path) -> None:
@@ -45,17 +59,35 @@ def test_a_file_that_is_replaced_just_as_it_is_first_read_is_another_file(catalo
             super().add(name, amount)
 
     counters = AtTheWorstMoment(catalog.counters)
-    root = os.open(tmp_path, os.O_RDONLY)
-    with open(os.devnull, "rb+") as device:
-        admission = Admission(catalog, MinIO(0), Stash(0), Epochs(), counters, lambda: None)
-        admission.notifier = notifier = Notifier(device.fileno())
-        reader = Reader(catalog, Source(root, is_remote=False), admission, counters, notifier)
+    with _reader(catalog, counters, tmp_path) as reader:
         (tmp_path / "new").write_bytes(b"new bytes")
         os.replace(tmp_path / "new", path)
         with pytest.raises(OSError) as caught:
             reader.modified(record, path.stat(), announce=False)
-    os.close(root)
     assert given == [True], "a reader got the old bytes meanwhile"
     assert caught.value.errno == errno.ESTALE
     assert catalog.flags(record) & SUPERSEDED
     assert catalog.version(record) == Version.of(old)
+
+
+def test_bytes_of_before_a_change_are_not_given_as_those_after_it(
+    catalog: Catalog, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = place / "f"
+    path.write_bytes(b"old")
+    record, *_ = catalog.enter(0, b"f", path.stat())
+    look = Version.of_open
+
+    def too_late(fd: int) -> Version:
+        """The bytes have been read; they change, and another thread sees it first."""
+        path.write_bytes(b"new")
+        os.utime(path, ns=(1, 1))
+        catalog.set_version(record, Version.of(path.stat()))
+        return look(fd)
+
+    monkeypatch.setattr(Version, "of_open", too_late)
+    into = memoryview(pages.buffer(pages.PAGE))
+    with _reader(catalog, Counters(catalog.counters), place) as reader:
+        answer = reader.begin(Request(catalog.node(record), 0, pages.PAGE, os.getpid(), direct=False), into)
+    assert bytes(into[:3]) == b"old", "it was read before"
+    assert answer is None, "it was given all the same"

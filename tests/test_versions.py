@@ -35,10 +35,10 @@ def test_an_open_file_shows_the_version_that_its_name_shows(
     os.utime(path, ns=(0, mtime))
     fd = os.open(path, os.O_RDONLY)
     try:
-        st = os.fstat(fd)
-        shown = (st.st_mode, st.st_uid, st.st_gid, st.st_ino, st.st_size, st.st_mtime_ns)
+        found = os.fstat(fd)
+        shown = (found.st_mode, found.st_uid, found.st_gid, found.st_ino, found.st_size, found.st_mtime_ns)
         assert paths.attributes(fd) == shown
-        assert Version.of_open(fd) == Version.of(st) == Version.of(os.stat(path))
+        assert Version.of_open(fd) == Version.of(found) == Version.of(os.stat(path))
     finally:
         os.close(fd)
 
