@@ -31,7 +31,9 @@ from coordlfs.versions import Version
 if TYPE_CHECKING:
     from coordlfs.peers.sharing import Sharing
 
-_LET_GO_WITHIN = 1.0  # seconds in which the kernel forgets the pages of a file that changed
+# Seconds in which the kernel forgets the pages of a file that changed: should keepers keep dying, it is a while until
+# there is one that sees to it.
+_LET_GO_WITHIN = 10.0
 _LOOK_EVERY = 0.002
 _ATTEMPTS = 4  # at putting together a READ of a file that changes meanwhile
 

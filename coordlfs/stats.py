@@ -74,6 +74,8 @@ class Stats:
     def collect(self) -> dict[str, Any]:
         """All figures, as plain values."""
         c, policy = self._counters, self._admission.policy
+        # The keepers first: of one that is lost meanwhile nothing may be told that only held with it.
+        keepers = sorted(link.pid for link in list(self._admission.links.values()))
         states = self._admission.outcomes()
         finished = [self._epoch(e) for e in self._epochs.finished]
         current = self._epoch(self._epochs.current) if self._epochs.current.number else None
@@ -87,7 +89,7 @@ class Stats:
             "processes": {
                 "supervisor": self._config["parent"],
                 "server": os.getpid(),
-                "keepers": sorted(link.pid for link in list(self._admission.links.values())),
+                "keepers": keepers,
                 "peer_server": self._admission.sharing.pid if self._admission.sharing else None,
             },
             "server_starts": c["server_starts"],

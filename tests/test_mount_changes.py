@@ -412,6 +412,27 @@ def test_shrunk_and_read_around_the_page_cache(source: Path, mount: MakeMount, k
         os.close(fd)
 
 
+def test_shrunk_and_read_around_the_page_cache_while_keepers_keep_dying(source: Path, mount: MakeMount) -> None:
+    # Nobody is there to drop the old version's pages until the supervisor dares to start another keeper.
+    old, new = noise(72_422, 1), noise(36_604, 2)
+    (source / "f").write_bytes(old)
+    mounted = mount(source)
+    mounted.expect_errors = True
+    assert read(mounted.path / "f") == old
+    mounted.settle()
+    fd = os.open(mounted.path / "f", os.O_RDONLY | os.O_DIRECT)
+    try:
+        while "keepers keep dying" not in mounted.log.read_text():
+            for keeper in mounted.stats()["processes"]["keepers"]:
+                with suppress(ProcessLookupError):
+                    os.kill(keeper, signal.SIGKILL)
+        assert not mounted.stats()["processes"]["keepers"]
+        _overwrite(source / "f", new)
+        assert _read_direct(fd, MIB) == new
+    finally:
+        os.close(fd)
+
+
 def test_readers_of_a_file_that_is_replaced_again_and_again(source: Path, mount: MakeMount) -> None:
     # Every version says on each of its pages which one it is, and how long it is.
     names = [f"f{number}" for number in range(6)]
