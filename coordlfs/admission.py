@@ -379,6 +379,7 @@ class Admission:
             link = next(iter(self.links.values()), None)
             if link is None:
                 self._unpurged.append(record)
+                self._want_keeper()
             else:
                 link.purging.append(record)
                 self._send(link, Verb.PURGE, items.item_at(record, 0), 0)
@@ -419,9 +420,8 @@ class Admission:
     def is_busy(self) -> bool:
         """Whether the keepers have enough to do for now, or there is none (then one is asked for)."""
         with self.lock:
-            if not self.links and not self._asked_for_keeper:
-                self._asked_for_keeper = True
-                self._more_keepers()
+            if not self.links:
+                self._want_keeper()
             asked = sum(link.asked + len(link.backlog) for link in self.links.values())
             enough = asked >= _ENOUGH or len(self._pending) >= _PENDING
             return not self.links or bool(self._recovering) or enough or not self.stash.has_room(items.CHUNK)
@@ -495,8 +495,9 @@ class Admission:
             for link in self.links.values():
                 self._recovering.add(link.index)
                 self._send(link, Verb.LIST, 0, 0)
-            if not self.links:  # they died with the last server, and their successors will be told
-                self._asked_for_keeper = True
+            if not self.links:
+                # They died with the last server, and their successors will be told; or there was none without a cache.
+                self._asked_for_keeper = self.policy.capacity > 0
                 self._adopt_orphans()
 
     def run(self) -> None:
@@ -593,13 +594,16 @@ class Admission:
             self.counters.add("not_admitted")
             self._forget(item)
 
+    def _want_keeper(self) -> None:
+        if not self._asked_for_keeper:
+            self._asked_for_keeper = True
+            self._more_keepers()
+
     def _ask_keeper(self, item: int, pending: Pending, flags: int) -> None:
         link = next((link for link in self.links.values() if not link.full), None)
         if link is None:
             self._waiting.append(item)
-            if not self._asked_for_keeper:
-                self._asked_for_keeper = True
-                self._more_keepers()
+            self._want_keeper()
             return
         pending.keeper = link.index
         pending.contended = False

@@ -412,6 +412,25 @@ def test_shrunk_and_read_around_the_page_cache(source: Path, mount: MakeMount, k
         os.close(fd)
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_shrunk_and_read_around_the_page_cache_without_a_cache(source: Path, mount: MakeMount, is_killed: bool) -> None:
+    # No keeper has been needed so far.
+    old, new = noise(72_422, 1), noise(36_604, 2)
+    (source / "f").write_bytes(old)
+    mounted = mount(source, "0")
+    assert read(mounted.path / "f") == old
+    if is_killed:
+        mounted.expect_errors = True
+        os.kill(mounted.stats()["processes"]["server"], signal.SIGKILL)
+    assert not mounted.stats()["processes"]["keepers"]
+    fd = os.open(mounted.path / "f", os.O_RDONLY | os.O_DIRECT)
+    try:
+        _overwrite(source / "f", new)
+        assert _read_direct(fd, MIB) == new
+    finally:
+        os.close(fd)
+
+
 def test_shrunk_and_read_around_the_page_cache_while_keepers_keep_dying(source: Path, mount: MakeMount) -> None:
     # Nobody is there to drop the old version's pages until the supervisor dares to start another keeper.
     old, new = noise(72_422, 1), noise(36_604, 2)
