@@ -14,7 +14,7 @@ from mounts import Cgroup, MakeMount, Mount, coordlfs, unmount_lazily
 
 # What may run beside any other: it minds neither what becomes of the page cache nor how much memory is free.
 _ALONGSIDE = (
-    *("test_analyze_model", "test_catalog", "test_ends", "test_epochs", "test_examples", "test_exporter"),
+    *("test_analyze_model", "test_catalog", "test_demo", "test_ends", "test_epochs", "test_examples", "test_exporter"),
     *("test_governor", "test_hinted_sampler", "test_hints", "test_items", "test_kernel_fuse", "test_kernel_paths"),
     *("test_loader", "test_logs", "test_memory_cache", "test_metrics", "test_minio", "test_ownership"),
     *("test_packaging", "test_peer_client", "test_peer_discovery", "test_peer_protocol"),

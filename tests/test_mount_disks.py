@@ -98,7 +98,7 @@ def test_a_slow_disk_holds_up_only_who_waits_for_it(source: Path, disk: Disk, mo
     drop_caches()
     read(path / "warm")
     forget(faulty.path / "disk")
-    faulty.set("read disk", delay=2)
+    faulty.set("read disk", delay=1)
     with ThreadPoolExecutor(len(cold)) as pool:
         reading = [pool.submit(read, mounted.path / name) for name in cold]
         time.sleep(0.2)

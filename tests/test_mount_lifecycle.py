@@ -602,6 +602,26 @@ def test_the_supervisor_is_killed(source: Path, mount: MakeMount) -> None:
     assert not is_mounted(mounted.path)
 
 
+def test_what_is_mounted_on_top_stays(source: Path, mount: MakeMount) -> None:
+    """A server whose supervisor died unmounts its own mount, and not what covers it."""
+    write_files(source, 5, 60_000)
+    mounted = mount(source)
+    mounted.expect_errors = True
+    pids = mounted.pids
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", mounted.path], check=True, timeout=20)
+    try:
+        (mounted.path / "mine").write_text("mine")
+        os.kill(mounted.supervisor, signal.SIGKILL)
+        eventually(lambda: not any(map(is_alive, pids)))
+        assert (mounted.path / "mine").read_text() == "mine"
+    finally:
+        subprocess.run(["umount", mounted.path], check=True, timeout=20)
+    if is_mounted(mounted.path):  # it was out of reach
+        assert _is_dead(mounted.path)
+        coordlfs("umount", mounted.path)
+    assert not is_mounted(mounted.path)
+
+
 def _is_dead(path: Path) -> bool:
     try:
         os.getxattr(path, "user.coordl.stats")

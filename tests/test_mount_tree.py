@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from mounts import CHUNK, MIB, NOBODY, MakeMount, coordlfs, noise, raises, read, script
+from mounts import CHUNK, MIB, NOBODY, MakeMount, coordlfs, eventually, noise, raises, read, script
 
 _EDGES = [0, 1, 4095, 4096, 4097, 8192, 128 << 10, (128 << 10) + 1, MIB - 1, MIB, MIB + 1, 3 * MIB + 5]
 _CHUNK_EDGES = [CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 4097]
@@ -302,6 +302,27 @@ def test_a_directory_of_a_hundred_thousand_entries(in_memory: Path, mount: MakeM
     # Listed again, by a name now and then, and from the middle on.
     for name in random.Random(0).sample(sorted(names), 100):
         assert stat.S_IMODE(os.stat(mounted.path / name).st_mode) == 0o600
+
+
+def test_what_is_mounted_beneath_the_source_shows(source: Path, mount: MakeMount) -> None:
+    (source / "d").mkdir()
+    (source / "d" / "covered").write_bytes(noise(1000, 1))
+    (source / "beside").write_bytes(noise(200_000, 2))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "none", source / "d"], check=True, timeout=20)
+    try:
+        (source / "d" / "seen").write_bytes(noise(300_000, 3))
+        mounted = mount(source, "4M")
+        for _ in range(2):
+            assert sorted(os.listdir(mounted.path / "d")) == ["seen"]
+            assert read(mounted.path / "d" / "seen") == noise(300_000, 3)
+            assert read(mounted.path / "beside") == noise(200_000, 2)
+            assert mounted.settle()["pinned_items"] == 2
+        coordlfs("verify", mounted.path)
+    finally:
+        subprocess.run(["umount", "--lazy", source / "d"], check=True, timeout=20)
+    coordlfs("refresh", mounted.path)
+    eventually(lambda: sorted(os.listdir(mounted.path / "d")) == ["covered"])
+    assert read(mounted.path / "d" / "covered") == noise(1000, 1)
 
 
 def test_listing_again_sends_nothing(source: Path, mount: MakeMount) -> None:
