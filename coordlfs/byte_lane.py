@@ -33,6 +33,7 @@ from coordlfs.fetch_ahead import FetchAhead
 from coordlfs.kernel import aio, fuse, pages
 from coordlfs.kernel.cached_files import CachedFiles
 from coordlfs.kernel.libc import quick_reader, quick_write
+from coordlfs.kernel.process import is_signalled
 from coordlfs.metrics import Counters
 from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
 from coordlfs.reading import Answer, Begun, Reader, Request
@@ -76,6 +77,13 @@ class _Wait:
     is_replaced: bool = False  # by another thread
     is_over: bool = False
     bytes_of: tuple[int, int] | None = None  # what it waits for: node, and number of the chunk
+    untold: int = 0  # the thread that waits, if the kernel will not tell of its signals: it reads with O_DIRECT
+
+    def of_bytes(self, asked: Request) -> None:
+        """It is a READ."""
+        self.bytes_of = _part(asked)
+        if asked.direct:
+            self.untold = asked.pid
 
 
 def _part(asked: Request) -> tuple[int, int]:
@@ -350,8 +358,9 @@ class ByteLane:
             nonlocal wait
             if wait is None:
                 is_keepers = pid in self._reader.admission.keeper_threads
-                part = None if reads is None else _part(reads)
-                wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, interrupted, True, bytes_of=part)
+                wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, interrupted, holds_thread=True)
+                if reads is not None:
+                    wait.of_bytes(reads)
                 if self._reader.source.is_remote:
                     self._replace(wait)
                 elif not self._brief_waits.is_set():
@@ -386,8 +395,8 @@ class ByteLane:
             waited = now - wait.since
             if wait.holds_thread and waited > _BRIEF:
                 self._replace(wait)
-            if wait.interrupted and waited > _GIVEN_UP_AFTER:
-                wait.interrupted = False
+            if waited > _GIVEN_UP_AFTER and (wait.interrupted or (wait.untold and is_signalled(wait.untold))):
+                wait.interrupted, wait.untold = False, 0
                 self._counters.add("interrupted")
                 self._reply(fuse.error_reply(unique, errno.EINTR))
             elif wait.is_keepers and waited > _KEEPER_WAITS:
@@ -434,7 +443,8 @@ class ByteLane:
     def _wait_for(self, unique: int, asked: Request) -> _Wait:
         """A READ that may have to wait for the source, and so far holds this thread."""
         is_keepers = asked.pid in self._reader.admission.keeper_threads
-        wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, holds_thread=True, bytes_of=_part(asked))
+        wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, holds_thread=True)
+        wait.of_bytes(asked)
         return wait
 
     def _read_begun(self, unique: int, begun: Begun, into: pages.Buffer) -> None:

@@ -406,6 +406,23 @@ def test_who_waits_for_names_can_be_interrupted(
     faulty.kill()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_who_reads_around_the_page_cache_can_be_interrupted(
+    source: Path, faults: Callable[[], Faulty], mount: MakeMount, number: signal.Signals
+) -> None:
+    # The kernel waits for such a READ without looking at signals, and says nothing of them.
+    mounted, faulty = _one_pinned(source, faults, mount, "hung")
+    faulty.set("read hung", delay=3600)
+    with _waiting([["dd", "iflag=direct", f"if={mounted.path / 'hung'}", "of=/dev/null"]]) as [reader]:
+        time.sleep(2)
+        assert reader.poll() is None
+        assert mounted.stats()["requests"]["interrupted"] == 0
+        reader.send_signal(number)
+        assert reader.wait(10) == -number
+        assert mounted.stats()["requests"]["interrupted"] == 1
+    faulty.kill()
+
+
 def test_a_command_about_what_never_answers_holds_up_nobody_else(
     source: Path, faults: Callable[[], Faulty], mount: MakeMount
 ) -> None:

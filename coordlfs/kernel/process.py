@@ -45,9 +45,18 @@ def raise_limits() -> None:
         resource.setrlimit(limit, (most, most))
 
 
-def _status(field: str) -> str:
-    with open("/proc/self/status") as f:
+def _status(field: str, pid: int | str = "self") -> str:
+    with open(f"/proc/{pid}/status") as f:
         return next(line.split()[1] for line in f if line.startswith(field + ":"))
+
+
+def is_signalled(tid: int) -> bool:
+    """Whether a signal that it does not block waits for a thread; False if there is no such thread."""
+    try:
+        pending, shared, blocked = (int(_status(field, tid), 16) for field in ("SigPnd", "ShdPnd", "SigBlk"))
+    except (OSError, StopIteration):
+        return False
+    return bool((pending | shared) & ~blocked)
 
 
 def has_capability(number: int) -> bool:
