@@ -15,6 +15,7 @@ holds the threads that wait for it, and nobody else: a caller who is killed or i
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import select
@@ -26,14 +27,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 from coordlfs import hints, items
 from coordlfs.fetch_ahead import FetchAhead
 from coordlfs.kernel import aio, fuse, pages
 from coordlfs.kernel.cached_files import CachedFiles
 from coordlfs.kernel.libc import quick_reader, quick_write
-from coordlfs.kernel.process import is_signalled
+from coordlfs.kernel.process import is_called_off
 from coordlfs.metrics import Counters
 from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
 from coordlfs.reading import Answer, Begun, Reader, Request
@@ -391,11 +391,12 @@ class ByteLane:
         The kernel takes no second answer: that of the source, should it come, goes nowhere.
         """
         now = time.monotonic()
+        is_given_up = functools.cache(is_called_off)
         for unique, wait in self._waits.copy().items():
             waited = now - wait.since
             if wait.holds_thread and waited > _BRIEF:
                 self._replace(wait)
-            if waited > _GIVEN_UP_AFTER and (wait.interrupted or (wait.untold and is_signalled(wait.untold))):
+            if waited > _GIVEN_UP_AFTER and (wait.interrupted or (wait.untold and is_given_up(wait.untold))):
                 wait.interrupted, wait.untold = False, 0
                 self._counters.add("interrupted")
                 self._reply(fuse.error_reply(unique, errno.EINTR))
@@ -428,7 +429,7 @@ class ByteLane:
             raise OSError(errno.EIO, "it hangs, and the keeper has more to do")
         if self._reader.sharing is not None:
             wait = self._waits[unique] = _Wait(time.monotonic(), False)
-            if self._reader.ask(asked, partial(self._shared, unique, asked, wait), before_wait):
+            if self._reader.ask(asked, functools.partial(self._shared, unique, asked, wait), before_wait):
                 return  # it is answered when the other node has
             self._end_wait(unique, wait)
         begun = self._reader.begin(asked, memoryview(into))

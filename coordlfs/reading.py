@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # Seconds in which the kernel forgets the pages of a file that changed: should keepers keep dying, it is a while until
 # there is one that sees to it.
 _LET_GO_WITHIN = 10.0
-_LOOK_EVERY = 0.002
+_LOOK_AFTER, _LOOK_EVERY = 0.002, 0.05  # seconds
 _ATTEMPTS = 4  # at putting together a READ of a file that changes meanwhile
 
 
@@ -204,14 +204,15 @@ class Reader:
             if self.ends.refuses(node, offset, size, offset + length):
                 raise OSError(errno.ESTALE, "its end is new")
         elif self._is_stale(node):
-            until = 0.0
+            until, pause = 0.0, _LOOK_AFTER
             if before_wait is not None:
                 before_wait()
                 until = time.monotonic() + _LET_GO_WITHIN
             while self._is_stale(node):
                 if time.monotonic() > until:
                     raise OSError(errno.ESTALE, "truncated while it was read")
-                time.sleep(_LOOK_EVERY)
+                time.sleep(pause)
+                pause = min(2 * pause, _LOOK_EVERY)
 
     def _is_stale(self, node: int) -> bool:
         record = self.catalog.find(node)

@@ -94,7 +94,7 @@ def test_lightning_trains_as_with_any_loader(run: Run) -> None:
     pytest.importorskip("lightning")
     printed = run("lightning_search", "--rates", "0.01", "0.03", *SMALL)
     accuracies = re.findall(r"^rate [\d.]+: accuracy ([\d.]+) after 3 epochs$", printed, re.MULTILINE)
-    assert len(accuracies) == 2
+    assert len(accuracies) == 2, printed
     assert min(map(float, accuracies)) > 0.4  # of four kinds
 
 

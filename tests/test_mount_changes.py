@@ -445,7 +445,7 @@ def test_shrunk_and_read_around_the_page_cache_while_keepers_keep_dying(source: 
             for keeper in mounted.stats()["processes"]["keepers"]:
                 with suppress(ProcessLookupError):
                     os.kill(keeper, signal.SIGKILL)
-        assert not mounted.stats()["processes"]["keepers"]
+        eventually(lambda: not mounted.stats()["processes"]["keepers"], timeout=2)
         _overwrite(source / "f", new)
         assert _read_direct(fd, MIB) == new
     finally:

@@ -17,6 +17,8 @@ import pytest
 from coordlfs_tools.faulty_fs import Faulty, served
 from mounts import MIB, PAGE, MakeMount, drop_caches, forget, noise, raises, read, resident
 
+from coordlfs.kernel import pages
+
 Disk = Callable[[], tuple[Faulty, Path]]
 SIZES = [1, PAGE - 1, PAGE, PAGE + 1, 50_000, 128 * 1024, MIB - 1, MIB, MIB + 1, 3 * MIB + 17, 17 * MIB]
 
@@ -58,6 +60,19 @@ def drop_caches_of(path: Path) -> None:
 
 
 @contextmanager
+def _warm(path: Path) -> Iterator[None]:
+    """A file is in the page cache and stays there, even where the machine reclaims what it thinks is idle (DAMON)."""
+    with open(path, "rb") as f:
+        length = os.fstat(f.fileno()).st_size
+        address = pages.map_file(f.fileno(), 0, length)
+    try:
+        pages.lock(address, length)
+        yield
+    finally:
+        pages.unmap(address, length)
+
+
+@contextmanager
 def _attached(source: Path, place: Path) -> Iterator[tuple[Faulty, Path]]:
     images = place / "images"
     images.mkdir()
@@ -96,10 +111,9 @@ def test_a_slow_disk_holds_up_only_who_waits_for_it(source: Path, disk: Disk, mo
     assert read(mounted.path / "pinned") == noise(50_000, 0)
     mounted.settle()
     drop_caches()
-    read(path / "warm")
-    forget(faulty.path / "disk")
-    faulty.set("read disk", delay=1)
-    with ThreadPoolExecutor(len(cold)) as pool:
+    with _warm(path / "warm"), ThreadPoolExecutor(len(cold)) as pool:
+        forget(faulty.path / "disk")
+        faulty.set("read disk", delay=1)
         reading = [pool.submit(read, mounted.path / name) for name in cold]
         time.sleep(0.2)
         assert read(mounted.path / "warm") == noise(50_000, 1)
@@ -120,11 +134,10 @@ def test_a_page_that_is_on_its_way_holds_up_only_who_waits_for_it(source: Path, 
     for name in ("warm", "awaited"):
         (mounted.path / name).stat()
     drop_caches()
-    read(path / "warm")
-    os.stat(path / "awaited")
-    forget(faulty.path / "disk")
-    faulty.set("read disk", delay=3)
-    with ThreadPoolExecutor(2) as pool:
+    with _warm(path / "warm"), ThreadPoolExecutor(2) as pool:
+        os.stat(path / "awaited")
+        forget(faulty.path / "disk")
+        faulty.set("read disk", delay=3)
         elsewhere = pool.submit(read, path / "awaited")  # from now on the page cache holds its pages, without the bytes
         time.sleep(0.3)
         began = time.monotonic()

@@ -408,18 +408,23 @@ def test_who_waits_for_names_can_be_interrupted(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_who_reads_around_the_page_cache_can_be_interrupted(
-    source: Path, faults: Callable[[], Faulty], mount: MakeMount, number: signal.Signals
+    source: Path, place: Path, faults: Callable[[], Faulty], mount: MakeMount, number: signal.Signals
 ) -> None:
-    # The kernel waits for such a READ without looking at signals, and says nothing of them.
+    # The kernel waits for such READs without looking at signals, and says nothing of them.
     mounted, faulty = _one_pinned(source, faults, mount, "hung")
+    (source / "hung").write_bytes(noise(3 * MIB))
     faulty.set("read hung", delay=3600)
-    with _waiting([["dd", "iflag=direct", f"if={mounted.path / 'hung'}", "of=/dev/null"]]) as [reader]:
+    program = os.fsencode(place / "d") + b"\xff\xfed"  # what /proc shows as its name is no text
+    os.symlink("/bin/dd", program)
+    with _waiting([[os.fsdecode(program), "iflag=direct", "bs=4M", f"if={mounted.path / 'hung'}"]]) as [reader]:
+        reader.send_signal(signal.SIGSTOP)
         time.sleep(2)
+        reader.send_signal(signal.SIGCONT)
         assert reader.poll() is None
         assert mounted.stats()["requests"]["interrupted"] == 0
         reader.send_signal(number)
         assert reader.wait(10) == -number
-        assert mounted.stats()["requests"]["interrupted"] == 1
+        assert mounted.stats()["requests"]["interrupted"] == 3
     faulty.kill()
 
 

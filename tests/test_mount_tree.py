@@ -321,7 +321,8 @@ def test_what_is_mounted_beneath_the_source_shows(source: Path, mount: MakeMount
     finally:
         subprocess.run(["umount", "--lazy", source / "d"], check=True, timeout=20)
     coordlfs("refresh", mounted.path)
-    eventually(lambda: sorted(os.listdir(mounted.path / "d")) == ["covered"])
+    eventually((mounted.path / "d" / "covered").exists)
+    assert os.listdir(mounted.path / "d") == ["covered"]
     assert read(mounted.path / "d" / "covered") == noise(1000, 1)
 
 

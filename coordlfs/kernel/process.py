@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import select
 import signal
@@ -20,6 +21,9 @@ _INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # its inode number (PROC_USER_INIT_INO)
 _CAPABILITY_VERSION = 0x20080522
 _FLAGS, _EXIT_CODE = 6, 49  # among the fields of /proc/PID/stat that follow the name
 _PF_EXITING = 4
+_SIGNALS = re.compile(rb"^(SigPnd|ShdPnd|SigBlk):\t([0-9a-f]+)$", re.MULTILINE)  # in /proc/TID/status
+_STOPS = signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT
+_GOES_ON_AFTER = sum(1 << number - 1 for number in (*_STOPS, 32, 33))  # and the C library's own
 _HEADLESS = 1.0  # seconds after which a process without a main thread is held up by another one
 
 
@@ -45,18 +49,20 @@ def raise_limits() -> None:
         resource.setrlimit(limit, (most, most))
 
 
-def _status(field: str, pid: int | str = "self") -> str:
-    with open(f"/proc/{pid}/status") as f:
+def _status(field: str) -> str:
+    with open("/proc/self/status") as f:
         return next(line.split()[1] for line in f if line.startswith(field + ":"))
 
 
-def is_signalled(tid: int) -> bool:
-    """Whether a signal that it does not block waits for a thread; False if there is no such thread."""
+def is_called_off(tid: int) -> bool:
+    """Whether a signal waits for a thread that it neither blocks nor, as one that stops it, goes on after."""
     try:
-        pending, shared, blocked = (int(_status(field, tid), 16) for field in ("SigPnd", "ShdPnd", "SigBlk"))
-    except (OSError, StopIteration):
+        with open(f"/proc/{tid}/status", "rb") as f:  # bytes: the name may be any
+            masks = dict(_SIGNALS.findall(f.read()))
+    except OSError:  # it is gone
         return False
-    return bool((pending | shared) & ~blocked)
+    pending, shared, blocked = (int(masks.get(name, b"0"), 16) for name in (b"SigPnd", b"ShdPnd", b"SigBlk"))
+    return bool((pending | shared) & ~blocked & ~_GOES_ON_AFTER)
 
 
 def has_capability(number: int) -> bool:
@@ -177,8 +183,8 @@ def exit_status(pid: int) -> int | None:
 
 def open_of_thread(tid: int) -> int:
     """A pidfd of the process that thread `tid` belongs to. Raises OSError if it is gone."""
-    with open(f"/proc/{tid}/status") as f:
-        return os.pidfd_open(next(int(line.split()[1]) for line in f if line.startswith("Tgid:")))
+    with open(f"/proc/{tid}/status", "rb") as f:  # bytes: the name may be any
+        return os.pidfd_open(next(int(line.split()[1]) for line in f if line.startswith(b"Tgid:")))
 
 
 def has_ended(pidfd: int) -> bool:
