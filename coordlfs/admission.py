@@ -559,11 +559,15 @@ class Admission:
 
         The keeper would wait for that one, for ever if the source hangs, and all that it is asked would wait with it.
         """
-        delay, often = _AWAITED
         record = items.record_of(item)
-        if not self.is_awaited(self.catalog.node(record), items.span(item, self.catalog.size(record))[0]):
+        if self.is_awaited(self.catalog.node(record), items.span(item, self.catalog.size(record))[0]):
+            self._ask_later(item, pending)
+        else:
             self._ask(item, pending)
-        elif pending.awaited < often:
+
+    def _ask_later(self, item: int, pending: Pending) -> None:
+        delay, often = _AWAITED
+        if pending.awaited < often:
             pending.awaited += 1
             self._later(item, delay)
         else:
@@ -571,7 +575,10 @@ class Admission:
 
     def _ask(self, item: int, pending: Pending) -> None:
         pending.due = 0.0
-        if pending.attempts >= _FORCE_FROM and not pending.at_home:
+        if self.catalog.flags(items.record_of(item)) & STALE:
+            # The kernel is about to forget an older version of the file, and would forget the new one's pages with it.
+            self._ask_later(item, pending)
+        elif pending.attempts >= _FORCE_FROM and not pending.at_home:
             self._force(item, pending)
         else:
             self._ask_keeper(item, pending, 0)

@@ -190,9 +190,10 @@ def test_the_commands(user: User, source: Path, mount_as: MakeUserMount) -> None
     assert mounted.settle()["pinned_items"] == 30
     assert mounted.read(names[3]) == [noise(100_000, 99)]
     before = mounted.source_bytes()
-    assert "30 items cached" in user.call("restart", mounted.path).stdout
+    said = user.call("restart", mounted.path).stdout
+    assert "30 items cached" in said, said + mounted.log.read_text() + str(mounted.stats())
     assert mounted.read(*names) == [noise(100_000, 99 if i == 3 else i) for i in range(30)]
-    assert mounted.source_bytes() == before
+    assert mounted.source_bytes() == before, mounted.log.read_text() + str(mounted.stats())
 
 
 def test_what_is_said_of_memory(user: User, source: Path, mount_as: MakeUserMount) -> None:
