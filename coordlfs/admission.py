@@ -54,7 +54,7 @@ _ENOUGH = 48  # of them, and items on their way, above which nothing is fetched 
 _PENDING = 256
 _UNKNOWN, _NEVER_MISSED = (0, 0), (0, 0xFFFFFFFF)  # instead of the epoch and page of a last miss
 _CGROUP_KNOWN = 1.0  # seconds that a process is believed to stay in its cgroup
-_AWAITED = 0.1, 100  # seconds after which it is seen again whether an item is awaited, and how often
+_AWAITED = 0.1, 100  # seconds after which it is seen again whether an item can be asked for, and how often
 _ONE = (1).to_bytes(8, sys.byteorder)  # what wakes whoever waits for an eventfd
 _FORCE_FROM = 2  # the attempt from which pages are dropped even where a job maps them
 
@@ -78,7 +78,9 @@ class Pending:
     cancelled: bool = False
     at_home: bool = False  # every READ of it came from the keeper's own memory cgroup
     attempts: int = 0
-    awaited: int = 0  # how often it was not asked for, as a READ was at the source, since one came back
+    awaited: int = (
+        0  # how often it was not asked for, as a READ was at the source or an older version about to be forgotten
+    )
     flags: int = 0
 
 
@@ -566,6 +568,7 @@ class Admission:
             self._ask(item, pending)
 
     def _ask_later(self, item: int, pending: Pending) -> None:
+        """See again in a while, but not for ever."""
         delay, often = _AWAITED
         if pending.awaited < often:
             pending.awaited += 1

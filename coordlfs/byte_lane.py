@@ -79,12 +79,6 @@ class _Wait:
     bytes_of: tuple[int, int] | None = None  # what it waits for: node, and number of the chunk
     untold: int = 0  # the thread that waits, if the kernel will not tell of its signals: it reads with O_DIRECT
 
-    def of_bytes(self, asked: Request) -> None:
-        """It is a READ."""
-        self.bytes_of = _part(asked)
-        if asked.direct:
-            self.untold = asked.pid
-
 
 def _part(asked: Request) -> tuple[int, int]:
     """Node, and number of the chunk, of a READ."""
@@ -342,6 +336,15 @@ class ByteLane:
             self._counters.add("direct_opens")
             self._reply(fuse.error_reply(unique, errno.ENOSYS))
 
+    def _hold(self, unique: int, pid: int, reads: Request | None, *, interrupted: bool = False) -> _Wait:
+        """A request that may have to wait for the source, and so far holds this thread."""
+        is_keepers = pid in self._reader.admission.keeper_threads
+        wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, interrupted, holds_thread=True)
+        if reads is not None:
+            wait.bytes_of = _part(reads)
+            wait.untold = reads.pid if reads.direct else 0
+        return wait
+
     def _answer(
         self,
         unique: int,
@@ -357,10 +360,7 @@ class ByteLane:
         def before_wait() -> None:
             nonlocal wait
             if wait is None:
-                is_keepers = pid in self._reader.admission.keeper_threads
-                wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, interrupted, holds_thread=True)
-                if reads is not None:
-                    wait.of_bytes(reads)
+                wait = self._hold(unique, pid, reads, interrupted=interrupted)
                 if self._reader.source.is_remote:
                     self._replace(wait)
                 elif not self._brief_waits.is_set():
@@ -441,13 +441,6 @@ class ByteLane:
             before_wait()
             self._read_begun(unique, begun, into)
 
-    def _wait_for(self, unique: int, asked: Request) -> _Wait:
-        """A READ that may have to wait for the source, and so far holds this thread."""
-        is_keepers = asked.pid in self._reader.admission.keeper_threads
-        wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, holds_thread=True)
-        wait.of_bytes(asked)
-        return wait
-
     def _read_begun(self, unique: int, begun: Begun, into: pages.Buffer) -> None:
         file = begun.file
         try:
@@ -482,7 +475,7 @@ class ByteLane:
             slot = None if disk is None else disk.take()
         if disk is None or slot is None:
             return False
-        wait = self._wait_for(unique, asked)
+        wait = self._hold(unique, asked.pid, asked)
         self._begun[slot] = unique, begun, wait
         try:
             disk.submit(slot, fd, offset, pages.count(length) * pages.PAGE)

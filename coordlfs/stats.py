@@ -75,7 +75,7 @@ class Stats:
         """All figures, as plain values."""
         c, policy = self._counters, self._admission.policy
         # The keepers first: of one that is lost meanwhile nothing may be told that only held with it.
-        keepers = sorted(link.pid for link in list(self._admission.links.values()))
+        keepers = sorted(self._admission.keeper_pids)
         states = self._admission.outcomes()
         finished = [self._epoch(e) for e in self._epochs.finished]
         current = self._epoch(self._epochs.current) if self._epochs.current.number else None
