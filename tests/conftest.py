@@ -9,25 +9,32 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import idle_reclaim
 import pytest
 from mounts import Cgroup, MakeMount, Mount, coordlfs, unmount_lazily
 
-# What may run beside any other: it minds neither what becomes of the page cache nor how much memory is free.
+# What may run beside any other: it passes while the page cache is emptied all the time, but for what is marked `alone`.
 _ALONGSIDE = (
-    *("test_analyze_model", "test_catalog", "test_demo", "test_ends", "test_epochs", "test_examples", "test_exporter"),
-    *("test_governor", "test_hinted_sampler", "test_hints", "test_items", "test_kernel_fuse", "test_kernel_paths"),
-    *("test_loader", "test_logs", "test_memory_cache", "test_metrics", "test_minio", "test_ownership"),
-    *("test_packaging", "test_peer_client", "test_peer_discovery", "test_peer_protocol"),
-    *("test_simulate", "test_sizes", "test_stash", "test_versions", "test_wire"),
+    *("analyze", "analyze_model", "catalog", "demo", "doctor", "ends", "epochs", "examples", "exporter", "fuzz"),
+    *("governor", "hinted_sampler", "hints", "items", "kernel_fuse", "kernel_paths", "loader", "loader_group"),
+    *("loader_jobs", "logs", "memory_cache", "metrics", "minio", "mount_errors", "mount_lifecycle", "mount_tree"),
+    *("ownership", "packaging", "peer_client", "peer_discovery", "peer_protocol", "services", "simulate", "sizes"),
+    *("stash", "versions", "wire"),
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(idle_reclaim)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that empty the page cache, count pages or have the machine to themselves take turns in one process."""
+    """Tests that empty the page cache, count pages or need much memory take turns in one process."""
     for item in items:
-        if not item.path.name.startswith(_ALONGSIDE):
-            item.add_marker(pytest.mark.xdist_group("machine"))
+        file = item.path.stem.removeprefix("test_")
+        alongside = file in _ALONGSIDE and item.get_closest_marker("alone") is None
+        # The others of a file stay together for what they share.
+        item.add_marker(pytest.mark.xdist_group(file if alongside else "machine"))
 
 
 @pytest.fixture(scope="module")

@@ -180,6 +180,7 @@ for epoch in range(9):
     assert chosen.measured[0]["sections"]["cold"]["samples"] == 5 * 4
 
 
+@pytest.mark.alone
 def test_what_a_sample_is_read_as_is_exact(data: Path, script: Callable[[str], list[str]]) -> None:
     """Two files for each sample, one of them opened by C code, which the interpreter does not see."""
     job = script(
@@ -220,6 +221,7 @@ def test_where_the_data_lies_is_seen(tmp_path: Path) -> None:
     assert "--data" in notes[-1]
 
 
+@pytest.mark.alone
 def test_an_iterable_dataset_is_run_again_on_warm_data(data: Path, script: Callable[[str], list[str]]) -> None:
     job = script(
         TRAINING
@@ -639,6 +641,7 @@ def test_the_report_asks_the_network_for_nothing(analysed: tuple[dict[str, Any],
 # -- storage --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_storage_is_read_cold_then_warm(data: Path) -> None:
     files = listed(data)
     assert drop(files).cold

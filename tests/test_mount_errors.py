@@ -490,6 +490,7 @@ def test_a_source_that_is_unmounted_and_mounted_again(
     assert read(mounted.path / "other") == noise(50_000)
 
 
+@pytest.mark.alone
 def test_a_server_comes_up_while_the_source_is_gone(
     source: Path, faults: Callable[[], Faulty], mount: MakeMount
 ) -> None:

@@ -568,6 +568,7 @@ def test_figures_survive_the_server(source: Path, mount: MakeMount) -> None:
     assert {mounted.cached(name) for name in names} == {"pinned"}
 
 
+@pytest.mark.alone
 def test_server_and_keeper_are_killed_at_once(source: Path, mount: MakeMount) -> None:
     # What the keeper held is pinned again, and not read again: its pages are still there.
     names = write_files(source, 50, 60_000)

@@ -326,6 +326,7 @@ def test_what_is_mounted_beneath_the_source_shows(source: Path, mount: MakeMount
     assert read(mounted.path / "d" / "covered") == noise(1000, 1)
 
 
+@pytest.mark.alone
 def test_listing_again_sends_nothing(source: Path, mount: MakeMount) -> None:
     for number in range(3000):
         (source / f"d{number % 3}").mkdir(exist_ok=True)
