@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -481,6 +482,16 @@ def _unshare() -> None:
 def _call(command: list[str]) -> int:
     """Run a command and pass signals on to it; its exit status."""
     process.forbid_mounting()
+    early: list[int] = []  # signals that came before there was anybody to pass them on to
+    pass_on: Callable[[int], object] = early.append
+    ways: dict[int, Callable[[int, object], object]] = {
+        signal.SIGINT: lambda *_: None,  # a terminal sends it to the child as well
+        signal.SIGTERM: lambda number, _: pass_on(number),
+        signal.SIGHUP: lambda number, _: pass_on(number),
+    }
+    for number, way in ways.items():
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup: the command is to ignore it, too
+            signal.signal(number, way)
     try:
         child = subprocess.Popen(command)
     except OSError as e:
@@ -488,9 +499,9 @@ def _call(command: list[str]) -> int:
         absent = e.errno == errno.ENOENT or ("/" not in command[0] and shutil.which(command[0]) is None)
         why = os.strerror(errno.ENOENT) if absent else e.strerror
         raise UserError(f"{command[0]} cannot be run: {why}", 127 if absent else 126) from None
-    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to the child as well
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda n, _: child.send_signal(n))
+    pass_on = child.send_signal
+    for number in early:
+        child.send_signal(number)
     status = child.wait()
     return status if status >= 0 else 128 - status
 

@@ -495,6 +495,24 @@ class TestRun:
             job.wait()
         assert mentions(source) == []
 
+    def test_a_signal_comes_as_the_command_starts(self) -> None:
+        early = """
+import os, signal, subprocess, sys
+from coordlfs import mounting
+
+start = subprocess.Popen
+
+def start_and_be_ended(command):
+    child = start(command)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return child
+
+subprocess.Popen = start_and_be_ended
+sys.exit(mounting._call(["sleep", "60"]))
+"""
+        done = subprocess.run([sys.executable, "-c", early], timeout=30)
+        assert done.returncode == 128 + signal.SIGTERM  # the command's status, and not our own end
+
 
 # -- kills --------------------------------------------------------------------------------------------------------
 
