@@ -214,21 +214,15 @@ def restart(mountpoint: str) -> dict[str, int]:
     server, keepers = before["processes"]["server"], before["processes"]["keepers"]
     peer_servers = [pid] if (pid := before["processes"]["peer_server"]) is not None else []
     for pid in (server, *keepers, *peer_servers):
-        _replace(mountpoint, pid)
+        client = Client(mountpoint)
+        try:
+            with suppress(UserError):  # a server that is replaced may be gone before it can answer
+                client.ask("replace", pid=pid)
+        finally:
+            client.close()
         _wait_replaced(mountpoint, pid, before["pinned_items"])
-        if pid in keepers:
-            _replace(mountpoint, pid)  # which has held its pages until now
     pinned = mounting.stats(mountpoint)["pinned_items"]
     return {"keepers": len(keepers), "peer_servers": len(peer_servers), "pinned_items": pinned}
-
-
-def _replace(mountpoint: str, pid: int) -> None:
-    client = Client(mountpoint)
-    try:
-        with suppress(UserError):  # a server that is replaced may be gone before it can answer
-            client.ask("replace", pid=pid)
-    finally:
-        client.close()
 
 
 def _wait_replaced(mountpoint: str, pid: int, pinned: int) -> None:

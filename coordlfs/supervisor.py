@@ -38,7 +38,6 @@ _PAUSE = 5.0  # seconds
 _LOOK_EVERY = 1.0  # seconds
 _LEAVING = 1.0  # seconds after which a process whose main thread has ended is held up by another thread
 _END_WITHIN = 5.0  # seconds that what was killed is waited for
-_RETIRED_FOR = 60.0  # seconds after which a keeper that was replaced lets go, unless it is told to before
 NO_RESEND = "COORDLFS_NO_RESEND"  # set in the environment: do as on a kernel before 6.9 (for tests)
 
 
@@ -66,7 +65,6 @@ class Supervisor:
     init: bytes = b""
     resend: bool = True  # the kernel repeats what was unanswered
     keepers: dict[int, _Keeper] = field(default_factory=dict)
-    retired: list[tuple[_Keeper, float]] = field(default_factory=list)  # keepers that only hold pages, and until when
     next_index: int = 1
     server: subprocess.Popen[bytes] | None = None
     link: socket.socket | None = None
@@ -190,15 +188,6 @@ class Supervisor:
         self.keepers[keeper.index] = keeper
         return keeper
 
-    @property
-    def _clients(self) -> list[_Keeper]:
-        """The processes that use the mount."""
-        return [
-            *self.keepers.values(),
-            *(keeper for keeper, _ in self.retired),
-            *([self.peer_server] if self.peer_server else []),
-        ]
-
     def _start_peer_server(self) -> _Keeper:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for sock in (ours, theirs):
@@ -286,7 +275,6 @@ class Supervisor:
                     self._hear()
                 self._replace_keepers()
                 self._replace_peer_server()
-                self._end_retired()
                 self.held_up = [server for server in self.held_up if server.poll() is None]
                 status = self._server_status()
                 if status == 0:
@@ -345,7 +333,8 @@ class Supervisor:
         """Give the next server a connection of its own; what is open on the old one fails. Raises OSError."""
         log.warning("this kernel cannot repeat what was unanswered: mounting again; files that are open fail")
         self._unmount(lazy=True, abort=True)
-        self.replaced |= {client.process.pid for client in self._clients}
+        clients = [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
+        self.replaced |= {client.process.pid for client in clients}
         self._end_clients()
         os.close(self.tree)
         os.close(self.device)
@@ -365,32 +354,12 @@ class Supervisor:
             self._replace(pid)
 
     def _replace(self, pid: int) -> None:
-        """End a process as anything else may end it; its successor is of the version that is installed by now.
-
-        But for a keeper that has pinned pages: it is retired, and ended when it is named again.
-        """
-        keeper = next((keeper for keeper in self.keepers.values() if keeper.process.pid == pid), None)
-        if keeper is not None and not self.in_memory:
-            self._retire(keeper)
-            return
-        for child in [self.server, *(client.process for client in self._clients)]:
+        """End a process as anything else may end it; its successor is of the version that is installed by now."""
+        clients = [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
+        for child in [self.server, *(client.process for client in clients)]:
             if child is not None and child.pid == pid:
                 self.replaced.add(pid)
                 child.kill()
-
-    def _retire(self, keeper: _Keeper) -> None:
-        """Give a keeper a successor, but have it hold its pages until that has pinned them: nobody can take them so."""
-        log.info("keeper %d is replaced", keeper.process.pid)
-        keeper.process.send_signal(signal.SIGSTOP)  # it is to do nothing else, not even end as its socket is closed
-        self.retired.append((keeper, time.monotonic() + _RETIRED_FOR))
-        self._lose(keeper)
-
-    def _end_retired(self) -> None:
-        """End the retired whose time is over, and forget those that have ended."""
-        for keeper, until in self.retired:
-            if time.monotonic() > until:
-                keeper.process.kill()
-        self.retired = [(keeper, until) for keeper, until in self.retired if keeper.process.poll() is None]
 
     def _tell_keeper(self, keeper: _Keeper) -> None:
         assert self.link is not None
@@ -398,27 +367,22 @@ class Supervisor:
         with suppress(OSError):  # a server that is gone is told by its successor's configuration
             wire.send(self.link, message, (keeper.ours.fileno(),))
 
-    def _lose(self, keeper: _Keeper) -> None:
-        """Do without a keeper: tell the server, and have `_replace_keepers` start another one."""
-        del self.keepers[keeper.index]
-        keeper.ours.close()
-        if not self.ending:
-            assert self.link is not None
-            with suppress(OSError):
-                wire.send(self.link, {"lost": keeper.index})
-            self.keepers_missing += 1
-
     def _replace_keepers(self) -> None:
         for keeper in [k for k in self.keepers.values() if k.process.poll() is not None]:
-            now = time.monotonic()
-            self._lose(keeper)
+            del self.keepers[keeper.index]
+            keeper.ours.close()
             if self.ending:
                 continue
+            now = time.monotonic()
             if keeper.process.pid in self.replaced:
                 log.info("keeper %d is replaced", keeper.process.pid)
             else:
                 log.error("keeper %d ended with status %s", keeper.process.pid, keeper.process.returncode)
                 self.keeper_deaths = [t for t in self.keeper_deaths if now - t < 60] + [now]
+            assert self.link is not None
+            with suppress(OSError):
+                wire.send(self.link, {"lost": keeper.index})
+            self.keepers_missing += 1
             if len(self.keeper_deaths) > _RESTARTS:
                 self.keeper_pause = now + _PAUSE
                 log.critical("keepers keep dying: is there too little memory? The next in %d s", _PAUSE)
@@ -470,12 +434,12 @@ class Supervisor:
         self.ending = True
         os.close(self.tree)
         # Not waited for: one that waits for the server ends when that answers.
-        for client in self._clients:
+        for client in [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]:
             client.process.kill()
 
     def _end_clients(self) -> None:
         """Kill keepers and peer server; what the kernel does not let go ends later, by itself."""
-        clients = self._clients
+        clients = [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
         for client in clients:
             client.process.kill()
         for client in clients:

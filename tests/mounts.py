@@ -13,7 +13,6 @@ import json
 import mmap
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -301,12 +300,6 @@ def forget(path: Path) -> None:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
-
-
-def locked(pids: list[int]) -> int:
-    """Bytes that these processes have locked, as the kernel counts them."""
-    found = [re.findall(r"^VmLck:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE) for pid in pids]
-    return sum(int(kib) * 1024 for [kib] in found)
 
 
 def page_count(size: int) -> int:
