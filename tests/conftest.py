@@ -13,9 +13,10 @@ import idle_reclaim
 import pytest
 from mounts import Cgroup, MakeMount, Mount, coordlfs, unmount_lazily
 
-# What may run beside any other: it passes while the page cache is emptied all the time, but for what is marked `alone`.
+# What may run beside any other: it passes while the page cache is emptied all the time, and does nothing to the machine
+# that another would notice; but for what is marked `alone`.
 _ALONGSIDE = (
-    *("analyze", "analyze_model", "catalog", "demo", "doctor", "ends", "epochs", "examples", "exporter", "fuzz"),
+    *("analyze", "analyze_model", "catalog", "demo", "ends", "epochs", "examples", "exporter", "fuzz"),
     *("governor", "hinted_sampler", "hints", "items", "kernel_fuse", "kernel_paths", "loader", "loader_group"),
     *("loader_jobs", "logs", "memory_cache", "metrics", "minio", "mount_errors", "mount_lifecycle", "mount_tree"),
     *("ownership", "packaging", "peer_client", "peer_discovery", "peer_protocol", "services", "simulate", "sizes"),

@@ -1,4 +1,4 @@
-"""A plugin of pytest that runs a test again if it failed while the machine took pages of its mounts.
+"""A plugin of pytest: a test that counts pages is run again if it counted wrong while the machine took some of them.
 
 Clouds set up DAMON to take back memory that looks idle, however much of it is free. It judges by regions of physical
 memory, so that pages that were read a moment ago go as well if what lay around them was idle: seen here at one page of
@@ -57,19 +57,26 @@ def _fuse_devices() -> set[str]:
 
 
 @contextmanager
-def _watching(daemons: list[int]) -> Iterator[_Watch]:
+def _watching(daemons: list[int]) -> Iterator[_Watch | None]:
+    """A watch, or None where the kernel allows none."""
     instance = _TRACEFS / "instances" / f"coordlfs-tests-{os.getpid()}"
-    instance.mkdir()
     try:
+        with suppress(FileExistsError):  # left by a process that was killed
+            instance.mkdir()
         pids = " || ".join(f"common_pid == {pid}" for pid in daemons)
         (instance / _EVENT / "filter").write_text(f"({pids}) && s_dev < {_NO_DISK}")
         (instance / _EVENT / "enable").write_text("1")
-        yield _Watch(instance / "trace")
+        watch = _Watch(instance / "trace")
+    except OSError:
+        watch = None
+    try:
+        yield watch
     finally:
-        instance.rmdir()
+        with suppress(OSError):
+            instance.rmdir()
 
 
-_WATCH = pytest.StashKey[_Watch]()
+_WATCH = pytest.StashKey[_Watch | None]()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -79,9 +86,10 @@ def _idle_reclaim_is_watched(pytestconfig: pytest.Config) -> Iterator[None]:
         yield
         return
     with _watching(daemons) as watch:
-        pytestconfig.stash[_WATCH] = watch
+        if watch is not None:
+            pytestconfig.stash[_WATCH] = watch
         yield
-        del pytestconfig.stash[_WATCH]
+        pytestconfig.stash[_WATCH] = None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -93,11 +101,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Says so where a test failed while pages were taken."""
-    watch = item.config.stash.get(_WATCH, None)
+    """Says so where pages were taken from a test that did not find what it counted."""
     try:
         return (yield)
-    except (Exception, pytest.fail.Exception) as e:
-        if watch and (taken := watch.taken_from(_fuse_devices())):
+    except AssertionError as e:
+        watch = item.config.stash.get(_WATCH, None)
+        group = item.get_closest_marker("xdist_group")
+        counts = group is not None and group.args == ("machine",)
+        if watch and counts and (taken := watch.taken_from(_fuse_devices())):
             raise PagesTaken(f"the machine took pages of mounts {taken} times while this ran") from e
         raise

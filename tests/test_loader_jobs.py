@@ -214,8 +214,17 @@ def test_the_stage_is_as_small_as_it_may_be(job: MakeJob) -> None:
         j.check(*j.batches)
 
 
+def _begin_together(jobs: list[Job]) -> None:
+    """Have jobs that `step` run once all are in the first epoch: who comes when that is over begins another."""
+    for j in jobs:
+        j.until("begin")
+    for j in jobs:
+        j.go_on(1000)
+
+
 def test_an_exception_reaches_every_job(job: MakeJob) -> None:
-    jobs = [job(num_workers=n, bad={7: "raise"}) for n in (0, 1)]
+    jobs = [job(num_workers=n, bad={7: "raise"}, step=True) for n in (0, 1)]
+    _begin_together(jobs)
     for j in jobs:
         j.finish()
         raised = [e for e in j.events if e["event"] == "raised"]
@@ -227,7 +236,8 @@ def test_an_exception_reaches_every_job(job: MakeJob) -> None:
 
 
 def test_a_batch_that_kills_its_workers_is_given_up(job: MakeJob) -> None:
-    jobs = [job(num_workers=1, bad={7: "die"}) for _ in range(2)]
+    jobs = [job(num_workers=1, bad={7: "die"}, step=True) for _ in range(2)]
+    _begin_together(jobs)
     for j in jobs:
         j.finish()
         (raised,) = [e for e in j.events if e["event"] == "raised"]

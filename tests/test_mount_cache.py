@@ -24,6 +24,7 @@ from mounts import (
     drop_caches,
     eventually,
     forget,
+    locked,
     noise,
     page_count,
     read,
@@ -87,13 +88,7 @@ def _dataset(source: Path) -> dict[str, int]:
 
 
 def _held_by_keepers(mounted: Mount) -> int:
-    """Bytes that the keepers have locked, as the kernel counts them."""
-    total = 0
-    for pid in mounted.stats()["processes"]["keepers"]:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmLck:"):
-                total += int(line.split()[1]) * 1024
-    return total
+    return locked(mounted.stats()["processes"]["keepers"])
 
 
 def _assert_holds_what_it_says(mounted: Mount, names: list[str]) -> None:

@@ -134,6 +134,7 @@ def test_a_busy_mount(source: Path, mount: MakeMount, how: str, pinned: bool) ->
 # -- in the foreground --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_a_mount_that_another_namespace_has(source: Path, mount: MakeMount) -> None:
     """Whoever makes a mount namespace gets a mount of his own; `umount` says at once who that is."""
     (source / "f").write_bytes(b"here")
@@ -351,6 +352,7 @@ class TestRefused:
         weak = ["setpriv", "--bounding-set", "-sys_admin"]
         _refused("mount", source, place / "mnt", status=1, says="not permitted", before=weak)
 
+    @pytest.mark.alone
     def test_without_fuse(self, source: Path, place: Path) -> None:
         devices = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod /dev/urandom c 1 9"
         for device, says in (("true", "modprobe fuse"), ("mknod /dev/fuse c 10 250", "modprobe fuse")):
@@ -431,6 +433,7 @@ _PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subproc
 
 
 @pytest.mark.usefixtures("_may_mount")
+@pytest.mark.alone
 class TestRun:
     """`coordlfs run SRC -- COMMAND`."""
 
@@ -732,6 +735,7 @@ def test_no_keeper_is_started_that_is_not_needed(source: Path, mount: MakeMount)
         assert len(mounted.pids) == 3
 
 
+@pytest.mark.alone
 def test_a_kernel_that_cannot_repeat_questions(source: Path, mount: MakeMount, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before Linux 6.9: the mount is made anew. What is open fails, what is opened then does not; nothing hangs."""
     monkeypatch.setenv("COORDLFS_NO_RESEND", "1")

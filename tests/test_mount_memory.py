@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from mounts import MIB, Cgroup, MakeMount, coordlfs, eventually, read, write_files
+from mounts import MIB, Cgroup, MakeMount, coordlfs, eventually, locked, read, write_files
 
 from coordlfs.kernel.memory import memory
 
@@ -92,12 +91,6 @@ while True:
 """
 
 
-def _locked(pids: list[int]) -> int:
-    """Bytes that these processes have locked."""
-    found = [re.findall(r"^VmLck:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE) for pid in pids]
-    return sum(int(kib) * 1024 for [kib] in found)
-
-
 @pytest.mark.timeout(180)
 def test_a_server_that_takes_over_while_memory_is_tight_knows_of_every_pin(
     cgroup: Callable[[int], Cgroup], source: Path, mount: MakeMount
@@ -112,14 +105,14 @@ def test_a_server_that_takes_over_while_memory_is_tight_knows_of_every_pin(
     for name in names:
         read(mounted.path / name)
     pinned = mounted.settle()["pinned_bytes"]
-    assert _locked(mounted.processes["keepers"]) == pinned
+    assert locked(mounted.processes["keepers"]) == pinned
     available = mounted.stats()["memory"]["available_bytes"]
     with holding(available - 75 * MIB, group) as neighbour:  # less than is to stay available, more than is tight
         assert neighbour.stdout is not None
         assert neighbour.stdout.readline() == "held\n"
         for _ in range(3):
             os.kill(mounted.stats()["processes"]["server"], signal.SIGKILL)
-            eventually(lambda: _locked(mounted.processes["keepers"]) == mounted.stats()["pinned_bytes"] > 0, 10)
+            eventually(lambda: locked(mounted.processes["keepers"]) == mounted.stats()["pinned_bytes"] > 0, 10)
     assert mounted.settle()["pinned_bytes"] > pinned // 2
 
 
