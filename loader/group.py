@@ -690,7 +690,8 @@ class Group:
 
     def _sort_out(self, epoch: int) -> None:
         for batch in [b for b in self.batches.values() if b.epoch == epoch]:
-            self._classify(batch)
+            if self.batches.get(batch.key) is batch:  # else it was evicted for one before it
+                self._classify(batch)
 
     def _classify(self, batch: Batch) -> None:
         """Whether it is still needed, and by whom."""

@@ -650,7 +650,9 @@ def test_storage_is_read_cold_then_warm(data: Path) -> None:
     speed, left = rate(parts(files), 2, 60)
     assert speed > 0
     assert left == []
-    assert resident_share(files) == 1
+    share = resident_share(files)
+    assert share is not None
+    assert share > 0.95  # and not all, where the machine takes back what it thinks is idle
     taken, left = latency(parts(files), 0.05, 0.001)
     assert 0 < taken < 0.05
     assert 0 < len(left) < FILES

@@ -480,3 +480,26 @@ class SlotsMachine(RuleBasedStateMachine):
 
 TestSlots = SlotsMachine.TestCase
 TestSlots.settings = settings(max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=[SLOW])
+
+
+def test_what_is_evicted_as_a_job_ends_is_gone() -> None:
+    """An eviction for want of room among what nobody needs, while the batches of an epoch are sorted out."""
+    group = Group(8 * UNIT)
+    group.add_job(1)
+    for worker in range(10, 14):
+        group.add_worker(worker, 1)
+        group.idle(worker)
+    given = [a for a in group.begin(1, 0, 0, 10, None) if isinstance(a, Task)]
+    by_number = {task.number: task.worker for task in given}
+    assert set(by_number) == {0, 1, 2, 3}
+    group.remove_worker(by_number[0])
+    group.add_worker(14, 1)
+    [again] = [a for a in group.idle(14) if isinstance(a, Task)]
+    assert again.number == 0  # begun after 1, 2 and 3, of which 2 is never done
+    for worker in (by_number[3], by_number[1], 14):
+        group.wants(worker, UNIT)
+        group.wrote(worker, UNIT)
+    group.end(1)  # 0 and 1 are kept, then 3, for which 0 has to go
+    assert set(group._kept) == {(0, 1), (0, 3)}
+    assert set(group._kept) <= set(group.batches)
+    assert group.slots.used == group._kept_bytes == 2 * UNIT
