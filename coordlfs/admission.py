@@ -78,9 +78,7 @@ class Pending:
     cancelled: bool = False
     at_home: bool = False  # every READ of it came from the keeper's own memory cgroup
     attempts: int = 0
-    awaited: int = (
-        0  # how often it was not asked for, as a READ was at the source or an older version about to be forgotten
-    )
+    awaited: int = 0  # how often it was put off: a READ was at the source, or an older version not forgotten yet
     flags: int = 0
 
 

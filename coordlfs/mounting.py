@@ -501,7 +501,7 @@ def _call(command: list[str]) -> int:
         raise UserError(f"{command[0]} cannot be run: {why}", 127 if absent else 126) from None
     pass_on = child.send_signal
     for number in early:
-        child.send_signal(number)
+        pass_on(number)
     status = child.wait()
     return status if status >= 0 else 128 - status
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import resource
 import select
 import signal
@@ -21,7 +20,6 @@ _INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # its inode number (PROC_USER_INIT_INO)
 _CAPABILITY_VERSION = 0x20080522
 _FLAGS, _EXIT_CODE = 6, 49  # among the fields of /proc/PID/stat that follow the name
 _PF_EXITING = 4
-_SIGNALS = re.compile(rb"^(SigPnd|ShdPnd|SigBlk):\t([0-9a-f]+)$", re.MULTILINE)  # in /proc/TID/status
 _STOPS = signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT
 _GOES_ON_AFTER = sum(1 << number - 1 for number in (*_STOPS, 32, 33))  # and the C library's own
 _HEADLESS = 1.0  # seconds after which a process without a main thread is held up by another one
@@ -49,30 +47,30 @@ def raise_limits() -> None:
         resource.setrlimit(limit, (most, most))
 
 
-def _status(field: str) -> str:
-    with open("/proc/self/status") as f:
-        return next(line.split()[1] for line in f if line.startswith(field + ":"))
+def _status(task: int | str = "self") -> dict[str, str]:
+    """The fields of /proc/TASK/status. Raises OSError."""
+    with open(f"/proc/{task}/status", encoding="latin-1", newline="\n") as f:  # the name may be any bytes
+        return {field: value.strip() for field, _, value in (line.partition(":") for line in f)}
 
 
 def is_called_off(tid: int) -> bool:
     """Whether a signal waits for a thread that it neither blocks nor, as one that stops it, goes on after."""
     try:
-        with open(f"/proc/{tid}/status", "rb") as f:  # bytes: the name may be any
-            masks = dict(_SIGNALS.findall(f.read()))
+        status = _status(tid)
     except OSError:  # it is gone
         return False
-    pending, shared, blocked = (int(masks.get(name, b"0"), 16) for name in (b"SigPnd", b"ShdPnd", b"SigBlk"))
+    pending, shared, blocked = (int(status.get(name, "0"), 16) for name in ("SigPnd", "ShdPnd", "SigBlk"))
     return bool((pending | shared) & ~blocked & ~_GOES_ON_AFTER)
 
 
 def has_capability(number: int) -> bool:
     """Whether this process has a capability, be it in a user namespace of its own only."""
-    return bool(int(_status("CapEff"), 16) >> number & 1)
+    return bool(int(_status()["CapEff"], 16) >> number & 1)
 
 
 def gains_no_privileges() -> bool:
     """Whether setuid programs are without effect for this process (no_new_privs)."""
-    return _status("NoNewPrivs") == "1"
+    return _status()["NoNewPrivs"] == "1"
 
 
 def in_initial_user_namespace() -> bool:
@@ -183,8 +181,7 @@ def exit_status(pid: int) -> int | None:
 
 def open_of_thread(tid: int) -> int:
     """A pidfd of the process that thread `tid` belongs to. Raises OSError if it is gone."""
-    with open(f"/proc/{tid}/status", "rb") as f:  # bytes: the name may be any
-        return os.pidfd_open(next(int(line.split()[1]) for line in f if line.startswith(b"Tgid:")))
+    return os.pidfd_open(int(_status(tid)["Tgid"]))
 
 
 def has_ended(pidfd: int) -> bool:
