@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from coordlfs.kernel import mounts
+
 _TRACEFS = Path("/sys/kernel/tracing")
 _EVENT = Path("events/filemap/mm_filemap_delete_from_page_cache")
 _NO_DISK = 1 << 20  # below it are the devices of major number 0: of FUSE, among others
@@ -52,8 +54,8 @@ def _daemons() -> list[int]:
 
 def _fuse_devices() -> set[str]:
     """MAJOR:MINOR of every FUSE file system that is mounted."""
-    lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
-    return {line.split()[2] for line in lines if line.rpartition(" - ")[2].startswith("fuse")}
+    devices = [mount.device for mount in mounts.table() if mount.fstype.startswith(b"fuse")]
+    return {f"{os.major(device)}:{os.minor(device)}" for device in devices}
 
 
 @contextmanager

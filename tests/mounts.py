@@ -220,7 +220,7 @@ class Mount:
         if is_mounted(self.path):
             problems.append(f"{self.path} was still mounted")
             unmount_lazily(self.path)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 10
         while any(map(is_alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.01)
         for pid in filter(is_alive, pids):

@@ -644,15 +644,18 @@ def test_the_report_asks_the_network_for_nothing(analysed: tuple[dict[str, Any],
 @pytest.mark.alone
 def test_storage_is_read_cold_then_warm(data: Path) -> None:
     files = listed(data)
-    assert drop(files).cold
-    assert resident_share(files) == 0
     assert sum(part.length for part in parts(files, 4096)) == FILES * SIZE
-    speed, left = rate(parts(files), 2, 60)
-    assert speed > 0
-    assert left == []
-    share = resident_share(files)
-    assert share is not None
-    assert share > 0.95  # and not all, where the machine takes back what it thinks is idle
+
+    def resident_once_read() -> float | None:
+        assert drop(files).cold
+        assert resident_share(files) == 0
+        speed, left = rate(parts(files), 2, 60)
+        assert speed > 0
+        assert left == []
+        return resident_share(files)
+
+    # Not at once, if the machine takes a page back meanwhile that it thinks is idle (idle_reclaim.py).
+    assert any(resident_once_read() == 1 for _ in range(3))
     taken, left = latency(parts(files), 0.05, 0.001)
     assert 0 < taken < 0.05
     assert 0 < len(left) < FILES
