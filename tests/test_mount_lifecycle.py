@@ -230,6 +230,7 @@ def test_mounted_in_place(source: Path, mount: MakeMount) -> None:
     assert os.stat(source / names[0]).st_dev == before[names[0]].st_dev
 
 
+@pytest.mark.alone
 def test_mounted_on_a_mount(source: Path, mount: MakeMount) -> None:
     names = write_files(source, 20, 150_000)
     below = mount(source, "2M")
@@ -243,6 +244,7 @@ def test_mounted_on_a_mount(source: Path, mount: MakeMount) -> None:
     assert above.source_bytes() == below.source_bytes()  # it reads around the page cache, which keeps no second copy
 
 
+@pytest.mark.alone
 def test_two_mounts_of_one_source(source: Path, mount: MakeMount) -> None:
     names = write_files(source, 10, 50_000)
     first, second = mount(source), mount(source)
@@ -573,6 +575,7 @@ def test_readers_survive_a_kill(source: Path, mount: MakeMount, victim: str) -> 
     assert sent["read"] == 0
 
 
+@pytest.mark.alone
 def test_figures_survive_the_server(source: Path, mount: MakeMount) -> None:
     names = write_files(source, 50, 60_000)
     mounted = mount(source)
