@@ -259,15 +259,20 @@ class ByteLane:
                 if not had_to_wait and self._total - self._waiting - self._parked > _RUNNING:
                     self._park_if_many()
                     continue
-                had_to_wait = False
+                had_to_wait = has_finished = False
                 try:
                     while (n := receive()) is None and not self._returned:
+                        if has_finished:
+                            # Only now: had it been woken up for a message as well, nobody else would be for that one.
+                            has_finished = False
+                            self._park_if_many()
+                            continue
                         had_to_wait = True
                         for fd, _ in wait():
                             if fd != self._device:
+                                has_finished = True
                                 unlooked = 0
                                 finishers[fd]()
-                                self._park_if_many()
                 except OSError as e:
                     if e.errno in (errno.EINTR, errno.ENOENT):
                         continue
