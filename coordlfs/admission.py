@@ -5,8 +5,9 @@
 
 The keeper says BUSY while a reader still uses the pages: it is asked again later, at last after the kernel was told to
 take them even out of a job's mappings. A job's READ that comes while the keeper works would leave pages charged to the
-job, so such an item is pinned once more. Byte-lane threads call in with what they read; one thread of this module
-listens to the keepers and watches the clock.
+job, so such an item is pinned once more. Byte-lane threads call in with what they read, and listen to the keepers as
+they look for messages: a thread that woke up for each answer would take the interpreter from them. One thread of this
+module watches the clock.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from coordlfs.catalog import FOREIGN, STALE, Catalog
 from coordlfs.epochs import Epochs
 from coordlfs.kernel import cgroups, fuse, pages
 from coordlfs.kernel.libc import quick_reader, quick_write
+from coordlfs.kernel.timer import Timer
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO, State
 from coordlfs.stash import Stash
@@ -100,7 +102,10 @@ class Link:
 
 
 class Admission:
-    """The cache's books. Every method may be called from any thread; `run` is the thread of its own."""
+    """The cache's books. Every method may be called from any thread; `run` is the thread of its own.
+
+    `receive` is to be called when `fd` is readable, and every so often while nobody has time to wait for that.
+    """
 
     served_from = "stash_bytes"  # the counter of bytes that `stashed` finds
     _verb = Verb.PIN  # what keepers are asked to do with an item
@@ -120,6 +125,7 @@ class Admission:
         self.epochs = epochs
         self.counters = counters
         self.links: dict[int, Link] = {}
+        self._links_by_fd: dict[int, Link] = {}
         self.keeper_pids: frozenset[int] = frozenset()
         self.keeper_threads: frozenset[int] = frozenset()  # by which the kernel names who reads
         self._more_keepers = more_keepers
@@ -137,7 +143,11 @@ class Admission:
         self._unpurged: list[int] = []  # records, for want of a keeper
         self._keeper_cgroups: set[bytes | None] = set()
         self._job_cgroups: dict[int, tuple[bytes | None, float]] = {}  # by pid; and until when that is believed
-        self._flush_at: float | None = None  # when requests that wait for others have waited long enough
+        self._gathering = Timer()  # ends when requests that wait for others have waited long enough
+        self._gathers = False
+        self._events = select.epoll()
+        self._events.register(self._gathering.fd, select.EPOLLIN | select.EPOLLET)
+        self.fd = self._events.fileno()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
         self.sharing: Sharing | None = None  # with other nodes, each of which caches what it owns
@@ -443,8 +453,9 @@ class Admission:
         """A keeper joins, a new one or one that a server before this one had."""
         sock.setblocking(False)
         with self.lock:
-            packet = bytearray(MAX_PACKET)
-            self.links[index] = Link(index, pid, sock, packet, quick_reader(sock.fileno(), packet))
+            packet, fd = bytearray(MAX_PACKET), sock.fileno()
+            self.links[index] = self._links_by_fd[fd] = Link(index, pid, sock, packet, quick_reader(fd, packet))
+            self._events.register(fd, select.EPOLLIN)
             self.keeper_pids |= {pid}
             self.keeper_threads |= {pid}
             self.look_at_cgroups()
@@ -453,7 +464,6 @@ class Admission:
             unpurged, self._unpurged = self._unpurged, []
             for record in unpurged:
                 self.purge(record)
-        self._wake()
 
     def look_at_cgroups(self) -> dict[bytes | None, int]:
         """See where the keepers are charged for memory, as somebody may have moved them; one of each such cgroup."""
@@ -470,6 +480,9 @@ class Admission:
                 return
             self.keeper_pids -= {link.pid}
             self.keeper_threads -= {link.pid, *link.threads}
+            # Closing would not end it, since the supervisor has the same socket.
+            self._events.unregister(link.sock)
+            del self._links_by_fd[link.sock.fileno()]
             link.sock.close()
             self._asked_for_keeper = True  # the supervisor is about to replace it
             for record in link.purging:
@@ -486,7 +499,6 @@ class Admission:
                 self._forget(item)
             self._recovered(index)
             self._ask_waiting()
-        self._wake()
 
     def recover(self) -> None:
         """Ask the keepers what they hold: for a server that takes over from one that died."""
@@ -500,26 +512,26 @@ class Admission:
                 self._asked_for_keeper = self.policy.capacity > 0
                 self._adopt_orphans()
 
+    def receive(self) -> None:
+        """Take what the keepers have said, and ask them for what has waited for more of the same."""
+        for fd, _ in self._events.poll(0):
+            if fd == self._gathering.fd:
+                with self.lock:
+                    self._gathers = False
+                    for link in self.links.values():
+                        self._flush(link)
+            elif speaks := self._links_by_fd.get(fd):
+                self._receive(speaks)
+
     def run(self) -> None:
-        """Listen to the keepers and watch the clock, until `close`."""
+        """Watch the clock, until `close`."""
         poll = select.poll()
         poll.register(self._wake_fd, select.POLLIN)
-        polled: dict[int, Link] = {}
         while not self._closing:
             with self.lock:
-                current = {link.sock.fileno(): link for link in self.links.values()}
                 timeout = self._run_due()
-            for fd in polled.keys() - current.keys():
-                poll.unregister(fd)
-            for fd, link in current.items():
-                if polled.get(fd) is not link:
-                    poll.register(fd, select.POLLIN)
-            polled = current
-            for fd, _ in poll.poll(timeout):
-                if fd == self._wake_fd:
-                    os.eventfd_read(fd)
-                else:
-                    self._receive(polled[fd])
+            if poll.poll(timeout):
+                os.eventfd_read(self._wake_fd)
 
     def close(self) -> None:
         """End `run`."""
@@ -540,19 +552,12 @@ class Admission:
     def _run_due(self) -> int | None:
         """Ask for what is due; milliseconds until something else is."""
         now = time.monotonic()
-        if self._flush_at is not None and self._flush_at <= now:
-            self._flush_at = None
-            for link in self.links.values():
-                self._flush(link)
         while self._clock and self._clock[0][0] <= now:
             due, item = heapq.heappop(self._clock)
             pending = self._pending.get(item)
             if pending is not None and pending.due == due:
                 self._ask_unless_awaited(item, pending)
-        due_times = [self._clock[0][0]] if self._clock else []
-        if self._flush_at is not None:
-            due_times.append(self._flush_at)
-        return max(1, int((min(due_times) - now) * 1000)) if due_times else None
+        return max(1, int((self._clock[0][0] - now) * 1000)) if self._clock else None
 
     def _ask_unless_awaited(self, item: int, pending: Pending) -> None:
         """Ask for an item of which not all was read, unless a job's READ of it is at the source.
@@ -635,18 +640,21 @@ class Admission:
         link.backlog.append(packet + self.catalog.path(record))
         if verb != Verb.PIN or len(link.backlog) >= _TOGETHER:
             self._flush(link)
-        elif self._flush_at is None:
-            self._flush_at = time.monotonic() + _GATHERS
-            self._wake()
+        else:
+            self._flush_in(_GATHERS)
+
+    def _flush_in(self, seconds: float) -> None:
+        if not self._gathers:
+            self._gathers = True
+            self._gathering.start(seconds)
 
     def _flush(self, link: Link) -> None:
         while link.backlog and link.asked < _WINDOW:
             try:
                 quick_write(link.sock.fileno(), link.backlog[0])
             except (BlockingIOError, OSError):  # full, or dying: the supervisor will say so
-                if not link.asked and self._flush_at is None:  # no answer will come that has it tried again
-                    self._flush_at = time.monotonic() + RETRY[1]
-                    self._wake()
+                if not link.asked:  # no answer will come that has it tried again
+                    self._flush_in(RETRY[1])
                 break
             link.backlog.popleft()
             link.asked += 1

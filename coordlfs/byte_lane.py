@@ -46,8 +46,8 @@ log = logging.getLogger(__name__)
 # while the job has another.
 _RUNNING = 1 if len(os.sched_getaffinity(0)) <= 2 else 2
 _DISK_READS = 64  # under way; more of them hold a thread each
-_LOOKING = 64  # threads that look for what other nodes answer: the kernel allows for 500 ways to wake somebody
-_LOOK_EVERY = 8  # messages after which ended reads are looked for, even if there are more messages
+_LOOKING = 64  # threads that wait for what other nodes and keepers answer: the kernel allows for 500 ways to wake one
+_LOOK_EVERY = 8  # messages after which that and ended reads are looked for, even if there are more messages
 _BRIEF = 0.001  # seconds that a wait for a local disk may take before another thread serves
 _RESTS_AFTER = 1.0  # seconds without a wait after which nobody looks for those that take longer
 _THREADS = 1024  # so many may wait for a source, be it for ever
@@ -146,8 +146,8 @@ class ByteLane:
         self._disk = None if reader.source.is_remote else _disk()
         self._whole_files = WholeFiles(reader, self._reply, self._begin_whole)
         self._begun: dict[int, tuple[int, Begun | Whole, _Wait]] = {}  # READs that the disk works on, by slot
-        # What to call when a descriptor is readable: READs that nobody waits for can be answered.
-        self._finishers: dict[int, Callable[[], None]] = {}
+        # What to call when a descriptor is readable: READs that nobody waits for can be answered, or a keeper has.
+        self._finishers: dict[int, Callable[[], None]] = {reader.admission.fd: reader.admission.receive}
         if self._disk is not None:
             self._finishers[self._disk.fd] = self._finish_begun
         if reader.sharing is not None:
@@ -163,13 +163,11 @@ class ByteLane:
 
     def _spawn(self) -> None:
         self._total += 1
-        finishers = self._finishers
-        if self._total > _LOOKING and self._disk is not None:
-            finishers = {self._disk.fd: self._finish_begun}
-        elif self._total > _LOOKING:
-            finishers = {}
+        awaited = list(self._finishers)
+        if self._total > _LOOKING:
+            awaited = [] if self._disk is None else [self._disk.fd]
         # Daemons: one that waits for a source which never answers must not keep the process.
-        threading.Thread(target=self._run, args=(finishers,), name="byte lane", daemon=True).start()
+        threading.Thread(target=self._run, args=(awaited,), name="byte lane", daemon=True).start()
 
     # -- how many threads run -----------------------------------------------------------------------------------
 
@@ -238,22 +236,20 @@ class ByteLane:
 
     # -- serving ------------------------------------------------------------------------------------------------
 
-    def _run(self, finishers: dict[int, Callable[[], None]]) -> None:
+    def _run(self, awaited: list[int]) -> None:
         request = bytearray(fuse.REQUEST_BUFFER)
         view = memoryview(request)
         receive = quick_reader(self._device, request)
         into = pages.buffer(fuse.MAX_READ + pages.PAGE)
         bytes_into, files = memoryview(into), CachedFiles(self._reader.source.root)
-        with _waiting_for([self._device, *finishers]) as wait:
+        with _waiting_for([self._device, *awaited]) as wait:
             had_to_wait = True
             unlooked = 0
             while not self.ended.is_set():
                 unlooked += 1
                 if unlooked > _LOOK_EVERY:
                     unlooked = 0
-                    if self._begun or self._reader.sharing is not None:
-                        for finish in finishers.values():
-                            finish()
+                    self._look()
                 while self._returned:
                     self._read_alone(into)
                 if not had_to_wait and self._total - self._waiting - self._parked > _RUNNING:
@@ -272,7 +268,7 @@ class ByteLane:
                             if fd != self._device:
                                 has_finished = True
                                 unlooked = 0
-                                finishers[fd]()
+                                self._finishers[fd]()
                 except OSError as e:
                     if e.errno in (errno.EINTR, errno.ENOENT):
                         continue
@@ -289,6 +285,12 @@ class ByteLane:
                     self._refuse(fuse.IN_HEADER.unpack_from(request)[2], e)
                     continue
                 self._dispatch(request, view[:n], into)
+
+    def _look(self) -> None:
+        """Do what there is to do beside messages, of which there are more."""
+        for fd, finish in self._finishers.items():
+            if self._begun or self._disk is None or fd != self._disk.fd:
+                finish()
 
     def _end(self) -> None:
         self.ended.set()

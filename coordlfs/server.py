@@ -135,7 +135,7 @@ def serve(config: dict[str, Any]) -> None:
             control.run,
             memory_watch.run,
             ahead.run,
-            partial(_tick, stats, lane, epochs, counters),
+            partial(_tick, stats, lane, admission, epochs, counters),
             partial(pyfuse3.main, max_tasks=TASKS),
         ]
         if config["revalidate"]:
@@ -217,10 +217,11 @@ async def _tasks(
             orphaned()
 
 
-async def _tick(stats: Stats, lane: ByteLane, epochs: Epochs, counters: Counters) -> None:
+async def _tick(stats: Stats, lane: ByteLane, admission: Admission, epochs: Epochs, counters: Counters) -> None:
     while True:
         stats.tick()
         lane.look_at_waits()
+        admission.receive()  # should so many of the lane wait for the source that nobody listens to the keepers
         counters.set("epochs_before", epochs.current.number)
         await trio.sleep(0.5)
 

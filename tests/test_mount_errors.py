@@ -285,6 +285,7 @@ def test_what_never_answers_holds_up_nobody_else(source: Path, faults: Callable[
         assert sent["read"] == 0
         assert read(mounted.path / "other") == noise(50_000)
         assert mounted.cached("pinned") == "pinned"
+        eventually(lambda: mounted.cached("other") == "pinned", 5)  # what a keeper answers is heard
         coordlfs("drop", mounted.path, mounted.path / "pinned")
         assert all(reader.poll() is None for reader in readers)
     faulty.kill()  # a thread that waits for it could not end
