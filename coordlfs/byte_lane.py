@@ -7,7 +7,7 @@ handle, which such an open leaves 0.
 At most `_RUNNING` threads compete for the interpreter. A local disk reads while they go on (AIO), and other nodes
 answer. Whatever else has to be waited for holds a thread, and another one takes the place of one that waits, so
 that hundreds of READs may wait and none of those that need not wait does: at once where the source is on a network, and
-after a millisecond on a local disk, most of whose waits for names are over sooner than a thread wakes up. What is over
+after milliseconds on a local disk, most of whose waits for names are over sooner than a thread wakes up. What is over
 at once is done without letting go of the interpreter, which would cost more to get back. A source that never answers
 holds the threads that wait for it, and nobody else: a caller who is killed or interrupted meanwhile gets EINTR.
 """
@@ -48,7 +48,9 @@ _RUNNING = 1 if len(os.sched_getaffinity(0)) <= 2 else 2
 _DISK_READS = 64  # under way; more of them hold a thread each
 _LOOKING = 64  # threads that wait for what other nodes and keepers answer: the kernel allows for 500 ways to wake one
 _LOOK_EVERY = 8  # messages after which that and ended reads are looked for, even if there are more messages
-_BRIEF = 0.001  # seconds that a wait for a local disk may take before another thread serves
+# Seconds that a wait for a local disk may take before another thread serves: more where none has taken long of late,
+# since who looks for them takes the interpreter from those who serve.
+_BRIEF, _LONGEST_BRIEF = 0.001, 0.008
 _RESTS_AFTER = 1.0  # seconds without a wait after which nobody looks for those that take longer
 _THREADS = 1024  # so many may wait for a source, be it for ever
 _GIVEN_UP_AFTER = 1.0  # seconds that a request waits before a caller who gave up is told so
@@ -207,15 +209,16 @@ class ByteLane:
         """Have other threads take the place of those that wait for a local disk for longer than most."""
         while not self.ended.is_set():
             self._brief_waits.wait()
-            rests_at = time.monotonic() + _RESTS_AFTER
+            rests_at, pause = time.monotonic() + _RESTS_AFTER, _BRIEF
             while (now := time.monotonic()) < rests_at and not self.ended.is_set():
                 if self._brief_waits.is_set():
                     self._brief_waits.clear()
                     rests_at = now + _RESTS_AFTER
-                time.sleep(_BRIEF)
-                for wait in list(self._waits.values()):
-                    if wait.holds_thread and now > wait.since:
-                        self._replace(wait)
+                time.sleep(pause)
+                long = [wait for wait in list(self._waits.values()) if wait.holds_thread and now > wait.since]
+                pause = _BRIEF if long else min(2 * pause, _LONGEST_BRIEF)
+                for wait in long:
+                    self._replace(wait)
 
     def _park_if_many(self) -> None:
         with self._lock:
