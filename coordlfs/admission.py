@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 _WINDOW = 64  # requests that a keeper has not answered
 # To wake a process for one item costs more than to pin it: PIN requests wait for each other, though not for long.
 _TOGETHER, _GATHERS = 16, 0.002
+_AT_ONCE = 16  # answers of one keeper that are taken before who serves looks for messages again
 IDLE = 0.05  # seconds without a READ after which an item that was read in part is pinned whole
 RETRY = (0.002, 0.02, 0.2, 1.0, 4.0)  # seconds between attempts while somebody uses the pages
 _ENOUGH = 48  # of them, and items on their way, above which nothing is fetched ahead
@@ -144,7 +145,7 @@ class Admission:
         self._keeper_cgroups: set[bytes | None] = set()
         self._job_cgroups: dict[int, tuple[bytes | None, float]] = {}  # by pid; and until when that is believed
         self._gathering = Timer()  # ends when requests that wait for others have waited long enough
-        self._gathers = False
+        self._is_gathering = False
         self._events = select.epoll()
         self._events.register(self._gathering.fd, select.EPOLLIN | select.EPOLLET)
         self.fd = self._events.fileno()
@@ -516,12 +517,9 @@ class Admission:
         """Take what the keepers have said, and ask them for what has waited for more of the same."""
         for fd, _ in self._events.poll(0):
             if fd == self._gathering.fd:
-                with self.lock:
-                    self._gathers = False
-                    for link in self.links.values():
-                        self._flush(link)
-            elif speaks := self._links_by_fd.get(fd):
-                self._receive(speaks)
+                self._flush_all()
+            elif link := self._links_by_fd.get(fd):
+                self._receive(link)
 
     def run(self) -> None:
         """Watch the clock, until `close`."""
@@ -644,9 +642,16 @@ class Admission:
             self._flush_in(_GATHERS)
 
     def _flush_in(self, seconds: float) -> None:
-        if not self._gathers:
-            self._gathers = True
+        """Have `receive` send what waits then, if it is not to do so already."""
+        if not self._is_gathering:
+            self._is_gathering = True
             self._gathering.start(seconds)
+
+    def _flush_all(self) -> None:
+        with self.lock:
+            self._is_gathering = False
+            for link in self.links.values():
+                self._flush(link)
 
     def _flush(self, link: Link) -> None:
         while link.backlog and link.asked < _WINDOW:
@@ -661,10 +666,10 @@ class Admission:
         link.held_up = bool(link.backlog)
 
     def _receive(self, link: Link) -> None:
-        more = True
-        while more:
+        for _ in range(_AT_ONCE):
             with self.lock:
-                more = self._receive_one(link)
+                if not self._receive_one(link):
+                    return
 
     def _receive_one(self, link: Link) -> bool:
         """Take what a keeper says; False if that is nothing more."""

@@ -46,10 +46,12 @@ log = logging.getLogger(__name__)
 # while the job has another.
 _RUNNING = 1 if len(os.sched_getaffinity(0)) <= 2 else 2
 _DISK_READS = 64  # under way; more of them hold a thread each
-_LOOKING = 64  # threads that wait for what other nodes and keepers answer: the kernel allows for 500 ways to wake one
+# Threads that are woken up for what other nodes and keepers answer; the others look for it every so many seconds. The
+# kernel allows for 500 ways to wake somebody, and those of servers that cannot end, since the source hangs, count too.
+_LOOKING, _LOOK_AGAIN = 16, 0.02
 _LOOK_EVERY = 8  # messages after which that and ended reads are looked for, even if there are more messages
-# Seconds that a wait for a local disk may take before another thread serves: more where none has taken long of late,
-# since who looks for them takes the interpreter from those who serve.
+# Seconds between looks for waits for a local disk that take longer, so that another thread serves: more where none has
+# taken long of late, since who looks takes the interpreter from those who serve.
 _BRIEF, _LONGEST_BRIEF = 0.001, 0.008
 _RESTS_AFTER = 1.0  # seconds without a wait after which nobody looks for those that take longer
 _THREADS = 1024  # so many may wait for a source, be it for ever
@@ -88,23 +90,31 @@ def _part(asked: Request) -> tuple[int, int]:
 
 
 @contextmanager
-def _waiting_for(fds: list[int]) -> Iterator[Callable[[], list[tuple[int, int]]]]:
-    """How to wait for one of them: by epoll, which wakes one thread a message; by poll where no descriptor is left."""
+def _waiting_for(device: int, others: list[int], timeout: float | None) -> Iterator[Callable[[], list[int]]]:
+    """How to wait for one of them, and which are readable then; none after `timeout` seconds.
+
+    By epoll, which wakes one thread a message; by poll where no descriptor is left.
+    """
     try:
-        readable = select.epoll(len(fds))
+        readable = select.epoll(1 + len(others))
     except OSError:
         poll = select.poll()
-        for fd in fds:
+        for fd in (device, *others):
             poll.register(fd, select.POLLIN)
-        yield poll.poll
+        yield lambda: [fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)]
         return
     with readable:
-        for fd in fds:
+        readable.register(device, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        for fd in others:
             try:
                 readable.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-            except OSError:  # it is an epoll itself
-                readable.register(fd, select.EPOLLIN)
-        yield readable.poll
+            except OSError:
+                try:
+                    readable.register(fd, select.EPOLLIN)  # it is an epoll itself
+                except OSError as e:
+                    log.warning("a thread looks every so often for what it cannot wait for: %s", e.strerror)
+                    timeout = _LOOK_AGAIN
+        yield lambda: [fd for fd, _ in readable.poll(timeout)]
 
 
 def _disk() -> aio.Reads | None:
@@ -165,11 +175,9 @@ class ByteLane:
 
     def _spawn(self) -> None:
         self._total += 1
-        awaited = list(self._finishers)
-        if self._total > _LOOKING:
-            awaited = [] if self._disk is None else [self._disk.fd]
+        hears_all = self._total <= _LOOKING
         # Daemons: one that waits for a source which never answers must not keep the process.
-        threading.Thread(target=self._run, args=(awaited,), name="byte lane", daemon=True).start()
+        threading.Thread(target=self._run, args=(hears_all,), name="byte lane", daemon=True).start()
 
     # -- how many threads run -----------------------------------------------------------------------------------
 
@@ -215,7 +223,8 @@ class ByteLane:
                     self._brief_waits.clear()
                     rests_at = now + _RESTS_AFTER
                 time.sleep(pause)
-                long = [wait for wait in list(self._waits.values()) if wait.holds_thread and now > wait.since]
+                held = [wait for wait in list(self._waits.values()) if wait.holds_thread and not wait.is_replaced]
+                long = [wait for wait in held if now > wait.since]
                 pause = _BRIEF if long else min(2 * pause, _LONGEST_BRIEF)
                 for wait in long:
                     self._replace(wait)
@@ -239,13 +248,14 @@ class ByteLane:
 
     # -- serving ------------------------------------------------------------------------------------------------
 
-    def _run(self, awaited: list[int]) -> None:
+    def _run(self, hears_all: bool) -> None:
         request = bytearray(fuse.REQUEST_BUFFER)
         view = memoryview(request)
         receive = quick_reader(self._device, request)
         into = pages.buffer(fuse.MAX_READ + pages.PAGE)
         bytes_into, files = memoryview(into), CachedFiles(self._reader.source.root)
-        with _waiting_for([self._device, *awaited]) as wait:
+        others = list(self._finishers) if hears_all else [] if self._disk is None else [self._disk.fd]
+        with _waiting_for(self._device, others, None if hears_all else _LOOK_AGAIN) as wait:
             had_to_wait = True
             unlooked = 0
             while not self.ended.is_set():
@@ -267,11 +277,15 @@ class ByteLane:
                             self._park_if_many()
                             continue
                         had_to_wait = True
-                        for fd, _ in wait():
+                        ready = wait()
+                        for fd in ready:
                             if fd != self._device:
                                 has_finished = True
                                 unlooked = 0
-                                self._finishers[fd]()
+                                self._finish(fd)
+                        if not ready:
+                            has_finished = True
+                            self._look()
                 except OSError as e:
                     if e.errno in (errno.EINTR, errno.ENOENT):
                         continue
@@ -291,9 +305,15 @@ class ByteLane:
 
     def _look(self) -> None:
         """Do what there is to do beside messages, of which there are more."""
-        for fd, finish in self._finishers.items():
+        for fd in self._finishers:
             if self._begun or self._disk is None or fd != self._disk.fd:
-                finish()
+                self._finish(fd)
+
+    def _finish(self, fd: int) -> None:
+        try:
+            self._finishers[fd]()
+        except OSError as e:  # which is none of the device, and must not be taken for one
+            raise RuntimeError("what was awaited beside messages went wrong") from e
 
     def _end(self) -> None:
         self.ended.set()
