@@ -229,12 +229,14 @@ class ByteLane:
                 for wait in long:
                     self._replace(wait)
 
-    def _park_if_many(self) -> None:
+    def _park_if_many(self) -> bool:
+        """Rest until a thread is missed, if there are enough without this one; whether it did."""
         with self._lock:
             if self._total - self._waiting - self._parked <= _RUNNING or self._returned:
-                return
+                return False
             self._parked += 1
         os.eventfd_read(self._parking)
+        return True
 
     def _return(self, unique: int, asked: Request, *, interrupted: bool = False) -> None:
         """Have a thread read from the source what another node did not answer, or what went wrong."""
@@ -274,8 +276,8 @@ class ByteLane:
                         if has_finished:
                             # Only now: had it been woken up for a message as well, nobody else would be for that one.
                             has_finished = False
-                            self._park_if_many()
-                            continue
+                            if self._park_if_many():
+                                continue
                         had_to_wait = True
                         ready = wait()
                         for fd in ready:
