@@ -334,7 +334,9 @@ def test_a_cgroup_smaller_than_a_capacity_that_is_too_small(
     group.reclaim()
     before = mounted.source_bytes()
     _job(group, _EPOCH, paths, readers=8)
-    assert mounted.source_bytes() - before == (900 - figures["pinned_items"]) * 110_000
+    # In so small a cgroup a file's pages may go before they are copied, and are read again.
+    wanted = (900 - figures["pinned_items"]) * 110_000
+    assert wanted <= mounted.source_bytes() - before <= wanted * 1.02
 
 
 # -- more files than one process may map --------------------------------------------------------------------------
