@@ -306,7 +306,7 @@ class ByteLane:
                 self._dispatch(request, view[:n], into)
 
     def _look(self) -> None:
-        """Do what there is to do beside messages, of which there are more."""
+        """Do what there is to do beside messages, whether or not somebody was woken up for it."""
         for fd in self._finishers:
             if self._begun or self._disk is None or fd != self._disk.fd:
                 self._finish(fd)

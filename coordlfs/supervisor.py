@@ -188,6 +188,11 @@ class Supervisor:
         self.keepers[keeper.index] = keeper
         return keeper
 
+    @property
+    def _clients(self) -> list[_Keeper]:
+        """The processes that use the mount."""
+        return [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
+
     def _start_peer_server(self) -> _Keeper:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for sock in (ours, theirs):
@@ -333,8 +338,7 @@ class Supervisor:
         """Give the next server a connection of its own; what is open on the old one fails. Raises OSError."""
         log.warning("this kernel cannot repeat what was unanswered: mounting again; files that are open fail")
         self._unmount(lazy=True, abort=True)
-        clients = [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
-        self.replaced |= {client.process.pid for client in clients}
+        self.replaced |= {client.process.pid for client in self._clients}
         self._end_clients()
         os.close(self.tree)
         os.close(self.device)
@@ -355,8 +359,7 @@ class Supervisor:
 
     def _replace(self, pid: int) -> None:
         """End a process as anything else may end it; its successor is of the version that is installed by now."""
-        clients = [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
-        for child in [self.server, *(client.process for client in clients)]:
+        for child in [self.server, *(client.process for client in self._clients)]:
             if child is not None and child.pid == pid:
                 self.replaced.add(pid)
                 child.kill()
@@ -434,12 +437,12 @@ class Supervisor:
         self.ending = True
         os.close(self.tree)
         # Not waited for: one that waits for the server ends when that answers.
-        for client in [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]:
+        for client in self._clients:
             client.process.kill()
 
     def _end_clients(self) -> None:
         """Kill keepers and peer server; what the kernel does not let go ends later, by itself."""
-        clients = [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
+        clients = self._clients
         for client in clients:
             client.process.kill()
         for client in clients:
