@@ -29,16 +29,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from coordlfs import hints, items
+from coordlfs.fast_path import FastPath, Messages, Whole
 from coordlfs.fetch_ahead import FetchAhead
 from coordlfs.kernel import aio, fuse, pages
-from coordlfs.kernel.cached_files import CachedFiles
-from coordlfs.kernel.libc import quick_reader, quick_write
+from coordlfs.kernel.libc import quick_write
 from coordlfs.kernel.process import is_called_off
 from coordlfs.metrics import Counters
 from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
 from coordlfs.reading import Answer, Begun, Reader, Request
 from coordlfs.source import pread_all
-from coordlfs.whole_files import Whole, WholeFiles
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +155,7 @@ class ByteLane:
         self._brief_waits = threading.Event()  # there was one
         self._returned: deque[tuple[int, Request, bool]] = deque()  # READs that are to hold a thread; interrupted?
         self._disk = None if reader.source.is_remote else _disk()
-        self._whole_files = WholeFiles(reader, self._reply, self._begin_whole)
+        self._fast_path = FastPath(device, reader, self._begin_whole, self._refuse)
         self._begun: dict[int, tuple[int, Begun | Whole, _Wait]] = {}  # READs that the disk works on, by slot
         # What to call when a descriptor is readable: READs that nobody waits for can be answered, or a keeper has.
         self._finishers: dict[int, Callable[[], None]] = {reader.admission.fd: reader.admission.receive}
@@ -253,17 +252,14 @@ class ByteLane:
     def _run(self, hears_all: bool) -> None:
         request = bytearray(fuse.REQUEST_BUFFER)
         view = memoryview(request)
-        receive = quick_reader(self._device, request)
         into = pages.buffer(fuse.MAX_READ + pages.PAGE)
-        bytes_into, files = memoryview(into), CachedFiles(self._reader.source.root)
+        messages, receive = Messages(request, into), self._fast_path.receive
         others = list(self._finishers) if hears_all else [] if self._disk is None else [self._disk.fd]
         with _waiting_for(self._device, others, None if hears_all else _LOOK_AGAIN) as wait:
             had_to_wait = True
-            unlooked = 0
             while not self.ended.is_set():
-                unlooked += 1
-                if unlooked > _LOOK_EVERY:
-                    unlooked = 0
+                if messages.unlooked >= _LOOK_EVERY:
+                    messages.unlooked = 0
                     self._look()
                 while self._returned:
                     self._read_alone(into)
@@ -272,7 +268,7 @@ class ByteLane:
                     continue
                 had_to_wait = has_finished = False
                 try:
-                    while (n := receive()) is None and not self._returned:
+                    while (n := receive(messages, _LOOK_EVERY)) is None and not self._returned:
                         if has_finished:
                             # Only now: had it been woken up for a message as well, nobody else would be for that one.
                             has_finished = False
@@ -283,7 +279,7 @@ class ByteLane:
                         for fd in ready:
                             if fd != self._device:
                                 has_finished = True
-                                unlooked = 0
+                                messages.unlooked = 0
                                 self._finish(fd)
                         if not ready:
                             has_finished = True
@@ -295,15 +291,8 @@ class ByteLane:
                         self._end()  # unmounted
                         return
                     raise
-                if n is None:
-                    continue
-                try:
-                    if self._whole_files.answer(request, n, files, bytes_into):
-                        continue
-                except Exception as e:
-                    self._refuse(fuse.IN_HEADER.unpack_from(request)[2], e)
-                    continue
-                self._dispatch(request, view[:n], into)
+                if n:
+                    self._dispatch(request, view[:n], into)
 
     def _look(self) -> None:
         """Do what there is to do beside messages, whether or not somebody was woken up for it."""
@@ -498,7 +487,7 @@ class ByteLane:
         return self._have_read(unique, begun, begun.answer.request, file.fd, file.offset, file.length)
 
     def _begin_whole(self, whole: Whole) -> bool:
-        return self._have_read(whole.unique, whole, whole.request, whole.fd, 0, whole.shown.size)
+        return self._have_read(whole.unique, whole, whole.request, whole.fd, 0, whole.size)
 
     def _have_read(self, unique: int, begun: Begun | Whole, asked: Request, fd: int, offset: int, length: int) -> bool:
         """Have the disk read while this thread goes on; False if that cannot be."""
@@ -531,7 +520,7 @@ class ByteLane:
             try:
                 if isinstance(begun, Begun):
                     self._answer_begun(unique, begun, n, disk.buffers[slot], interrupted=wait.interrupted)
-                elif not self._whole_files.finish(begun, n, disk.buffers[slot]):
+                elif not self._fast_path.finish(begun, n, disk.buffers[slot]):
                     self._counters.add("reads")
                     self._return(unique, begun.request, interrupted=wait.interrupted)
             except Exception as e:

@@ -30,8 +30,8 @@ from coordlfs.kernel.fuse import ROOT_NODE
 from coordlfs.versions import Version, access
 
 _HEADER = 4096
-_HEADER_WORDS = _HEADER // 8
-_WORDS = 8  # per record
+HEADER_WORDS = _HEADER // 8
+RECORD_WORDS = 8
 _MASK = (1 << 63) - 1
 COUNTERS = 128  # words of the header that are free for counters
 _COUNT, _NAMES_USED, _STALE = 0, 1, 2
@@ -74,16 +74,17 @@ class Catalog:
         self._map = mmap.mmap(records, memfds.RECORDS)
         self._heap = mmap.mmap(names, memfds.NAMES)
         self._w = memoryview(self._map).cast("Q")
-        self._id_mask = (1 << id_bits) - 1
+        self.words, self.names = self._w, self._heap  # for `coordlfs.fast_path`, which reads records as they lie here
+        self.id_mask = (1 << id_bits) - 1
         self._lock = threading.RLock()
         self._other_names: dict[int, set[tuple[int, bytes]]] = {}  # of files with several hard links
         self._directories: dict[int, bytes] = {0: b""}
-        self.counters = self._w[_HEADER_WORDS - COUNTERS : _HEADER_WORDS]
+        self.counters = self._w[HEADER_WORDS - COUNTERS : HEADER_WORDS]
         if self._w[_COUNT] == 0:
             self._append(ROOT_NODE, 0, b"", DIRECTORY)
-        self._index: tuple[memoryview, int] = (memoryview(array("I", bytes(4 << 12))), (1 << 12) - 1)
+        self.index: tuple[memoryview, int] = (memoryview(array("I", bytes(4 << 12))), (1 << 12) - 1)
         if self._w[_COUNT] > 1:
-            self._index = self._build_index(self._w[_COUNT])
+            self.index = self._build_index(self._w[_COUNT])
         else:
             self._insert(ROOT_NODE, 0)
 
@@ -93,28 +94,28 @@ class Catalog:
     @property
     def memory(self) -> int:
         """Bytes that the records, the names and the index take up."""
-        return _HEADER + len(self) * _WORDS * 8 + self._w[_NAMES_USED] + self._index[0].nbytes
+        return _HEADER + len(self) * RECORD_WORDS * 8 + self._w[_NAMES_USED] + self.index[0].nbytes
 
     # -- finding ------------------------------------------------------------------------------------------------
 
     def find(self, node: int) -> int | None:
         """The record of a node id."""
-        slots, mask = self._index
+        slots, mask = self.index
         at = node & mask
         while record := slots[at]:
             record -= 1
-            if self._w[_HEADER_WORDS + record * _WORDS] == node:
+            if self._w[HEADER_WORDS + record * RECORD_WORDS] == node:
                 return record
             at = (at + 1) & mask
         return None
 
     def node(self, record: int) -> int:
         """The node id of a record."""
-        return self._w[_HEADER_WORDS + record * _WORDS]
+        return self._w[HEADER_WORDS + record * RECORD_WORDS]
 
     def entry(self, record: int) -> tuple[int, bytes]:
         """Record of the parent directory, and the name in it."""
-        at = _HEADER_WORDS + record * _WORDS
+        at = HEADER_WORDS + record * RECORD_WORDS
         packed, offset = self._w[at + 1], self._w[at + 2]
         if packed & LINKED:  # the only ones that `move` gives another name
             with self._lock:
@@ -157,17 +158,17 @@ class Catalog:
 
     def version(self, record: int) -> Version:
         """The version that the kernel was last told of."""
-        size, mtime_ns, inode, last = _VERSION.unpack_from(self._map, _HEADER + record * _WORDS * 8)
+        size, mtime_ns, inode, last = _VERSION.unpack_from(self._map, _HEADER + record * RECORD_WORDS * 8)
         return Version(size, mtime_ns, inode, last >> 32)
 
     def size_and_mtime(self, record: int) -> tuple[int, int]:
         """Of `version`, what nodes tell each other: size and mtime_ns."""
-        size, mtime_ns, _, _ = _VERSION.unpack_from(self._map, _HEADER + record * _WORDS * 8)
+        size, mtime_ns, _, _ = _VERSION.unpack_from(self._map, _HEADER + record * RECORD_WORDS * 8)
         return size, mtime_ns
 
     def shows(self, record: int, version: Version) -> bool:
         """Whether `version` is the one that the kernel was last told of."""
-        size, mtime_ns, inode, last = _VERSION.unpack_from(self._map, _HEADER + record * _WORDS * 8)
+        size, mtime_ns, inode, last = _VERSION.unpack_from(self._map, _HEADER + record * RECORD_WORDS * 8)
         return (size, mtime_ns, inode, last >> 32) == version
 
     def shows_bytes(self, record: int, st: os.stat_result) -> bool:
@@ -176,18 +177,18 @@ class Catalog:
 
     def stamp(self, record: int) -> int:
         """64 bits for what tells the bytes of that version from those of any other."""
-        at = _HEADER_WORDS + record * _WORDS
+        at = HEADER_WORDS + record * RECORD_WORDS
         return xxhash.xxh3_64_intdigest(self._w[at + 3 : at + 6])
 
     def is_stricter(self, record: int, st: os.stat_result) -> bool:
         """Whether `st` may forbid somebody what the version that was shown allowed."""
-        shown, now = self._w[_HEADER_WORDS + record * _WORDS + 7] >> 32, access(st.st_mode, st.st_uid, st.st_gid)
+        shown, now = self._w[HEADER_WORDS + record * RECORD_WORDS + 7] >> 32, access(st.st_mode, st.st_uid, st.st_gid)
         return (shown ^ now) & 0xFFFFF != 0 or shown >> 20 & ~(now >> 20) & 0o777 != 0
 
     @_locked
     def set_access(self, record: int, st: os.stat_result) -> None:
         """Record that the kernel is told of another mode or owner, and nothing else."""
-        at = _HEADER_WORDS + record * _WORDS + 7
+        at = HEADER_WORDS + record * RECORD_WORDS + 7
         self._w[at] = access(st.st_mode, st.st_uid, st.st_gid) << 32 | self._w[at] & 0xFFFFFFFF
 
     @_locked
@@ -197,13 +198,13 @@ class Catalog:
         `is_another`: it is another file, though the inode's number may be the same.
         """
         flags = self.flags(record)
-        another = is_another or st.st_ino != self._w[_HEADER_WORDS + record * _WORDS + 5]
+        another = is_another or st.st_ino != self._w[HEADER_WORDS + record * RECORD_WORDS + 5]
         if stat.S_ISLNK(st.st_mode) and not flags & (REGULAR | DIRECTORY):
             # The kernel keeps where a link leads with the node, and new attributes do not have it look again.
             another, flags = not self.shows_bytes(record, st), flags | SERVED
         if flags & SERVED and another:
             self.set_stale(record)
-            self._w[_HEADER_WORDS + record * _WORDS + 1] |= SUPERSEDED
+            self._w[HEADER_WORDS + record * RECORD_WORDS + 1] |= SUPERSEDED
             return True
         return bool(flags & SUPERSEDED)
 
@@ -211,15 +212,15 @@ class Catalog:
     def supersede(self, record: int) -> None:
         """The name of a file is gone: another one of that name, be it with the same inode number, is another node."""
         if self.flags(record) & SERVED:
-            self._w[_HEADER_WORDS + record * _WORDS + 1] |= SUPERSEDED
+            self._w[HEADER_WORDS + record * RECORD_WORDS + 1] |= SUPERSEDED
 
     def size(self, record: int) -> int:
         """Bytes of the file, as the kernel was last told."""
-        return self._w[_HEADER_WORDS + record * _WORDS + 3]
+        return self._w[HEADER_WORDS + record * RECORD_WORDS + 3]
 
     def flags(self, record: int) -> int:
         """REGULAR, DIRECTORY, LINKED, SUPERSEDED, FOREIGN, STALE: see below; SERVED: bytes of it were handed out."""
-        return self._w[_HEADER_WORDS + record * _WORDS + 1] & 0xFFFF
+        return self._w[HEADER_WORDS + record * RECORD_WORDS + 1] & 0xFFFF
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -238,7 +239,7 @@ class Catalog:
             key = directory + b"/" + name if directory else name
         seed, superseded = 0, None
         while True:
-            node = max(_node(key, seed) & self._id_mask, 2)
+            node = max(_node(key, seed) & self.id_mask, 2)
             record = self.find(node)
             if record is None:
                 break
@@ -251,7 +252,7 @@ class Catalog:
                 self._other_names.setdefault(record, set()).add((parent, name))
             if same and self.shows(record, Version.of(st)):
                 if flags & SUPERSEDED:  # it is back
-                    self._w[_HEADER_WORDS + record * _WORDS + 1] &= ~SUPERSEDED
+                    self._w[HEADER_WORDS + record * RECORD_WORDS + 1] &= ~SUPERSEDED
                 return record, False, superseded
             if same and not self.supersedes(record, st):
                 kind = self._kind(st, linked)
@@ -266,6 +267,15 @@ class Catalog:
         self._insert(node, record)
         return record, False, superseded
 
+    @_locked
+    def add(self, node: int, parent: int, name: bytes, kind: int, version: Version) -> int | None:
+        """The record of a new directory entry that has one name; None if there is one of this node id."""
+        if self.find(node) is not None:
+            return None
+        record = self._append(node, parent, name, kind, version)
+        self._insert(node, record)
+        return record
+
     @staticmethod
     def _kind(st: os.stat_result, linked: bool) -> int:
         kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
@@ -279,7 +289,7 @@ class Catalog:
     def move(self, record: int, parent: int, name: bytes) -> None:
         """Give a file with several hard links another of its names to be read by."""
         self._other_names.get(record, set()).discard((parent, name))
-        at = _HEADER_WORDS + record * _WORDS
+        at = HEADER_WORDS + record * RECORD_WORDS
         offset = self._store_name(name)
         self._w[at + 2] = offset
         self._w[at + 1] = parent << 32 | len(name) << 16 | self.flags(record)
@@ -287,7 +297,7 @@ class Catalog:
     @_locked
     def set_version(self, record: int, version: Version, kind: int | None = None) -> None:
         """Record that the kernel is told of `version`, of which nothing has been handed out yet."""
-        at = _HEADER_WORDS + record * _WORDS
+        at = HEADER_WORDS + record * RECORD_WORDS
         self._w[at + 3] = version.size
         self._w[at + 4] = version.mtime_ns & 0xFFFFFFFFFFFFFFFF
         self._w[at + 5] = version.inode
@@ -310,7 +320,7 @@ class Catalog:
 
     def set_served(self, record: int) -> None:
         """Record that bytes of this version have been handed out."""
-        at = _HEADER_WORDS + record * _WORDS + 1
+        at = HEADER_WORDS + record * RECORD_WORDS + 1
         if not self._w[at] & SERVED:
             with self._lock:
                 self._w[at] |= SERVED
@@ -318,7 +328,7 @@ class Catalog:
     @_locked
     def set_foreign(self, record: int) -> None:
         """Record that a process outside the keepers' memory cgroup has read of the file."""
-        self._w[_HEADER_WORDS + record * _WORDS + 1] |= FOREIGN
+        self._w[HEADER_WORDS + record * RECORD_WORDS + 1] |= FOREIGN
 
     @_locked
     def set_stale(self, record: int) -> None:
@@ -328,13 +338,13 @@ class Catalog:
         """
         if not self.flags(record) & STALE:
             self._w[_STALE] += 1
-            self._w[_HEADER_WORDS + record * _WORDS + 1] |= STALE
+            self._w[HEADER_WORDS + record * RECORD_WORDS + 1] |= STALE
 
     @_locked
     def set_fresh(self, record: int) -> None:
         """Record that nothing of another version is held any more."""
         if self.flags(record) & STALE:
-            self._w[_HEADER_WORDS + record * _WORDS + 1] &= ~STALE
+            self._w[HEADER_WORDS + record * RECORD_WORDS + 1] &= ~STALE
             self._w[_STALE] -= 1
 
     def stale(self) -> list[int]:
@@ -358,34 +368,34 @@ class Catalog:
 
     def last_miss(self, record: int) -> tuple[int, int]:
         """Epoch of the file's last miss and the page it began at; (0, 0) if there was none."""
-        packed = self._w[_HEADER_WORDS + record * _WORDS + 6]
+        packed = self._w[HEADER_WORDS + record * RECORD_WORDS + 6]
         return packed >> 32, packed & 0xFFFFFFFF
 
     def set_last_miss(self, record: int, epoch: int, page: int) -> None:
         """See `last_miss`."""
-        self._w[_HEADER_WORDS + record * _WORDS + 6] = epoch << 32 | page & 0xFFFFFFFF
+        self._w[HEADER_WORDS + record * RECORD_WORDS + 6] = epoch << 32 | page & 0xFFFFFFFF
 
     def pinned_pages(self, record: int) -> int:
         """How many pages of the file are pinned."""
-        return self._w[_HEADER_WORDS + record * _WORDS + 7] & 0xFFFFFFFF
+        return self._w[HEADER_WORDS + record * RECORD_WORDS + 7] & 0xFFFFFFFF
 
     @_locked
     def add_pinned_pages(self, record: int, pages: int) -> None:
         """Count `pages` more (or fewer, if negative) as pinned."""
-        self._w[_HEADER_WORDS + record * _WORDS + 7] += pages
+        self._w[HEADER_WORDS + record * RECORD_WORDS + 7] += pages
 
     def clear_pinned_pages(self) -> dict[int, int]:
         """Forget what is pinned, for a server that is about to be told by the keepers; what was, by the record."""
         pinned = {record: found for record in range(len(self)) if (found := self.pinned_pages(record))}
         for record in pinned:
-            self._w[_HEADER_WORDS + record * _WORDS + 7] &= ~0xFFFFFFFF
+            self._w[HEADER_WORDS + record * RECORD_WORDS + 7] &= ~0xFFFFFFFF
         return pinned
 
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _append(self, node: int, parent: int, name: bytes, flags: int, version: Version = _NO_VERSION) -> int:
         record = self._w[_COUNT]
-        if record >= (memfds.RECORDS - _HEADER) // (_WORDS * 8) - 1:
+        if record >= (memfds.RECORDS - _HEADER) // (RECORD_WORDS * 8) - 1:
             raise OSError(28, "the catalogue is full")
         entry, at = parent << 32 | len(name) << 16 | flags, _HEADER + record * _RECORD.size
         size, mtime_ns, inode, access_ = version
@@ -402,9 +412,9 @@ class Catalog:
         return offset
 
     def _insert(self, node: int, record: int) -> None:
-        slots, mask = self._index
+        slots, mask = self.index
         if (record + 1) * 2 > mask + 1:
-            self._index = self._build_index((record + 1) * 2)
+            self.index = self._build_index((record + 1) * 2)
             return
         at = node & mask
         while slots[at]:
@@ -418,7 +428,7 @@ class Catalog:
         if len(self) > _FEW:
             return memoryview(self._index_many(size, mask)), mask
         slots = array("I", bytes(4 * size))
-        for record, node in enumerate(self._w[_HEADER_WORDS : _HEADER_WORDS + len(self) * _WORDS : _WORDS], 1):
+        for record, node in enumerate(self._w[HEADER_WORDS : HEADER_WORDS + len(self) * RECORD_WORDS : RECORD_WORDS], 1):
             at = node & mask
             while slots[at]:
                 at = (at + 1) & mask
@@ -429,7 +439,7 @@ class Catalog:
         import numpy as np  # here, since it takes longer to import than a mount to come up, or to read many files
 
         slots = np.zeros(size, np.uint32)
-        ids = np.frombuffer(self._map, np.uint64, len(self) * _WORDS, _HEADER)[::_WORDS]
+        ids = np.frombuffer(self._map, np.uint64, len(self) * RECORD_WORDS, _HEADER)[::RECORD_WORDS]
         records = np.arange(1, len(ids) + 1, dtype=np.uint32)
         at = (ids & np.uint64(mask)).astype(np.int64)
         while len(records):

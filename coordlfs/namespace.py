@@ -18,14 +18,14 @@ from coordlfs.source import Source
 from coordlfs.versions import Version
 
 NAME_TIMEOUT = 86400  # seconds that the kernel may believe names and attributes
-_EMPTY_TIMEOUT = 1  # of attributes of an empty file: nobody reads it, so that nothing else would show that it has grown
+EMPTY_TIMEOUT = 1  # of attributes of an empty file: nobody reads it, so that nothing else would show that it has grown
 _NO_NAMES = frozenset({b"", b".", b".."})
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV})
 
 
 def believed(st: os.stat_result) -> int:
     """Seconds that the kernel may believe these attributes."""
-    return NAME_TIMEOUT if st.st_size or not stat.S_ISREG(st.st_mode) else _EMPTY_TIMEOUT
+    return NAME_TIMEOUT if st.st_size or not stat.S_ISREG(st.st_mode) else EMPTY_TIMEOUT
 
 
 class Namespace:
