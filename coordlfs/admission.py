@@ -134,11 +134,11 @@ class Admission:
         self._pending: dict[int, Pending] = {}
         self._clock: list[tuple[float, int]] = []  # when items are due; stale where `due` says otherwise
         self._chunk_misses: dict[int, tuple[int, int]] = {}  # of files of several items
-        self._passed_over: set[int] = set()  # items without room in the stash, until they miss anew
-        self._dropping: set[int] = set()
+        self.passed_over: set[int] = set()  # items without room in the stash, until they miss anew
+        self.dropping: set[int] = set()
         self._waiting: deque[int] = deque()  # for a keeper with room
         self._asked_for_keeper = False
-        self._recovering: set[int] = set()  # keepers that have not yet told what they hold
+        self.recovering: set[int] = set()  # keepers that have not yet told what they hold
         self._orphans: dict[int, int] = {}  # records with pages that the last server knew to be pinned
         self._stale: Counter[int] = Counter()  # records, and how often something of them has still to be let go
         self._unpurged: list[int] = []  # records, for want of a keeper
@@ -185,12 +185,12 @@ class Admission:
                 return  # it fills no cache, and may read a page many times an epoch
             if not for_peer:
                 self._count_miss(record, item, offset, len(data), file_size)
-            if self._recovering:
+            if self.recovering:
                 return
             state = self.policy.state(item)
             if state is State.PINNED:
                 self._missed_though_pinned(item)
-            elif item not in self._dropping:
+            elif item not in self.dropping:
                 self._take(item, offset, data, file_size, pid)
 
     def _missed_though_pinned(self, item: int) -> None:
@@ -201,7 +201,7 @@ class Admission:
         record, length = items.record_of(item), items.length(item, file_size)
         pending = self._pending.get(item)
         if pending is None:
-            if not length or item in self._passed_over or not self._admits(item, pages.count(length)):
+            if not length or item in self.passed_over or not self._admits(item, pages.count(length)):
                 return
             at_home = self._at_home(record, pid)
             if at_home and len(data) == length:
@@ -211,7 +211,7 @@ class Admission:
                 self.policy.release(item)
                 self.counters.add("not_admitted")
                 if len(data) < length:
-                    self._passed_over.add(item)  # admitted with the next READ, it would have this one read again
+                    self.passed_over.add(item)  # admitted with the next READ, it would have this one read again
                 return
             pending = self._pending[item] = Pending(at_home=at_home)
             self.stash.put(item, offset, data)
@@ -304,7 +304,7 @@ class Admission:
         remember = self.epochs.miss(last, offset // pages.PAGE, nbytes, self.unpinned)
         if remember is None:
             return
-        self._passed_over.discard(item)
+        self.passed_over.discard(item)
         if nbytes and of_file[0] != remember[0]:
             self.counters.add("source_files")
         if not whole:
@@ -334,7 +334,7 @@ class Admission:
             for item in wanted:
                 size = self.catalog.size(items.record_of(item))
                 room = pages.count(items.length(item, size))
-                if item not in self._dropping and self._admits(item, room):
+                if item not in self.dropping and self._admits(item, room):
                     self._know(items.record_of(item), size)
                     self.stash.reserve(item, items.length(item, size))  # for `keep`; without room it goes without
                     self._ask_unless_awaited(item, self._pending.setdefault(item, Pending()))
@@ -346,7 +346,7 @@ class Admission:
         dropped = 0
         with self.lock:
             for item in unwanted:
-                if item in self._dropping or self.policy.state(item) is State.ABSENT:
+                if item in self.dropping or self.policy.state(item) is State.ABSENT:
                     continue
                 dropped += 1
                 pending = self._pending.get(item)
@@ -355,7 +355,7 @@ class Admission:
                     pending.cancelled = True  # the keeper's answer brings it back here
                     self.stash.remove(item)
                 elif holder is not None and holder in self.links:
-                    self._dropping.add(item)
+                    self.dropping.add(item)
                     self.catalog.add_pinned_pages(items.record_of(item), -self.policy.unpin(item))
                     self._send(self.links[holder], Verb.DROP, item, 0)
                 else:
@@ -368,7 +368,7 @@ class Admission:
             self.policy.capacity = capacity
             if self.policy.used <= capacity:
                 return 0
-            leaving = self._dropping | {item for item, pending in self._pending.items() if pending.cancelled}
+            leaving = self.dropping | {item for item, pending in self._pending.items() if pending.cancelled}
             excess = self.policy.used - capacity - sum(map(self.policy.pages, leaving))
             candidates = [item for item in self.policy.items() if item not in leaving]
             random.shuffle(candidates)
@@ -418,7 +418,7 @@ class Admission:
 
     def is_absent(self, item: int) -> bool:
         """Whether an item is neither pinned nor on its way in or out."""
-        return not self.policy.pages(item) and item not in self._dropping
+        return not self.policy.pages(item) and item not in self.dropping
 
     def is_pending(self, item: int) -> bool:
         """Whether an item is on its way to be pinned."""
@@ -426,7 +426,7 @@ class Admission:
 
     def settled(self, wanted: Iterable[int]) -> bool:
         """Whether none of the items is on its way in or out."""
-        return not any(item in self._pending or item in self._dropping for item in wanted)
+        return not any(item in self._pending or item in self.dropping for item in wanted)
 
     def is_busy(self) -> bool:
         """Whether the keepers have enough to do for now, or there is none (then one is asked for)."""
@@ -435,7 +435,7 @@ class Admission:
                 self._want_keeper()
             asked = sum(link.asked + len(link.backlog) for link in self.links.values())
             enough = asked >= _ENOUGH or len(self._pending) >= _PENDING
-            return not self.links or bool(self._recovering) or enough or not self.stash.has_room(items.CHUNK)
+            return not self.links or bool(self.recovering) or enough or not self.stash.has_room(items.CHUNK)
 
     def fetch(self, item: int) -> None:
         """Have a keeper read an item that is not to be pinned into the page cache."""
@@ -496,7 +496,7 @@ class Admission:
                 if pending.keeper == index:
                     pending.keeper = None
                     self._waiting.append(item)
-            for item in [i for i in self._dropping if self.policy.holder(i) is None]:
+            for item in [i for i in self.dropping if self.policy.holder(i) is None]:
                 self._forget(item)
             self._recovered(index)
             self._ask_waiting()
@@ -506,7 +506,7 @@ class Admission:
         with self.lock:
             self._orphans = self.catalog.clear_pinned_pages()
             for link in self.links.values():
-                self._recovering.add(link.index)
+                self.recovering.add(link.index)
                 self._send(link, Verb.LIST, 0, 0)
             if not self.links:
                 # They died with the last server, and their successors will be told; or there was none without a cache.
@@ -715,9 +715,9 @@ class Admission:
 
     def _recovered(self, index: int) -> None:
         """A keeper has told what it holds, or will not."""
-        if index in self._recovering:
-            self._recovering.discard(index)
-            if not self._recovering:
+        if index in self.recovering:
+            self.recovering.discard(index)
+            if not self.recovering:
                 self._adopt_orphans()
 
     def _adopt_orphans(self) -> None:
@@ -731,7 +731,7 @@ class Admission:
                 continue
             for item in wanted:
                 room = pages.count(items.length(item, self.catalog.size(record)))
-                if item not in self._dropping and self.policy.admit(item, room):
+                if item not in self.dropping and self.policy.admit(item, room):
                     self._pending[item] = Pending(flags=How.KEEP)
                     self._waiting.append(item)
         self._ask_waiting()
@@ -744,7 +744,7 @@ class Admission:
             if not self.policy.admit(item, pages.count(length), is_held=True):
                 self._send(link, Verb.DROP, item, 0)  # another keeper holds it, or is about to
             elif self.catalog.flags(record) & STALE:
-                self._dropping.add(item)
+                self.dropping.add(item)
                 self._send(link, Verb.DROP, item, 0)
             else:
                 self._pinned(link.index, item)
@@ -755,7 +755,7 @@ class Admission:
 
     def _answered(self, link: Link, outcome: Outcome, code: int, item: int) -> None:
         if outcome is Outcome.DROPPED:
-            self._dropping.discard(item)
+            self.dropping.discard(item)
             link.full = False
             if item not in self._pending and self.policy.holder(item) in (None, link.index):
                 self._forget(item)
@@ -796,12 +796,12 @@ class Admission:
         """Give up on an item that the keeper may have pinned."""
         self._pending.pop(item, None)
         self.stash.remove(item)
-        self._dropping.add(item)
+        self.dropping.add(item)
         self._send(link, Verb.DROP, item, 0)
 
     def _forget(self, item: int) -> None:
         self._pending.pop(item, None)
-        self._dropping.discard(item)
+        self.dropping.discard(item)
         self.stash.remove(item)
         self.epochs.unwatch(item)
         pinned = self.policy.release(item)

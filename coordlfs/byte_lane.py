@@ -252,7 +252,7 @@ class ByteLane:
     def _run(self, hears_all: bool) -> None:
         request = bytearray(fuse.REQUEST_BUFFER)
         view = memoryview(request)
-        into = pages.buffer(fuse.MAX_READ + pages.PAGE)
+        into = pages.buffer(2 * fuse.MAX_READ + pages.PAGE)
         messages, receive = Messages(request, into), self._fast_path.receive
         others = list(self._finishers) if hears_all else [] if self._disk is None else [self._disk.fd]
         with _waiting_for(self._device, others, None if hears_all else _LOOK_AGAIN) as wait:

@@ -34,7 +34,7 @@ HEADER_WORDS = _HEADER // 8
 RECORD_WORDS = 8
 _MASK = (1 << 63) - 1
 COUNTERS = 128  # words of the header that are free for counters
-_COUNT, _NAMES_USED, _STALE = 0, 1, 2
+COUNT, NAMES_USED, _STALE = 0, 1, 2
 _RECORD = struct.Struct("=QQQQqQQQ")  # node, entry and flags, name, then as below
 _VERSION = struct.Struct("=24xQqQ8xQ")  # of a record's words: size, mtime, inode, and above 32 bits the access
 
@@ -61,7 +61,7 @@ def _node(key: bytes, seed: int) -> int:
 def _locked(method: Callable[Concatenate[Catalog, P], T]) -> Callable[Concatenate[Catalog, P], T]:
     @functools.wraps(method)
     def call(self: Catalog, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with self._lock:
+        with self.lock:
             return method(self, *args, **kwargs)
 
     return call
@@ -76,25 +76,25 @@ class Catalog:
         self._w = memoryview(self._map).cast("Q")
         self.words, self.names = self._w, self._heap  # for `coordlfs.fast_path`, which reads records as they lie here
         self.id_mask = (1 << id_bits) - 1
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._other_names: dict[int, set[tuple[int, bytes]]] = {}  # of files with several hard links
         self._directories: dict[int, bytes] = {0: b""}
         self.counters = self._w[HEADER_WORDS - COUNTERS : HEADER_WORDS]
-        if self._w[_COUNT] == 0:
+        if self._w[COUNT] == 0:
             self._append(ROOT_NODE, 0, b"", DIRECTORY)
         self.index: tuple[memoryview, int] = (memoryview(array("I", bytes(4 << 12))), (1 << 12) - 1)
-        if self._w[_COUNT] > 1:
-            self.index = self._build_index(self._w[_COUNT])
+        if self._w[COUNT] > 1:
+            self.index = self._build_index(self._w[COUNT])
         else:
             self._insert(ROOT_NODE, 0)
 
     def __len__(self) -> int:
-        return self._w[_COUNT]
+        return self._w[COUNT]
 
     @property
     def memory(self) -> int:
         """Bytes that the records, the names and the index take up."""
-        return _HEADER + len(self) * RECORD_WORDS * 8 + self._w[_NAMES_USED] + self.index[0].nbytes
+        return _HEADER + len(self) * RECORD_WORDS * 8 + self._w[NAMES_USED] + self.index[0].nbytes
 
     # -- finding ------------------------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ class Catalog:
         at = HEADER_WORDS + record * RECORD_WORDS
         packed, offset = self._w[at + 1], self._w[at + 2]
         if packed & LINKED:  # the only ones that `move` gives another name
-            with self._lock:
+            with self.lock:
                 packed, offset = self._w[at + 1], self._w[at + 2]
         return packed >> 32, self._heap[offset : offset + (packed >> 16 & 0xFFFF)]
 
@@ -263,15 +263,11 @@ class Catalog:
             if same and not flags & SUPERSEDED:
                 superseded = record
             seed += 1
-        record = self._append(node, parent, name, self._kind(st, linked), Version.of(st))
-        self._insert(node, record)
-        return record, False, superseded
+        return self.add(node, parent, name, self._kind(st, linked), Version.of(st)), False, superseded
 
     @_locked
-    def add(self, node: int, parent: int, name: bytes, kind: int, version: Version) -> int | None:
-        """The record of a new directory entry that has one name; None if there is one of this node id."""
-        if self.find(node) is not None:
-            return None
+    def add(self, node: int, parent: int, name: bytes, kind: int, version: Version) -> int:
+        """The record of a new directory entry whose node id no other has."""
         record = self._append(node, parent, name, kind, version)
         self._insert(node, record)
         return record
@@ -322,7 +318,7 @@ class Catalog:
         """Record that bytes of this version have been handed out."""
         at = HEADER_WORDS + record * RECORD_WORDS + 1
         if not self._w[at] & SERVED:
-            with self._lock:
+            with self.lock:
                 self._w[at] |= SERVED
 
     @_locked
@@ -394,21 +390,21 @@ class Catalog:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _append(self, node: int, parent: int, name: bytes, flags: int, version: Version = _NO_VERSION) -> int:
-        record = self._w[_COUNT]
+        record = self._w[COUNT]
         if record >= (memfds.RECORDS - _HEADER) // (RECORD_WORDS * 8) - 1:
             raise OSError(28, "the catalogue is full")
         entry, at = parent << 32 | len(name) << 16 | flags, _HEADER + record * _RECORD.size
         size, mtime_ns, inode, access_ = version
         _RECORD.pack_into(self._map, at, node, entry, self._store_name(name), size, mtime_ns, inode, 0, access_ << 32)
-        self._w[_COUNT] = record + 1  # only now does it exist
+        self._w[COUNT] = record + 1  # only now does it exist
         return record
 
     def _store_name(self, name: bytes) -> int:
-        offset = self._w[_NAMES_USED]
+        offset = self._w[NAMES_USED]
         if offset + len(name) > memfds.NAMES:
             raise OSError(28, "the catalogue's names are full")
         self._heap[offset : offset + len(name)] = name
-        self._w[_NAMES_USED] = offset + len(name)
+        self._w[NAMES_USED] = offset + len(name)
         return offset
 
     def _insert(self, node: int, record: int) -> None:

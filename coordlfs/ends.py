@@ -25,19 +25,20 @@ class Ends:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # By node: the pages, and the largest size that the kernel may believe in.
-        self._refused: OrderedDict[int, tuple[list[range], int]] = OrderedDict()
+        self.notified_of: OrderedDict[int, tuple[list[range], int]] = OrderedDict()
 
     def notified(self, node: int, size: int) -> None:
         """The kernel, which may take it to have `size` bytes, is about to be notified about an inode."""
         with self._lock:
-            _, before = self._refused.pop(node, ((), 0))
-            self._refused[node] = [], max(size, before)
-            if len(self._refused) > _INODES:
-                self._refused.popitem(last=False)
+            _, before = self.notified_of.get(node, ((), 0))
+            self.notified_of[node] = [], max(size, before)
+            self.notified_of.move_to_end(node)
+            if len(self.notified_of) > _INODES:
+                self.notified_of.popitem(last=False)
 
     def knows(self, node: int) -> bool:
         """Whether `refuses` may say so."""
-        return node in self._refused
+        return node in self.notified_of
 
     def refuses(self, node: int, offset: int, size: int, end: int) -> bool:
         """Whether to refuse a READ of `size` bytes at `offset`, whose answer ends at `end`, before all of these.
@@ -47,7 +48,7 @@ class Ends:
         if not self.knows(node):
             return False
         with self._lock:
-            refused, size_believed = self._refused.get(node, ([], 0))
+            refused, size_believed = self.notified_of.get(node, ([], 0))
             if end >= size_believed or any(end // PAGE in pages for pages in refused):
                 return False
             del refused[: 1 - _REFUSALS]

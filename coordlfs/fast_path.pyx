@@ -1,10 +1,14 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """The commonest messages, answered in one go: READ of a whole small file, and LOOKUP of a name that is in memory.
 
 What they cost is the interpreter, the copies and whom they wake up. So this is what the byte lane, the namespace and
 the reader do, compiled, for the case in which nothing has to be weighed. Whatever is unusual is left to them: a message
-that is not answered here has had nothing done for it. The interpreter is held throughout, but while bytes are copied,
-so that all that holds for Python code as it is, is true here too.
+that is not answered here has had nothing done for it.
+
+To get the interpreter may mean to wait for a thread that has it, so this is done once for each message: without it, the
+last answer is sent, the next message received, and what it asks for is looked up and copied, since all of that lies in
+memory that is only appended to, or in the source. With it, the last answer is accounted for, and whether the next one may
+be given is decided, as in any Python code.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -20,16 +24,18 @@ from xxhash import xxh3_64_intdigest
 
 from coordlfs import items
 from coordlfs.admission import Fetched
-from coordlfs.catalog import DIRECTORY, HEADER_WORDS, LINKED, RECORD_WORDS, REGULAR, SERVED, SUPERSEDED
+from coordlfs.catalog import (
+    COUNT, DIRECTORY, HEADER_WORDS, LINKED, NAMES_USED, RECORD_WORDS, REGULAR, SERVED, SUPERSEDED
+)
 from coordlfs.kernel import fuse
 from coordlfs.kernel.pages import PAGE
+from coordlfs.metrics import NAMES
 from coordlfs.namespace import EMPTY_TIMEOUT, NAME_TIMEOUT
 from coordlfs.reading import Request
 from coordlfs.versions import GROUP_FACTOR, OWNER_FACTOR, Version
 
 cdef extern from *:
     """
-    #define _GNU_SOURCE
     #include <fcntl.h>
     #include <linux/fuse.h>
     #include <linux/openat2.h>
@@ -40,6 +46,14 @@ cdef extern from *:
 
     #ifndef SYS_cachestat
     #define SYS_cachestat 451
+    #endif
+
+    #if defined(__x86_64__)
+    #define PAUSE() __builtin_ia32_pause()
+    #elif defined(__aarch64__)
+    #define PAUSE() __asm__ volatile("yield")
+    #else
+    #define PAUSE() __asm__ volatile("")
     #endif
 
     struct counted { uint64_t cached, dirty, writeback, evicted, recently_evicted; };
@@ -55,6 +69,22 @@ cdef extern from *:
     static inline int cachestat(int fd, uint64_t length, struct counted *found) {
         uint64_t range[2] = {0, length};
         return syscall(SYS_cachestat, fd, range, found, 0);
+    }
+
+    static inline void take_turn(int *turn) {
+        for (int i = 0; i < 300; i++) {
+            if (!__atomic_load_n(turn, __ATOMIC_RELAXED) && !__atomic_exchange_n(turn, 1, __ATOMIC_ACQUIRE)) return;
+            PAUSE();
+        }
+    }
+
+    static inline void end_turn(int *turn) {
+        __atomic_store_n(turn, 0, __ATOMIC_RELEASE);
+    }
+
+    // Only now does a record exist: a server that is killed at any moment leaves whole ones.
+    static inline void publish(uint64_t *count, uint64_t n) {
+        __atomic_store_n(count, n, __ATOMIC_RELEASE);
     }
 
     static inline int attributes(int fd, struct statx *found) {
@@ -107,9 +137,16 @@ cdef extern from *:
     struct counted:
         uint64_t cached
 
-    int open_beneath(int directory, const char *path, int flags)
-    int cachestat(int fd, uint64_t length, counted *found)
-    int attributes(int fd, statx *found)
+    int open_beneath(int directory, const char *path, int flags) nogil
+    int cachestat(int fd, uint64_t length, counted *found) nogil
+    int attributes(int fd, statx *found) nogil
+    void take_turn(int *turn) nogil
+    void end_turn(int *turn) nogil
+    void publish(uint64_t *count, uint64_t n)
+
+
+cdef struct Shown:  # as `Version`
+    uint64_t size, mtime_ns, inode, access
 
 
 cdef struct Entry:  # the reply to LOOKUP
@@ -117,17 +154,26 @@ cdef struct Entry:  # the reply to LOOKUP
     fuse_entry_out entry
 
 
-cdef struct Shown:  # as `Version`
-    uint64_t size, mtime_ns, inode, access
-
-
-cdef enum Outcome:  # of a READ
-    WRONG, ANSWERED, BEGUN, LEFT
+cdef enum Kind:
+    UNUSUAL, NAME, BYTES, NO_BYTES, WRONG_BYTES  # of a message: to be dispatched; LOOKUP; READ, and what was got for it
 
 
 cdef enum:
     _LONGEST_PATH = 4095
+    _KEEPER_THREADS = 64
+    _HALF = 1 << 20
     _RESTS = 32  # READs that are left to the others after one that went wrong here: more of those will come
+
+
+cdef struct Found:  # what a message asks for
+    Kind kind
+    int64_t record  # of the file that is to be read; of the directory of a name
+    int fd  # of the file, if it is to be read
+    Shown shown
+    statx st
+    int path  # where it begins in `text`
+    char text[_LONGEST_PATH + 1]
+
 
 cdef uint64_t _PAGE = PAGE, _LARGEST = fuse.MAX_READ - 1, _MAX_READ = fuse.MAX_READ
 cdef uint64_t _HEADER_WORDS = HEADER_WORDS, _RECORD_WORDS = RECORD_WORDS
@@ -135,51 +181,108 @@ cdef uint32_t _REGULAR = REGULAR, _SERVED = SERVED, _LINKED = LINKED, _DIRECTORY
 cdef uint64_t _NAME_TIMEOUT = NAME_TIMEOUT, _EMPTY_TIMEOUT = EMPTY_TIMEOUT
 cdef uint32_t _READ_SIZE = sizeof(fuse_in_header) + sizeof(fuse_read_in)
 cdef uint64_t _OWNER_FACTOR = OWNER_FACTOR, _GROUP_FACTOR = GROUP_FACTOR
+cdef int _CHUNK_BITS = items.item_at(1, 0).bit_length() - 1
+cdef int _COUNT = COUNT, _NAMES_USED = NAMES_USED
+cdef int _READS = NAMES.index("reads"), _SOURCE_READS = NAMES.index("source_reads")
+cdef int _SOURCE_BYTES = NAMES.index("source_bytes"), _SOURCE_FILES = NAMES.index("source_files")
+cdef int _DATASET_ITEMS = NAMES.index("dataset_items"), _DATASET_BYTES = NAMES.index("dataset_bytes")
+cdef int _LOOKUPS = NAMES.index("lookups")
 cdef int _FOR_READING = O_RDONLY | O_NOCTTY | O_NONBLOCK
 
 
-cdef inline uint64_t access(const statx *st) noexcept:
+cdef inline uint64_t access(const statx *st) noexcept nogil:
     """As `versions.access`."""
     cdef uint64_t owners = st.stx_uid * _OWNER_FACTOR ^ st.stx_gid * _GROUP_FACTOR
     return <uint64_t>(st.stx_mode & 0xFFF) << 20 | owners >> 12 & 0xFFFFF
 
 
-cdef inline bint shows(const Shown *shown, const statx *st) noexcept:
-    """Whether attributes are those that the kernel was shown."""
-    return (
-        st.stx_size == shown.size
-        and mtime_ns(st) == shown.mtime_ns
-        and st.stx_ino == shown.inode
-        and access(st) == shown.access
-    )
-
-
-cdef inline uint64_t mtime_ns(const statx *st) noexcept:
+cdef inline uint64_t mtime_ns(const statx *st) noexcept nogil:
     return <uint64_t>st.stx_mtime.tv_sec * 1000000000 + st.stx_mtime.tv_nsec
 
 
-cdef object version(const Shown *shown):
+cdef inline Shown shown_by(const statx *st) noexcept nogil:
+    cdef Shown shown
+    shown.size, shown.mtime_ns, shown.inode, shown.access = st.stx_size, mtime_ns(st), st.stx_ino, access(st)
+    return shown
+
+
+cdef inline bint are_same(Shown a, Shown b) noexcept nogil:
+    return a.size == b.size and a.mtime_ns == b.mtime_ns and a.inode == b.inode and a.access == b.access
+
+
+cdef object item_of(uint64_t record):
+    """The item that a small file is."""
+    return record << _CHUNK_BITS
+
+
+cdef object version(Shown shown):
     return Version(shown.size, <int64_t>shown.mtime_ns, shown.inode, shown.access)
 
 
 cdef class Messages:
-    """What one thread receives and reads into: `request`, a message, and `into`, page-aligned memory for bytes.
+    """What one thread receives into and answers from.
 
-    `unlooked` counts the messages since the thread last looked for other things to do.
+    `request` has room for a message, and `into` is page-aligned memory for the bytes of two READs, `MAX_READ` each and
+    a page. `unlooked` counts the messages since the thread last looked for other things to do.
     """
 
+    cdef public int unlooked
     cdef object _request, _into
     cdef unsigned char[::1] _message, _memory
-    cdef public int unlooked
+    cdef Py_ssize_t _half  # which begins there is read into; the other one may hold the last answer
+    cdef Found _found
+    # The index and the keepers' threads, as they were when this thread last had the interpreter; if they change, others
+    # take their place.
+    cdef object _index, _keepers
+    cdef uint32_t[::1] _slots
+    cdef uint64_t _slot_mask
+    cdef uint32_t _keeper_threads[_KEEPER_THREADS]
+    cdef int _n_keeper_threads
+    # The answer that is to be sent: `_unique` is 0 if there is none.
+    cdef uint64_t _unique
+    cdef Entry _entry  # of which READ has the first part only
+    cdef iovec _bytes
+    cdef Py_buffer _kept  # where they are, if not in `into`
+    cdef bint _has_bytes, _is_kept
+    cdef Whole _given  # the READ that is to be accounted for when its bytes are sent
 
     def __init__(self, request, into):
-        self._request, self._into = request, memoryview(into)
-        self._message, self._memory = request, into
-        self.unlooked = 0
+        if into is not None:
+            self._request, self._into = request, memoryview(into)
+            self._message, self._memory = request, into
+        self.unlooked = self._half = self._unique = self._n_keeper_threads = 0
+        self._has_bytes = self._is_kept = False
+        self._index = self._keepers = None
+
+    cdef void _answer(self, uint64_t unique, const void *data, size_t length, Whole given) noexcept:
+        """Have bytes sent, which stay as they are until they are."""
+        self._bytes.iov_base, self._bytes.iov_len = <void *>data, length
+        self._has_bytes, self._given = True, given
+        self._entry.header.len, self._entry.header.error = sizeof(fuse_out_header) + length, 0
+        self._unique = self._entry.header.unique = unique
+
+    cdef int _answer_kept(self, uint64_t unique, data, Whole given) except -1:
+        """`_answer` with bytes that are kept somewhere."""
+        PyObject_GetBuffer(data, &self._kept, PyBUF_SIMPLE)
+        self._is_kept = True
+        self._answer(unique, self._kept.buf, self._kept.len, given)
+        return 0
+
+    cdef int _send(self, int device) noexcept nogil:
+        """Send the answer; the errno."""
+        cdef iovec parts[2]
+        cdef ssize_t written
+        if self._has_bytes:
+            parts[0].iov_base, parts[0].iov_len = &self._entry, sizeof(fuse_out_header)
+            parts[1] = self._bytes
+            written = writev(device, parts, 2)
+        else:
+            written = write(device, &self._entry, sizeof(Entry))
+        return 0 if written >= 0 or errno in (ENOENT, ENODEV) else errno  # the caller gave up; unmounted
 
 
 cdef class Whole:
-    """A READ of a whole file, which is open, and has `size` bytes of no other version than the one that was shown."""
+    """A READ of a whole file, which is open, and has `size` bytes if no other version of it than the one shown."""
 
     cdef readonly uint64_t unique
     cdef readonly int fd
@@ -187,6 +290,7 @@ cdef class Whole:
     cdef uint32_t _asked, _pid
     cdef uint64_t _node
     cdef Shown _shown
+    cdef object _data
 
     @property
     def size(self):
@@ -202,73 +306,28 @@ cdef class FastPath:
     """`begin` has the disk read, and says False where it cannot; `refuse` answers with an error. Thread-safe."""
 
     cdef int _device, _root
-    cdef object _reader, _catalog, _admission, _counters, _ends, _begin, _refuse, _index
+    cdef object _source, _catalog, _admission, _policy, _epochs, _counters, _known_ends, _begin, _refuse
+    cdef object _catalog_lock, _admission_lock, _counters_lock
+    cdef uint64_t[::1] _counts
     cdef bint _answers_reads, _answers_names
-    cdef int _rests
-    cdef uint64_t _node_mask, _slot_mask
-    cdef const uint64_t[::1] _words
-    cdef const unsigned char[::1] _names
-    cdef const uint32_t[::1] _slots
+    cdef int _rests, _turn
+    cdef uint64_t _node_mask
+    cdef uint64_t[::1] _words
+    cdef unsigned char[::1] _names
 
     def __init__(self, device, reader, begin, refuse):
         self._device, self._root = device, reader.source.root
-        self._reader, self._catalog, self._admission = reader, reader.catalog, reader.admission
-        self._counters, self._ends = reader.counters, reader.ends
+        self._source, self._catalog, self._admission = reader.source, reader.catalog, reader.admission
+        self._policy, self._epochs = reader.admission.policy, reader.admission.epochs
+        self._counters, self._known_ends = reader.counters, reader.ends.notified_of
+        self._counts = reader.counters.words
+        self._catalog_lock, self._admission_lock = self._catalog.lock, self._admission.lock
+        self._counters_lock = reader.counters.lock
         self._begin, self._refuse = begin, refuse
         self._answers_names = not reader.source.is_remote
         self._answers_reads = self._answers_names and reader.sharing is None
         self._node_mask = self._catalog.id_mask
         self._words, self._names = self._catalog.words, self._catalog.names
-        self._take_index()
-
-    # -- the catalogue, which is read as it lies in memory ---------------------------------------------------------
-
-    cdef int _take_index(self) except -1:
-        self._index = self._catalog.index
-        self._slots, self._slot_mask = self._index
-        return 0
-
-    cdef int64_t _find(self, uint64_t node) except -2:
-        """The record of a node, or -1."""
-        if self._catalog.index is not self._index:  # it has grown
-            self._take_index()
-        cdef uint64_t at = node & self._slot_mask
-        cdef uint32_t slot
-        while True:
-            slot = self._slots[at]
-            if not slot:
-                return -1
-            if self._words[_HEADER_WORDS + (slot - 1) * _RECORD_WORDS] == node:
-                return slot - 1
-            at = (at + 1) & self._slot_mask
-
-    cdef inline const uint64_t *_record(self, uint64_t record) noexcept:
-        return &self._words[_HEADER_WORDS + record * _RECORD_WORDS]
-
-    cdef inline Shown _shown(self, uint64_t record) noexcept:
-        cdef const uint64_t *words = self._record(record)
-        cdef Shown shown
-        shown.size, shown.mtime_ns, shown.inode, shown.access = words[3], words[4], words[5], words[7] >> 32
-        return shown
-
-    cdef object _path(self, uint64_t record):
-        cdef const uint64_t *words = self._record(record)
-        if words[1] & _LINKED:
-            return self._catalog.path(record)
-        return self._join(words[1] >> 32, <const char *>&self._names[words[2]], words[1] >> 16 & 0xFFFF)
-
-    cdef object _join(self, uint64_t parent, const char *name, size_t length):
-        """The path of a name in a directory."""
-        cdef bytes directory = self._catalog.directory_path(parent)
-        cdef size_t before = PyBytes_GET_SIZE(directory)
-        if not before:
-            return PyBytes_FromStringAndSize(name, length)
-        path = PyBytes_FromStringAndSize(NULL, before + 1 + length)
-        cdef char *into = PyBytes_AS_STRING(path)
-        memcpy(into, PyBytes_AS_STRING(directory), before)
-        into[before] = c"/"
-        memcpy(into + before + 1, name, length)
-        return path
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
@@ -280,218 +339,409 @@ cdef class FastPath:
         cdef fuse_in_header *header = <fuse_in_header *>&messages._message[0]
         cdef size_t room = messages._message.shape[0]
         cdef ssize_t n
-        while messages.unlooked < most:
-            n = read(self._device, header, room)  # never blocks
+        cdef int failed, code = 0
+        while True:
+            self._update(messages)
+            n = failed = 0
+            with nogil:
+                end_turn(&self._turn)
+                if messages._unique:
+                    failed = messages._send(self._device)
+                if messages.unlooked < most:
+                    n = read(self._device, header, room)  # never blocks
+                    if n > 0:
+                        self._look_up(header, n, messages)
+                    elif n < 0:
+                        code = errno
+                take_turn(&self._turn)
+            if messages._unique:
+                self._sent(messages, failed)
+            if n <= 0:
+                end_turn(&self._turn)
             if n < 0:
-                if errno == EAGAIN:
+                if code == EAGAIN:
                     return None
-                raise OSError(errno, strerror(errno).decode(), "read")
+                raise OSError(code, strerror(code).decode(), "read")
+            if not n:
+                return 0
             messages.unlooked += 1
-            if n < <ssize_t>sizeof(fuse_in_header) or header.len != n:
-                return n
             try:
                 if not self._answer(header, messages):
+                    end_turn(&self._turn)
                     return n
             except Exception as e:
                 self._refuse(header.unique, e)
+
+    cdef int _update(self, Messages messages) except -1:
+        """See to what a thread has to know when it is without the interpreter."""
+        if self._catalog.index is not messages._index:
+            messages._index = self._catalog.index
+            messages._slots, messages._slot_mask = messages._index
+        keepers = self._admission.keeper_threads
+        if keepers is not messages._keepers:
+            messages._keepers = keepers
+            messages._n_keeper_threads = 0
+            for thread in list(keepers)[:_KEEPER_THREADS]:
+                messages._keeper_threads[messages._n_keeper_threads] = thread
+                messages._n_keeper_threads += 1
         return 0
+
+    cdef int _sent(self, Messages messages, int failed) except -1:
+        """An answer was sent: account for it."""
+        cdef uint64_t unique = messages._unique
+        cdef Whole given = messages._given
+        messages._unique, messages._given = 0, None
+        if messages._is_kept:
+            PyBuffer_Release(&messages._kept)
+        messages._has_bytes = messages._is_kept = False
+        try:
+            if failed:
+                raise OSError(failed, strerror(failed).decode(), "reply")
+            if given is not None:
+                self._account(given)
+        except Exception as e:
+            self._refuse(unique, e)
+        return 0
+
+    cdef int _account(self, Whole given) except -1:
+        if not self._counts_only(given):
+            fetched = Fetched(item_of(given._record), 0, given._data, version(given._shown))
+            self._admission.missed(fetched, given._pid, False)
+        return 0
+
+    cdef bint _counts_only(self, Whole given) except -1:
+        """Count a miss as `Admission.missed` does, if there is nothing more to it; else False, and nothing was done."""
+        admission, policy, ahead = self._admission, self._policy, self._admission.ahead
+        cdef uint64_t size = given._shown.size
+        if policy.used + (size + _PAGE - 1) // _PAGE <= policy.capacity or admission.recovering:
+            return False
+        if admission.passed_over or (ahead is not None and ahead.orders.wanted):
+            return False
+        cdef uint64_t *words = self._words_of(given._record)
+        cdef uint64_t epoch, last
+        self._admission_lock.acquire()
+        try:
+            if not self._is_absent(given._record):
+                return False
+            if not are_same(given._shown, self._shown(given._record)):
+                return True  # another thread has seen a newer version meanwhile
+            current = self._epochs.current
+            epoch, last = current.number, words[6]  # of the last miss the epoch, and below 32 bits the page
+            if last >> 32 == epoch:
+                return False  # the first one of an epoch, or more of the last miss
+            current.misses += 1
+            current.bytes += size
+            words[6] = epoch << 32
+            self._counters_lock.acquire()
+            if not last:
+                self._counts[_DATASET_ITEMS] += 1
+                self._counts[_DATASET_BYTES] += size
+            self._counts[_SOURCE_FILES] += 1
+            self._counters_lock.release()
+            return True
+        finally:
+            self._admission_lock.release()
+
+    cdef bint _is_absent(self, uint64_t record) except -1:
+        """As `Admission.is_absent`, of a small file."""
+        item = item_of(record)
+        return item not in self._policy.taken and item not in self._admission.dropping
 
     cdef bint _answer(self, fuse_in_header *header, Messages messages) except -1:
-        if header.opcode == FUSE_READ:
-            return self._answers_reads and header.len == _READ_SIZE and self._answer_read(header, messages)
-        if header.opcode == FUSE_LOOKUP:
-            return self._answers_names and self._answer_lookup(header)
-        return False
+        """Decide about a message that was looked up; False if it is to be dispatched."""
+        cdef Kind kind = messages._found.kind
+        if kind == UNUSUAL:
+            return False
+        if kind == NAME:
+            return self._answer_lookup(header, messages)
+        try:
+            return self._answer_read(header, messages)
+        finally:
+            if messages._found.fd >= 0:
+                close(messages._found.fd)
 
-    cdef int _reply(self, uint64_t unique, const void *data, size_t length) except -1:
-        cdef fuse_out_header header
-        cdef iovec parts[2]
-        cdef ssize_t written
-        cdef int code
-        header.len, header.error, header.unique = sizeof(header) + length, 0, unique
-        parts[0].iov_base, parts[0].iov_len = &header, sizeof(header)
-        parts[1].iov_base, parts[1].iov_len = <void *>data, length
-        with nogil:
-            written = writev(self._device, parts, 2)
-            code = errno
-        if written < 0 and code not in (ENOENT, ENODEV):  # the caller gave up; unmounted
-            raise OSError(code, strerror(code).decode(), "reply")
-        return 0
+    # -- without the interpreter ------------------------------------------------------------------------------------
+
+    cdef void _look_up(self, const fuse_in_header *header, ssize_t length, Messages messages) noexcept nogil:
+        """See what a message asks for, and get it if it need not be waited for."""
+        cdef Found *found = &messages._found
+        found.kind, found.fd = UNUSUAL, -1
+        if length < <ssize_t>sizeof(fuse_in_header) or header.len != length:
+            return
+        if header.opcode == FUSE_READ and self._answers_reads and length == _READ_SIZE:
+            self._look_for_bytes(header, messages)
+        elif header.opcode == FUSE_LOOKUP and self._answers_names:
+            self._look_for_name(header, messages)
+
+    cdef void _look_for_name(self, const fuse_in_header *header, Messages messages) noexcept nogil:
+        cdef Found *found = &messages._found
+        cdef const char *name = <const char *>(header + 1)
+        cdef size_t length = header.len - sizeof(fuse_in_header)
+        if length < 2 or memchr(name, 0, length) != name + length - 1:
+            return
+        length -= 1
+        if memchr(name, c"/", length) or (name[0] == c"." and (length == 1 or (length == 2 and name[1] == c"."))):
+            return
+        found.record = self._find(messages, header.nodeid)
+        if found.record < 0 or not self._put_path(found, found.record, name, length):
+            return
+        cdef int fd = open_beneath(self._root, &found.text[found.path], O_PATH)
+        if fd < 0:
+            return
+        cdef bint is_known = not attributes(fd, &found.st)
+        close(fd)
+        # What has several names, and what is no file, is unusual.
+        if is_known and ((S_ISREG(found.st.stx_mode) and found.st.stx_nlink == 1) or S_ISDIR(found.st.stx_mode)):
+            found.kind = NAME
+
+    cdef void _look_for_bytes(self, const fuse_in_header *header, Messages messages) noexcept nogil:
+        cdef Found *found = &messages._found
+        cdef const fuse_read_in *asked = <const fuse_read_in *>(header + 1)
+        found.record = self._find(messages, header.nodeid)
+        if asked.offset or asked.flags & (O_DIRECT | O_NOATIME) or found.record < 0:
+            return
+        cdef const uint64_t *words = self._words_of(found.record)
+        found.shown = self._shown(found.record)
+        if not words[1] & _REGULAR or not 0 < found.shown.size <= asked.size or found.shown.size > _LARGEST:
+            return
+        found.kind = NO_BYTES
+        cdef int i
+        if <uint32_t>words[7]:
+            return  # it is pinned
+        for i in range(messages._n_keeper_threads):
+            if header.pid == messages._keeper_threads[i]:
+                return  # it is about to be, mostly
+        if words[1] & _LINKED or not self._put_path(
+            found, words[1] >> 32, <const char *>&self._names[words[2]], words[1] >> 16 & 0xFFFF
+        ):
+            return
+        found.fd = open_beneath(self._root, &found.text[found.path], _FOR_READING)
+        if found.fd < 0:
+            return
+        cdef uint64_t npages = (found.shown.size + _PAGE - 1) // _PAGE
+        cdef counted held
+        cdef iovec part
+        cdef ssize_t copied
+        if not cachestat(found.fd, npages * _PAGE, &held) and held.cached == npages:
+            part.iov_base, part.iov_len = &messages._memory[messages._half], found.shown.size
+            # Should a page be on its way from the disk still, or gone by now, this ends there.
+            copied = preadv2(found.fd, &part, 1, 0, RWF_NOWAIT)
+            found.kind = BYTES if copied == <ssize_t>found.shown.size else WRONG_BYTES
+        if attributes(found.fd, &found.st):
+            close(found.fd)
+            found.fd = -1
+
+    cdef int64_t _find(self, Messages messages, uint64_t node) noexcept nogil:
+        """The record of a node, or -1."""
+        cdef uint64_t at = node & messages._slot_mask
+        cdef uint32_t slot
+        while True:
+            slot = messages._slots[at]
+            if not slot:
+                return -1
+            if self._words_of(slot - 1)[0] == node:
+                return slot - 1
+            at = (at + 1) & messages._slot_mask
+
+    cdef inline uint64_t *_words_of(self, uint64_t record) noexcept nogil:
+        return &self._words[_HEADER_WORDS + record * _RECORD_WORDS]
+
+    cdef inline Shown _shown(self, uint64_t record) noexcept nogil:
+        cdef const uint64_t *words = self._words_of(record)
+        cdef Shown shown
+        shown.size, shown.mtime_ns, shown.inode, shown.access = words[3], words[4], words[5], words[7] >> 32
+        return shown
+
+    cdef bint _put_path(self, Found *found, uint64_t directory, const char *name, size_t length) noexcept nogil:
+        """Write the path of a name in a directory; False if it is too long."""
+        cdef const uint64_t *words
+        found.path = _LONGEST_PATH
+        found.text[_LONGEST_PATH] = 0
+        while True:
+            if <size_t>found.path < length + 1:
+                return False
+            found.path -= length
+            memcpy(&found.text[found.path], name, length)
+            if not directory:
+                return True
+            found.path -= 1
+            found.text[found.path] = c"/"
+            words = self._words_of(directory)
+            directory, name, length = words[1] >> 32, <const char *>&self._names[words[2]], words[1] >> 16 & 0xFFFF
 
     # -- names ------------------------------------------------------------------------------------------------------
 
-    cdef bint _answer_lookup(self, fuse_in_header *header) except -1:
-        cdef const char *name = <const char *>(header + 1)
-        cdef size_t length = header.len - sizeof(fuse_in_header)
-        cdef int64_t parent = self._find(header.nodeid)
-        cdef statx st
-        if parent < 0 or length < 2 or memchr(name, 0, length) != name + length - 1:
-            return False
-        length -= 1
-        if memchr(name, c"/", length) or (name[0] == c"." and (length == 1 or (length == 2 and name[1] == c"."))):
-            return False
-        path = self._join(parent, name, length)
-        if not self._lstat(path, &st):
-            return False
-        cdef int64_t record = self._enter(parent, name, length, path, &st)
+    cdef bint _answer_lookup(self, fuse_in_header *header, Messages messages) except -1:
+        cdef const statx *st = &messages._found.st
+        cdef int64_t record = self._enter(messages, <const char *>(header + 1), header.len - sizeof(fuse_in_header) - 1)
         if record < 0:
             return False
-        self._counters.add("lookups")
-        cdef Entry reply
-        memset(&reply, 0, sizeof(reply))
-        reply.header.len, reply.header.unique = sizeof(reply), header.unique
-        reply.entry.nodeid = self._record(record)[0]
-        reply.entry.entry_valid = _NAME_TIMEOUT
-        reply.entry.attr_valid = _EMPTY_TIMEOUT if S_ISREG(st.stx_mode) and not st.stx_size else _NAME_TIMEOUT
-        self._fill(&reply.entry.attr, reply.entry.nodeid, &st)
-        if write(self._device, &reply, sizeof(reply)) < 0 and errno not in (ENOENT, ENODEV):
-            raise OSError(errno, strerror(errno).decode(), "reply")
+        self._counters_lock.acquire()
+        self._counts[_LOOKUPS] += 1
+        self._counters_lock.release()
+        cdef Entry *reply = &messages._entry
+        cdef fuse_entry_out *entry = &reply.entry
+        cdef fuse_attr *attr = &entry.attr
+        memset(reply, 0, sizeof(Entry))
+        reply.header.len, reply.header.unique = sizeof(Entry), header.unique
+        entry.nodeid = attr.ino = self._words_of(record)[0]
+        entry.entry_valid = _NAME_TIMEOUT
+        entry.attr_valid = _EMPTY_TIMEOUT if S_ISREG(st.stx_mode) and not st.stx_size else _NAME_TIMEOUT
+        attr.size, attr.blocks, attr.blksize = st.stx_size, st.stx_blocks, st.stx_blksize
+        attr.atime, attr.atimensec = st.stx_atime.tv_sec, st.stx_atime.tv_nsec
+        attr.mtime, attr.mtimensec = st.stx_mtime.tv_sec, st.stx_mtime.tv_nsec
+        attr.ctime, attr.ctimensec = st.stx_ctime.tv_sec, st.stx_ctime.tv_nsec
+        attr.mode, attr.nlink, attr.uid, attr.gid = st.stx_mode, st.stx_nlink, st.stx_uid, st.stx_gid
+        messages._unique = header.unique
         return True
 
-    cdef bint _lstat(self, bytes path, statx *st) noexcept:
-        """The attributes of a file or directory with one name; False if they cannot be had without waiting."""
-        if PyBytes_GET_SIZE(path) > _LONGEST_PATH:
-            return False
-        cdef int fd = open_beneath(self._root, PyBytes_AS_STRING(path), O_PATH)
-        if fd < 0:
-            return False
-        cdef int failed = attributes(fd, st)
-        close(fd)
-        return not failed and ((S_ISREG(st.stx_mode) and st.stx_nlink == 1) or S_ISDIR(st.stx_mode))
-
-    cdef int64_t _enter(self, uint64_t parent, const char *name, size_t length, bytes path, statx *st) except -2:
+    cdef int64_t _enter(self, Messages messages, const char *name, size_t length) except -2:
         """The record of a directory entry, made if it is new; -1 if it is anything but the one that was shown."""
+        cdef Found *found = &messages._found
+        cdef Shown now = shown_by(&found.st)
+        path = PyBytes_FromStringAndSize(&found.text[found.path], _LONGEST_PATH - found.path)
         cdef uint64_t node = max(<uint64_t>xxh3_64_intdigest(path) & self._node_mask, 2)
-        cdef int64_t record = self._find(node)
-        cdef const uint64_t *words
-        cdef Shown now
+        self._update(messages)
+        cdef int64_t record = self._find(messages, node)
         if record < 0:
-            now.size, now.mtime_ns, now.inode, now.access = st.stx_size, mtime_ns(st), st.stx_ino, access(st)
-            kind = REGULAR if S_ISREG(st.stx_mode) else DIRECTORY
-            made = self._catalog.add(node, parent, PyBytes_FromStringAndSize(name, length), kind, version(&now))
-            return -1 if made is None else made
-        words = self._record(record)
-        now = self._shown(record)
-        if words[1] & (_LINKED | _SUPERSEDED) or words[1] >> 32 != parent or (words[1] >> 16 & 0xFFFF) != length:
-            return -1
-        if memcmp(&self._names[words[2]], name, length) or not shows(&now, st):
+            return self._add(messages, node, name, length, now)
+        cdef const uint64_t *words = self._words_of(record)
+        if (
+            words[1] & (_LINKED | _SUPERSEDED)
+            or words[1] >> 32 != <uint64_t>found.record
+            or (words[1] >> 16 & 0xFFFF) != length
+            or memcmp(&self._names[words[2]], name, length)
+            or not are_same(self._shown(record), now)
+        ):
             return -1
         return record
 
-    cdef void _fill(self, fuse_attr *attr, uint64_t node, const statx *st) noexcept:
-        attr.ino, attr.size, attr.blocks = node, st.stx_size, st.stx_blocks
-        attr.atime, attr.mtime, attr.ctime = st.stx_atime.tv_sec, st.stx_mtime.tv_sec, st.stx_ctime.tv_sec
-        attr.atimensec, attr.mtimensec = st.stx_atime.tv_nsec, st.stx_mtime.tv_nsec
-        attr.ctimensec = st.stx_ctime.tv_nsec
-        attr.mode, attr.nlink, attr.uid, attr.gid = st.stx_mode, st.stx_nlink, st.stx_uid, st.stx_gid
-        attr.blksize = st.stx_blksize
+    cdef int64_t _add(self, Messages messages, uint64_t node, const char *name, size_t length, Shown now) except -2:
+        """The record of a new directory entry, as `Catalog.add` makes it; -1 if somebody else just did."""
+        cdef Found *found = &messages._found
+        cdef uint64_t parent = found.record, kind = _REGULAR if S_ISREG(found.st.stx_mode) else _DIRECTORY
+        cdef uint64_t record, used, at
+        cdef uint64_t *words
+        self._catalog_lock.acquire()
+        try:
+            self._update(messages)
+            if self._find(messages, node) >= 0:
+                return -1
+            record, used = self._words[_COUNT], self._words[_NAMES_USED]
+            if (
+                (record + 1) * 2 > messages._slot_mask + 1
+                or used + length > <uint64_t>self._names.shape[0]
+                or _HEADER_WORDS + (record + 2) * _RECORD_WORDS > <uint64_t>self._words.shape[0]
+            ):
+                return self._catalog.add(node, parent, PyBytes_FromStringAndSize(name, length), kind, version(now))
+            memcpy(&self._names[used], name, length)
+            self._words[_NAMES_USED] = used + length
+            words = self._words_of(record)
+            words[0], words[1], words[2] = node, parent << 32 | length << 16 | kind, used
+            words[3], words[4], words[5], words[6], words[7] = now.size, now.mtime_ns, now.inode, 0, now.access << 32
+            publish(&self._words[_COUNT], record + 1)
+            at = node & messages._slot_mask
+            while messages._slots[at]:
+                at = (at + 1) & messages._slot_mask
+            messages._slots[at] = record + 1
+            return record
+        finally:
+            self._catalog_lock.release()
 
     # -- bytes ------------------------------------------------------------------------------------------------------
 
     cdef bint _answer_read(self, fuse_in_header *header, Messages messages) except -1:
-        cdef const fuse_read_in *asked = <const fuse_read_in *>(header + 1)
-        cdef int64_t record = self._find(header.nodeid)
-        if asked.offset or asked.flags & (O_DIRECT | O_NOATIME) or record < 0 or self._ends.knows(header.nodeid):
+        cdef Found *found = &messages._found
+        if header.nodeid in self._known_ends:
             return False
-        cdef Shown shown = self._shown(record)
-        if not self._record(record)[1] & _REGULAR or not 0 < shown.size <= asked.size or shown.size > _LARGEST:
-            return False
-        if not self._admission.is_absent(items.item_at(record, 0)):
-            return self._answer_kept(header, record, shown.size)
+        if not self._is_absent(found.record):
+            return self._answer_kept(header, messages)
         if header.pid in self._admission.keeper_threads:
             return False
         if self._rests > 0:
             self._rests -= 1
             return False
-        cdef bytes path = self._path(record)
-        if PyBytes_GET_SIZE(path) > _LONGEST_PATH:
+        if found.kind == WRONG_BYTES:
+            self._rests = _RESTS
             return False
+        if found.fd < 0 or not are_same(found.shown, shown_by(&found.st)):
+            return False  # it might be no file any more
         cdef Whole whole = Whole()
-        whole.fd = open_beneath(self._root, PyBytes_AS_STRING(path), _FOR_READING)
-        if whole.fd < 0:
-            return False
-        whole.unique, whole._node, whole._pid = header.unique, header.nodeid, header.pid
-        whole._record, whole._shown, whole._asked = record, shown, asked.size
-        cdef Outcome outcome = WRONG
+        whole.unique, whole.fd = header.unique, found.fd
+        whole._node, whole._pid, whole._asked = header.nodeid, header.pid, (<fuse_read_in *>(header + 1)).size
+        whole._record, whole._shown = found.record, found.shown
+        if found.kind == BYTES:
+            return self._serves(whole) and self._give(whole, messages)
+        return self._begin_reading(whole, found)
+
+    cdef bint _give(self, Whole whole, Messages messages) except -1:
+        cdef uint64_t size = whole._shown.size
+        self._count_read(size)
+        whole._data = messages._into[messages._half : messages._half + <Py_ssize_t>size]
+        messages._answer(whole.unique, &messages._memory[messages._half], size, whole)
+        messages._half ^= _HALF
+        return True
+
+    cdef int _count_read(self, uint64_t size) except -1:
+        """As `Counters.count_whole_read`."""
+        self._counters_lock.acquire()
+        self._counts[_READS] += 1
+        self._counts[_SOURCE_READS] += 1
+        self._counts[_SOURCE_BYTES] += size
+        self._counters_lock.release()
+        return 0
+
+    cdef bint _begin_reading(self, Whole whole, Found *found) except -1:
+        """Have the disk read a file, which `finish` closes."""
         try:
-            outcome = self._read(whole, messages)
+            if self._source.go_direct(whole.fd) and self._begin(whole):
+                found.fd = -1
+                return True
         except OSError:
             pass  # whoever reads it again will say
-        finally:
-            if outcome != BEGUN:
-                close(whole.fd)
-        if outcome == WRONG:
-            self._rests = _RESTS
-        return outcome == ANSWERED or outcome == BEGUN
-
-    cdef Outcome _read(self, Whole whole, Messages messages) except? WRONG:
-        cdef uint64_t size = whole._shown.size, npages = (size + _PAGE - 1) // _PAGE
-        cdef counted held
-        cdef statx st
-        cdef iovec part
-        cdef ssize_t n
-        if not cachestat(whole.fd, npages * _PAGE, &held) and held.cached == npages:
-            part.iov_base, part.iov_len = &messages._memory[0], size
-            with nogil:
-                # Should a page be on its way from the disk still, or gone by now, this ends there.
-                n = preadv2(whole.fd, &part, 1, 0, RWF_NOWAIT)
-            if n != <ssize_t>size:
-                return WRONG
-            return ANSWERED if self._give(whole, messages._into[:size]) else LEFT
-        if attributes(whole.fd, &st) or not shows(&whole._shown, &st):
-            return LEFT  # it might be no file any more
-        return BEGUN if self._reader.source.go_direct(whole.fd) and self._begin(whole) else WRONG
+        self._rests = _RESTS
+        return False
 
     def finish(self, Whole whole not None, Py_ssize_t n, data):
         """Answer a READ with `n` bytes that the disk has read; False if `Reader.read` is to be called.
 
         Closes the file.
         """
-        try:
-            return n >= <Py_ssize_t>whole._shown.size and self._give(whole, data[: whole._shown.size])
-        except OSError:
-            return False
-        finally:
-            close(whole.fd)
-
-    cdef bint _give(self, Whole whole, data) except -1:
-        """Answer with `data`, if it is certain to be of the version that is shown: the file has it afterwards."""
         cdef statx st
-        if attributes(whole.fd, &st) or not shows(&whole._shown, &st):
+        cdef bint is_good = n >= <Py_ssize_t>whole._shown.size and not attributes(whole.fd, &st)
+        close(whole.fd)
+        if not is_good or not are_same(whole._shown, shown_by(&st)) or not self._serves(whole):
             return False
-        # That bytes are handed out is recorded before it is seen again which version is shown: see `Catalog.serves`.
-        if not self._record(whole._record)[1] & _SERVED:
-            if not self._still_shows(whole):
-                return False
-            self._catalog.set_served(whole._record)
-        if not self._still_shows(whole) or self._ends.knows(whole._node):
-            return False
-        self._counters.count_whole_read(whole._shown.size)
-        self._send(whole.unique, data)
-        item = items.item_at(whole._record, 0)
-        self._admission.missed(Fetched(item, 0, data, version(&whole._shown)), whole._pid, False)
+        self._count_read(whole._shown.size)
+        whole._data = data[: whole._shown.size]
+        cdef Messages answer = Messages(None, None)
+        cdef int failed
+        answer._answer_kept(whole.unique, whole._data, whole)
+        with nogil:
+            failed = answer._send(self._device)
+        self._sent(answer, failed)
         return True
 
-    cdef inline bint _still_shows(self, Whole whole) noexcept:
-        cdef Shown now = self._shown(whole._record)
-        return memcmp(&now, &whole._shown, sizeof(now)) == 0
+    cdef bint _serves(self, Whole whole) except -1:
+        """Whether bytes may be given of the version that was shown: the file has them afterwards."""
+        # That they are handed out is recorded before it is seen again which version is shown: see `Catalog.serves`.
+        if not self._words_of(whole._record)[1] & _SERVED:
+            if not are_same(whole._shown, self._shown(whole._record)):
+                return False
+            self._catalog.set_served(whole._record)
+        return are_same(whole._shown, self._shown(whole._record)) and whole._node not in self._known_ends
 
-    cdef bint _answer_kept(self, fuse_in_header *header, uint64_t record, uint64_t size) except -1:
+    cdef bint _answer_kept(self, fuse_in_header *header, Messages messages) except -1:
         """Answer with what need not be read, if that is all of it."""
         admission = self._admission
-        parts = admission.stashed(items.item_at(record, 0), 0, size, size, header.pid)
+        cdef uint64_t size = messages._found.shown.size
+        parts = admission.stashed(item_of(messages._found.record), 0, size, size, header.pid)
+        if len(parts) != 1 or header.nodeid in self._known_ends:
+            return False
         data = parts[0]
-        if len(parts) != 1 or isinstance(data, int) or len(data) != size or self._ends.knows(header.nodeid):
+        if isinstance(data, int) or len(data) != size:
             return False
         self._counters.add("reads")
         self._counters.add(admission.served_from, size)
-        self._send(header.unique, data)
+        messages._answer_kept(header.unique, data, None)
         return True
-
-    cdef int _send(self, uint64_t unique, data) except -1:
-        cdef Py_buffer bytes_of
-        PyObject_GetBuffer(data, &bytes_of, PyBUF_SIMPLE)
-        try:
-            return self._reply(unique, bytes_of.buf, bytes_of.len)
-        finally:
-            PyBuffer_Release(&bytes_of)

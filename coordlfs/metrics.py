@@ -52,38 +52,38 @@ class Counters:
     def __init__(self, words: memoryview) -> None:
         if len(words) < len(NAMES):
             raise ValueError("too few words for the counters")
-        self._words = words
+        self.words = words
         self._at = {name: index for index, name in enumerate(NAMES)}
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def add(self, name: str, amount: int = 1) -> None:
         """Add to a counter."""
         at = self._at[name]
-        with self._lock:
-            self._words[at] += amount
+        with self.lock:
+            self.words[at] += amount
 
     def count_read(self, nbytes: int) -> None:
         """Count a READ that went to the source."""
-        with self._lock:
-            self._words[_SOURCE_READS] += 1
-            self._words[_SOURCE_BYTES] += nbytes
+        with self.lock:
+            self.words[_SOURCE_READS] += 1
+            self.words[_SOURCE_BYTES] += nbytes
 
     def count_whole_read(self, nbytes: int) -> None:
         """Count a READ, and that it went to the source."""
-        with self._lock:
-            self._words[_READS] += 1
-            self._words[_SOURCE_READS] += 1
-            self._words[_SOURCE_BYTES] += nbytes
+        with self.lock:
+            self.words[_READS] += 1
+            self.words[_SOURCE_READS] += 1
+            self.words[_SOURCE_BYTES] += nbytes
 
     def count_peer_read(self, nbytes: int) -> None:
         """Count a READ that another node answered."""
-        with self._lock:
-            self._words[_PEER_READS] += 1
-            self._words[_PEER_BYTES] += nbytes
+        with self.lock:
+            self.words[_PEER_READS] += 1
+            self.words[_PEER_BYTES] += nbytes
 
     def set(self, name: str, value: int) -> None:
         """Replace a counter's value."""
-        self._words[self._at[name]] = value
+        self.words[self._at[name]] = value
 
     def __getitem__(self, name: str) -> int:
-        return self._words[self._at[name]]
+        return self.words[self._at[name]]

@@ -30,7 +30,7 @@ class MinIO:
         self.capacity = capacity
         self.used = 0  # pages of items admitted or pinned
         self.pinned_pages = 0
-        self._pages: dict[int, int] = {}
+        self.taken: dict[int, int] = {}  # pages of each item that is not absent
         self._holder: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -41,35 +41,35 @@ class MinIO:
         """How `item` stands."""
         if item in self._holder:
             return State.PINNED
-        return State.ADMITTED if item in self._pages else State.ABSENT
+        return State.ADMITTED if item in self.taken else State.ABSENT
 
     def admit(self, item: int, pages: int, *, is_held: bool = False) -> bool:
         """Take room for an item that is absent; False if there is too little, and then nothing changes.
 
         `is_held`: it is in memory as it is, be there room or not.
         """
-        if pages <= 0 or item in self._pages or (self.used + pages > self.capacity and not is_held):
+        if pages <= 0 or item in self.taken or (self.used + pages > self.capacity and not is_held):
             return False
-        self._pages[item] = pages
+        self.taken[item] = pages
         self.used += pages
         return True
 
     def pin(self, item: int, holder: int) -> None:
         """An admitted item is now held in memory by `holder`."""
-        if item not in self._pages or item in self._holder:
+        if item not in self.taken or item in self._holder:
             raise ValueError(f"item {item:#x} is {self.state(item).value}, not admitted")
         self._holder[item] = holder
-        self.pinned_pages += self._pages[item]
+        self.pinned_pages += self.taken[item]
 
     def unpin(self, item: int) -> int:
         """A pinned item is held no longer, but keeps its room; the pages."""
         del self._holder[item]
-        self.pinned_pages -= self._pages[item]
-        return self._pages[item]
+        self.pinned_pages -= self.taken[item]
+        return self.taken[item]
 
     def release(self, item: int) -> int:
         """Give the room of an item back, however it stands; the pages of it that were pinned."""
-        pages = self._pages.pop(item, 0)
+        pages = self.taken.pop(item, 0)
         self.used -= pages
         if self._holder.pop(item, None) is None:
             return 0
@@ -82,7 +82,7 @@ class MinIO:
 
     def pages(self, item: int) -> int:
         """The room that an item takes; 0 if it is absent."""
-        return self._pages.get(item, 0)
+        return self.taken.get(item, 0)
 
     def held_by(self, holder: int) -> list[int]:
         """The items that `holder` holds."""
@@ -90,4 +90,4 @@ class MinIO:
 
     def items(self) -> list[int]:
         """Every item that is not absent."""
-        return list(self._pages)
+        return list(self.taken)
