@@ -155,7 +155,8 @@ class ByteLane:
         self._brief_waits = threading.Event()  # there was one
         self._returned: deque[tuple[int, Request, bool]] = deque()  # READs that are to hold a thread; interrupted?
         self._disk = None if reader.source.is_remote else _disk()
-        self._fast_path = FastPath(device, reader, self._begin_whole, self._refuse)
+        self._fast_path = FastPath(device, reader, self._begin_whole, self._refuse, self._end_wait)
+        self._messages: list[Messages] = []  # of the threads
         self._begun: dict[int, tuple[int, Begun | Whole, _Wait]] = {}  # READs that the disk works on, by slot
         # What to call when a descriptor is readable: READs that nobody waits for can be answered, or a keeper has.
         self._finishers: dict[int, Callable[[], None]] = {reader.admission.fd: reader.admission.receive}
@@ -222,11 +223,24 @@ class ByteLane:
                     self._brief_waits.clear()
                     rests_at = now + _RESTS_AFTER
                 time.sleep(pause)
+                for messages in list(self._messages):
+                    if messages.awaited and now > messages.awaited_since:
+                        self._wait_of(messages, messages.awaited)
                 held = [wait for wait in list(self._waits.values()) if wait.holds_thread and not wait.is_replaced]
                 long = [wait for wait in held if now > wait.since]
                 pause = _BRIEF if long else min(2 * pause, _LONGEST_BRIEF)
                 for wait in long:
                     self._replace(wait)
+
+    def _wait_of(self, messages: Messages, unique: int) -> _Wait | None:
+        """The wait of a thread that waits for a name on the fast path; None if it does so no longer."""
+        with self._lock:
+            if not unique or messages.awaited != unique:
+                return None
+            if messages.wait is None:
+                is_keepers = messages.awaited_by in self._reader.admission.keeper_threads
+                messages.wait = self._waits[unique] = _Wait(messages.awaited_since, is_keepers, holds_thread=True)
+            return self._waits.get(unique)
 
     def _park_if_many(self) -> bool:
         """Rest until a thread is missed, if there are enough without this one; whether it did."""
@@ -254,6 +268,7 @@ class ByteLane:
         view = memoryview(request)
         into = pages.buffer(2 * fuse.MAX_READ + pages.PAGE)
         messages, receive = Messages(request, into), self._fast_path.receive
+        self._messages.append(messages)
         others = list(self._finishers) if hears_all else [] if self._disk is None else [self._disk.fd]
         with _waiting_for(self._device, others, None if hears_all else _LOOK_AGAIN) as wait:
             had_to_wait = True
@@ -291,6 +306,9 @@ class ByteLane:
                         self._end()  # unmounted
                         return
                     raise
+                if messages.has_waited:
+                    messages.has_waited = False
+                    self._brief_waits.set()
                 if n:
                     self._dispatch(request, view[:n], into)
 
@@ -344,7 +362,10 @@ class ByteLane:
             self._counters.add("ioctls")
             self._reply(fuse.error_reply(unique, errno.ENOTTY))
         elif opcode == fuse.INTERRUPT:
-            wait = self._waits.get(_HANDLE.unpack_from(request, fuse.IN_HEADER.size)[0])
+            [interrupted] = _HANDLE.unpack_from(request, fuse.IN_HEADER.size)
+            for messages in list(self._messages):
+                self._wait_of(messages, interrupted)
+            wait = self._waits.get(interrupted)
             if wait is not None:
                 wait.interrupted = True
         elif opcode in _NAMES:
@@ -413,6 +434,8 @@ class ByteLane:
         """
         now = time.monotonic()
         is_given_up = functools.cache(is_called_off)
+        for messages in list(self._messages):
+            self._wait_of(messages, messages.awaited)
         for unique, wait in self._waits.copy().items():
             waited = now - wait.since
             if wait.holds_thread and waited > _BRIEF:

@@ -18,6 +18,7 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcmp, memcpy, memset, strerror
 from posix.fcntl cimport O_NONBLOCK, O_NOCTTY, O_RDONLY
 from posix.stat cimport S_ISDIR, S_ISREG
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close, read, write
 
 from xxhash import xxh3_64_intdigest
@@ -58,10 +59,10 @@ cdef extern from *:
 
     struct counted { uint64_t cached, dirty, writeback, evicted, recently_evicted; };
 
-    static inline int open_beneath(int directory, const char *path, int flags) {
+    static inline int open_beneath(int directory, const char *path, int flags, int resolve) {
         struct open_how how = {
             .flags = flags | O_CLOEXEC | O_NOFOLLOW,
-            .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_CACHED,
+            .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | resolve,
         };
         return syscall(SYS_openat2, directory, path, &how, sizeof how);
     }
@@ -91,7 +92,7 @@ cdef extern from *:
         return statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, found);
     }
     """
-    const int O_DIRECT, O_NOATIME, O_PATH, RWF_NOWAIT
+    const int O_DIRECT, O_NOATIME, O_PATH, RESOLVE_CACHED, RWF_NOWAIT
 
     struct iovec:
         void *iov_base
@@ -137,7 +138,7 @@ cdef extern from *:
     struct counted:
         uint64_t cached
 
-    int open_beneath(int directory, const char *path, int flags) nogil
+    int open_beneath(int directory, const char *path, int flags, int resolve) nogil
     int cachestat(int fd, uint64_t length, counted *found) nogil
     int attributes(int fd, statx *found) nogil
     void take_turn(int *turn) nogil
@@ -224,9 +225,16 @@ cdef class Messages:
 
     `request` has room for a message, and `into` is page-aligned memory for the bytes of two READs, `MAX_READ` each and
     a page. `unlooked` counts the messages since the thread last looked for other things to do.
+    `awaited` is the request for whose name the thread has to wait, or 0. Whoever sees to it that others serve meanwhile
+    leaves a `wait`, which `end_wait` is called with when that is over.
     """
 
     cdef public int unlooked
+    cdef readonly uint64_t awaited
+    cdef readonly uint32_t awaited_by  # a process
+    cdef readonly double awaited_since  # as time.monotonic()
+    cdef public bint has_waited
+    cdef public object wait
     cdef object _request, _into
     cdef unsigned char[::1] _message, _memory
     cdef Py_ssize_t _half  # which begins there is read into; the other one may hold the last answer
@@ -251,7 +259,9 @@ cdef class Messages:
             self._request, self._into = request, memoryview(into)
             self._message, self._memory = request, into
         self.unlooked = self._half = self._unique = self._n_keeper_threads = 0
-        self._has_bytes = self._is_kept = False
+        self._has_bytes = self._is_kept = self.has_waited = False
+        self.awaited = 0
+        self.wait = None
         self._index = self._keepers = None
 
     cdef void _answer(self, uint64_t unique, const void *data, size_t length, Whole given) noexcept:
@@ -260,6 +270,12 @@ cdef class Messages:
         self._has_bytes, self._given = True, given
         self._entry.header.len, self._entry.header.error = sizeof(fuse_out_header) + length, 0
         self._unique = self._entry.header.unique = unique
+
+    cdef void _wait_for(self, const fuse_in_header *header) noexcept nogil:
+        cdef timespec now
+        clock_gettime(CLOCK_MONOTONIC, &now)
+        self.awaited_since, self.awaited_by, self.has_waited = now.tv_sec + now.tv_nsec * 1e-9, header.pid, True
+        self.awaited = header.unique
 
     cdef int _answer_kept(self, uint64_t unique, data, Whole given) except -1:
         """`_answer` with bytes that are kept somewhere."""
@@ -303,10 +319,13 @@ cdef class Whole:
 
 
 cdef class FastPath:
-    """`begin` has the disk read, and says False where it cannot; `refuse` answers with an error. Thread-safe."""
+    """`begin` has the disk read, and says False where it cannot; `refuse` answers with an error. Thread-safe.
+
+    `end_wait`: see `Messages`.
+    """
 
     cdef int _device, _root
-    cdef object _source, _catalog, _admission, _policy, _epochs, _counters, _known_ends, _begin, _refuse
+    cdef object _source, _catalog, _admission, _policy, _epochs, _counters, _known_ends, _begin, _refuse, _end_wait
     cdef object _catalog_lock, _admission_lock, _counters_lock
     cdef uint64_t[::1] _counts
     cdef bint _answers_reads, _answers_names
@@ -315,7 +334,7 @@ cdef class FastPath:
     cdef uint64_t[::1] _words
     cdef unsigned char[::1] _names
 
-    def __init__(self, device, reader, begin, refuse):
+    def __init__(self, device, reader, begin, refuse, end_wait):
         self._device, self._root = device, reader.source.root
         self._source, self._catalog, self._admission = reader.source, reader.catalog, reader.admission
         self._policy, self._epochs = reader.admission.policy, reader.admission.epochs
@@ -323,7 +342,7 @@ cdef class FastPath:
         self._counts = reader.counters.words
         self._catalog_lock, self._admission_lock = self._catalog.lock, self._admission.lock
         self._counters_lock = reader.counters.lock
-        self._begin, self._refuse = begin, refuse
+        self._begin, self._refuse, self._end_wait = begin, refuse, end_wait
         self._answers_names = not reader.source.is_remote
         self._answers_reads = self._answers_names and reader.sharing is None
         self._node_mask = self._catalog.id_mask
@@ -356,6 +375,9 @@ cdef class FastPath:
                 take_turn(&self._turn)
             if messages._unique:
                 self._sent(messages, failed)
+            if messages.wait is not None:
+                wait, messages.wait = messages.wait, None
+                self._end_wait(header.unique, wait)
             if n <= 0:
                 end_turn(&self._turn)
             if n < 0:
@@ -485,7 +507,11 @@ cdef class FastPath:
         found.record = self._find(messages, header.nodeid)
         if found.record < 0 or not self._put_path(found, found.record, name, length):
             return
-        cdef int fd = open_beneath(self._root, &found.text[found.path], O_PATH)
+        cdef int fd = open_beneath(self._root, &found.text[found.path], O_PATH, RESOLVE_CACHED)
+        if fd < 0 and errno == EAGAIN:
+            messages._wait_for(header)
+            fd = open_beneath(self._root, &found.text[found.path], O_PATH, 0)
+            messages.awaited = 0
         if fd < 0:
             return
         cdef bint is_known = not attributes(fd, &found.st)
@@ -515,7 +541,7 @@ cdef class FastPath:
             found, words[1] >> 32, <const char *>&self._names[words[2]], words[1] >> 16 & 0xFFFF
         ):
             return
-        found.fd = open_beneath(self._root, &found.text[found.path], _FOR_READING)
+        found.fd = open_beneath(self._root, &found.text[found.path], _FOR_READING, RESOLVE_CACHED)
         if found.fd < 0:
             return
         cdef uint64_t npages = (found.shown.size + _PAGE - 1) // _PAGE
