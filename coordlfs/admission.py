@@ -109,6 +109,7 @@ class Admission:
     """
 
     served_from = "stash_bytes"  # the counter of bytes that `stashed` finds
+    hits_ask_nobody = True  # else each is a READ
     _verb = Verb.PIN  # what keepers are asked to do with an item
 
     def __init__(

@@ -4,7 +4,7 @@ OPEN, OPENDIR, FLUSH, RELEASE and ACCESS are refused with ENOSYS, after which th
 open a file that it knows costs no message ("zero-message open"). READDIRPLUS gets the node id written into its file
 handle, which such an open leaves 0.
 
-At most `_RUNNING` threads compete for the interpreter. A local disk reads while they go on (AIO), and other nodes
+One or two threads compete for the interpreter. A local disk reads while they go on (AIO), and other nodes
 answer. Whatever else has to be waited for holds a thread, and another one takes the place of one that waits, so
 that hundreds of READs may wait and none of those that need not wait does: at once where the source is on a network, and
 after milliseconds on a local disk, most of whose waits for names are over sooner than a thread wakes up. What is over
@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from coordlfs import hints, items
-from coordlfs.fast_path import FastPath, Messages, Whole
+from coordlfs.fast_path import FastPath, Messages
 from coordlfs.fetch_ahead import FetchAhead
 from coordlfs.kernel import aio, fuse, pages
 from coordlfs.kernel.libc import quick_write
@@ -41,9 +41,10 @@ from coordlfs.source import pread_all
 
 log = logging.getLogger(__name__)
 
-# One thread with the interpreter serves more than two that pass it back and forth, unless there is a processor for each
-# while the job has another.
+# Threads that compete for the interpreter: two that pass it back and forth serve less than one, unless there is a
+# processor for each while the job has another, or they are mostly without it, as on the fast path.
 _RUNNING = 1 if len(os.sched_getaffinity(0)) <= 2 else 2
+_RUNNING_ON_FAST_PATH = 2
 _DISK_READS = 64  # under way; more of them hold a thread each
 # Threads that are woken up for what other nodes and keepers answer; the others look for it every so many seconds. The
 # kernel allows for 500 ways to wake somebody, and those of servers that cannot end, since the source hangs, count too.
@@ -155,20 +156,25 @@ class ByteLane:
         self._brief_waits = threading.Event()  # there was one
         self._returned: deque[tuple[int, Request, bool]] = deque()  # READs that are to hold a thread; interrupted?
         self._disk = None if reader.source.is_remote else _disk()
-        self._fast_path = FastPath(device, reader, self._begin_whole, self._refuse, self._end_wait)
+        self._fast_path = FastPath(device, reader, self._refuse, self._return, self._end_wait)
         self._messages: list[Messages] = []  # of the threads
-        self._begun: dict[int, tuple[int, Begun | Whole, _Wait]] = {}  # READs that the disk works on, by slot
+        is_fast = self._fast_path.answers_reads and reader.admission.hits_ask_nobody
+        self._running = _RUNNING_ON_FAST_PATH if is_fast else _RUNNING
+        self._begun: dict[int, tuple[int, Begun, _Wait]] = {}  # READs that the disk works on, by slot
         # What to call when a descriptor is readable: READs that nobody waits for can be answered, or a keeper has.
         self._finishers: dict[int, Callable[[], None]] = {reader.admission.fd: reader.admission.receive}
         if self._disk is not None:
             self._finishers[self._disk.fd] = self._finish_begun
+        if self._fast_path.fd >= 0:
+            self._finishers[self._fast_path.fd] = self._fast_path.hear
+        self._disk_fds = {self._fast_path.fd, -1 if self._disk is None else self._disk.fd} - {-1}
         if reader.sharing is not None:
             self._finishers[reader.sharing.receiver.fd] = reader.sharing.receiver.receive
         self.ended = threading.Event()
 
     def start(self) -> None:
         """Start the first threads."""
-        for _ in range(_RUNNING):
+        for _ in range(self._running):
             self._spawn()
         if not self._reader.source.is_remote:
             threading.Thread(target=self._watch_waits, name="lane watch", daemon=True).start()
@@ -188,7 +194,7 @@ class ByteLane:
                 return
             wait.is_replaced = True
             self._waiting += 1
-            if self._total - self._waiting - self._parked >= _RUNNING:
+            if self._total - self._waiting - self._parked >= self._running:
                 return
             if self._parked:
                 self._parked -= 1
@@ -245,7 +251,7 @@ class ByteLane:
     def _park_if_many(self) -> bool:
         """Rest until a thread is missed, if there are enough without this one; whether it did."""
         with self._lock:
-            if self._total - self._waiting - self._parked <= _RUNNING or self._returned:
+            if self._total - self._waiting - self._parked <= self._running or self._returned:
                 return False
             self._parked += 1
         os.eventfd_read(self._parking)
@@ -269,7 +275,7 @@ class ByteLane:
         into = pages.buffer(2 * fuse.MAX_READ + pages.PAGE)
         messages, receive = Messages(request, into), self._fast_path.receive
         self._messages.append(messages)
-        others = list(self._finishers) if hears_all else [] if self._disk is None else [self._disk.fd]
+        others = list(self._finishers if hears_all else self._disk_fds)
         with _waiting_for(self._device, others, None if hears_all else _LOOK_AGAIN) as wait:
             had_to_wait = True
             while not self.ended.is_set():
@@ -278,7 +284,7 @@ class ByteLane:
                     self._look()
                 while self._returned:
                     self._read_alone(into)
-                if not had_to_wait and self._total - self._waiting - self._parked > _RUNNING:
+                if not had_to_wait and self._total - self._waiting - self._parked > self._running:
                     self._park_if_many()
                     continue
                 had_to_wait = has_finished = False
@@ -315,7 +321,7 @@ class ByteLane:
     def _look(self) -> None:
         """Do what there is to do beside messages, whether or not somebody was woken up for it."""
         for fd in self._finishers:
-            if self._begun or self._disk is None or fd != self._disk.fd:
+            if fd not in self._disk_fds or (self._begun and fd != self._fast_path.fd):
                 self._finish(fd)
 
     def _finish(self, fd: int) -> None:
@@ -365,6 +371,7 @@ class ByteLane:
             [interrupted] = _HANDLE.unpack_from(request, fuse.IN_HEADER.size)
             for messages in list(self._messages):
                 self._wait_of(messages, interrupted)
+            self._fast_path.interrupt(interrupted)
             wait = self._waits.get(interrupted)
             if wait is not None:
                 wait.interrupted = True
@@ -436,22 +443,29 @@ class ByteLane:
         is_given_up = functools.cache(is_called_off)
         for messages in list(self._messages):
             self._wait_of(messages, messages.awaited)
+        for unique in self._fast_path.given_up(now - _GIVEN_UP_AFTER):
+            self._give_up(unique)
         for unique, wait in self._waits.copy().items():
             waited = now - wait.since
             if wait.holds_thread and waited > _BRIEF:
                 self._replace(wait)
             if waited > _GIVEN_UP_AFTER and (wait.interrupted or (wait.untold and is_given_up(wait.untold))):
                 wait.interrupted, wait.untold = False, 0
-                self._counters.add("interrupted")
-                self._reply(fuse.error_reply(unique, errno.EINTR))
+                self._give_up(unique)
             elif wait.is_keepers and waited > _KEEPER_WAITS:
                 wait.is_keepers = False
                 self._hung.add(wait.bytes_of)
                 self._reply(fuse.error_reply(unique, errno.EIO))
 
+    def _give_up(self, unique: int) -> None:
+        self._counters.add("interrupted")
+        self._reply(fuse.error_reply(unique, errno.EINTR))
+
     def is_awaited(self, node: int, offset: int) -> bool:
         """Whether somebody waits for the source's bytes of a chunk of a file, but for a keeper that is told in time."""
         part = node, offset // items.CHUNK
+        if not part[1] and self._fast_path.is_reading(node):
+            return True
         return any(wait.bytes_of == part and not wait.is_keepers for wait in list(self._waits.values()))
 
     def _lookup(self, unique: int, parent: int, name: bytes, before_wait: Callable[[], None]) -> None:
@@ -506,15 +520,8 @@ class ByteLane:
             self._finish_read(unique, answer)
 
     def _begin_read(self, unique: int, begun: Begun) -> bool:
-        file = begun.file
-        return self._have_read(unique, begun, begun.answer.request, file.fd, file.offset, file.length)
-
-    def _begin_whole(self, whole: Whole) -> bool:
-        return self._have_read(whole.unique, whole, whole.request, whole.fd, 0, whole.size)
-
-    def _have_read(self, unique: int, begun: Begun | Whole, asked: Request, fd: int, offset: int, length: int) -> bool:
         """Have the disk read while this thread goes on; False if that cannot be."""
-        disk = self._disk
+        file, disk, asked = begun.file, self._disk, begun.answer.request
         with self._lock:
             slot = None if disk is None else disk.take()
         if disk is None or slot is None:
@@ -522,7 +529,7 @@ class ByteLane:
         wait = self._hold(unique, asked.pid, asked)
         self._begun[slot] = unique, begun, wait
         try:
-            disk.submit(slot, fd, offset, pages.count(length) * pages.PAGE)
+            disk.submit(slot, file.fd, file.offset, pages.count(file.length) * pages.PAGE)
         except OSError:
             del self._begun[slot]
             disk.give(slot)
@@ -541,11 +548,7 @@ class ByteLane:
             unique, begun, wait = self._begun.pop(slot)
             self._end_wait(unique, wait)
             try:
-                if isinstance(begun, Begun):
-                    self._answer_begun(unique, begun, n, disk.buffers[slot], interrupted=wait.interrupted)
-                elif not self._fast_path.finish(begun, n, disk.buffers[slot]):
-                    self._counters.add("reads")
-                    self._return(unique, begun.request, interrupted=wait.interrupted)
+                self._answer_begun(unique, begun, n, disk.buffers[slot], interrupted=wait.interrupted)
             except Exception as e:
                 self._refuse(unique, e)
             finally:

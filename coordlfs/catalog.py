@@ -424,7 +424,8 @@ class Catalog:
         if len(self) > _FEW:
             return memoryview(self._index_many(size, mask)), mask
         slots = array("I", bytes(4 * size))
-        for record, node in enumerate(self._w[HEADER_WORDS : HEADER_WORDS + len(self) * RECORD_WORDS : RECORD_WORDS], 1):
+        nodes = self._w[HEADER_WORDS : HEADER_WORDS + len(self) * RECORD_WORDS : RECORD_WORDS]
+        for record, node in enumerate(nodes, 1):
             at = node & mask
             while slots[at]:
                 at = (at + 1) & mask

@@ -28,7 +28,7 @@ from coordlfs.admission import Fetched
 from coordlfs.catalog import (
     COUNT, DIRECTORY, HEADER_WORDS, LINKED, NAMES_USED, RECORD_WORDS, REGULAR, SERVED, SUPERSEDED
 )
-from coordlfs.kernel import fuse
+from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.pages import PAGE
 from coordlfs.metrics import NAMES
 from coordlfs.namespace import EMPTY_TIMEOUT, NAME_TIMEOUT
@@ -38,11 +38,14 @@ from coordlfs.versions import GROUP_FACTOR, OWNER_FACTOR, Version
 cdef extern from *:
     """
     #include <fcntl.h>
+    #include <linux/aio_abi.h>
     #include <linux/fuse.h>
     #include <linux/openat2.h>
+    #include <sys/eventfd.h>
     #include <sys/stat.h>
     #include <sys/syscall.h>
     #include <sys/uio.h>
+    #include <time.h>
     #include <unistd.h>
 
     #ifndef SYS_cachestat
@@ -83,6 +86,36 @@ cdef extern from *:
         __atomic_store_n(turn, 0, __ATOMIC_RELEASE);
     }
 
+    // Linux AIO: see coordlfs.kernel.aio. What has ended is seen in memory, without a call.
+    static inline int set_up(unsigned most, aio_context_t *context) {
+        return syscall(SYS_io_setup, most, context);
+    }
+
+    static inline int submit(aio_context_t context, int slot, int fd, void *into, size_t length, int events) {
+        struct iocb block = {
+            .aio_data = slot,
+            .aio_lio_opcode = IOCB_CMD_PREAD,
+            .aio_fildes = fd,
+            .aio_buf = (uintptr_t)into,
+            .aio_nbytes = length,
+            .aio_flags = IOCB_FLAG_RESFD,
+            .aio_resfd = events,
+        };
+        struct iocb *blocks[] = {&block};
+        return syscall(SYS_io_submit, context, 1, blocks);
+    }
+
+    static inline int has_ended(aio_context_t context) {
+        struct { unsigned id, nr, head, tail, magic; } *ring = (void *)context;
+        return ring->magic != 0xa10a10a1 ||
+               __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE) != __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE);
+    }
+
+    static inline int take_ended(aio_context_t context, struct io_event *event) {
+        struct timespec at_once = {0, 0};
+        return has_ended(context) ? syscall(SYS_io_getevents, context, 0, 1, event, &at_once) : 0;
+    }
+
     // Only now does a record exist: a server that is killed at any moment leaves whole ones.
     static inline void publish(uint64_t *count, uint64_t n) {
         __atomic_store_n(count, n, __ATOMIC_RELEASE);
@@ -92,7 +125,8 @@ cdef extern from *:
         return statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, found);
     }
     """
-    const int O_DIRECT, O_NOATIME, O_PATH, RESOLVE_CACHED, RWF_NOWAIT
+    int eventfd(unsigned int value, int flags)
+    const int EFD_CLOEXEC, EFD_NONBLOCK, O_DIRECT, O_NOATIME, O_PATH, RESOLVE_CACHED, RWF_NOWAIT
 
     struct iovec:
         void *iov_base
@@ -138,6 +172,16 @@ cdef extern from *:
     struct counted:
         uint64_t cached
 
+    ctypedef unsigned long aio_context_t
+
+    struct io_event:
+        uint64_t data
+        int64_t res
+
+    int set_up(unsigned int most, aio_context_t *context)
+    int submit(aio_context_t context, int slot, int fd, void *into, size_t length, int events) nogil
+    bint has_ended(aio_context_t context) nogil
+    int take_ended(aio_context_t context, io_event *event) nogil
     int open_beneath(int directory, const char *path, int flags, int resolve) nogil
     int cachestat(int fd, uint64_t length, counted *found) nogil
     int attributes(int fd, statx *found) nogil
@@ -157,12 +201,14 @@ cdef struct Entry:  # the reply to LOOKUP
 
 cdef enum Kind:
     UNUSUAL, NAME, BYTES, NO_BYTES, WRONG_BYTES  # of a message: to be dispatched; LOOKUP; READ, and what was got for it
+    DISK_BYTES  # no message: the disk has read
 
 
 cdef enum:
     _LONGEST_PATH = 4095
     _KEEPER_THREADS = 64
     _HALF = 1 << 20
+    _SLOTS = 64  # for READs that the disk works on
     _RESTS = 32  # READs that are left to the others after one that went wrong here: more of those will come
 
 
@@ -172,6 +218,8 @@ cdef struct Found:  # what a message asks for
     int fd  # of the file, if it is to be read
     Shown shown
     statx st
+    int slot  # whose read has ended
+    int64_t n  # bytes that it brought, or an errno below 0
     int path  # where it begins in `text`
     char text[_LONGEST_PATH + 1]
 
@@ -252,16 +300,18 @@ cdef class Messages:
     cdef iovec _bytes
     cdef Py_buffer _kept  # where they are, if not in `into`
     cdef bint _has_bytes, _is_kept
+    cdef int _slot  # they are in the memory of, or -1
+    cdef int _to_submit  # the slot that the disk is to read into, or -1
     cdef Whole _given  # the READ that is to be accounted for when its bytes are sent
 
     def __init__(self, request, into):
-        if into is not None:
-            self._request, self._into = request, memoryview(into)
-            self._message, self._memory = request, into
+        self._request, self._into = request, memoryview(into)
+        self._message, self._memory = request, into
         self.unlooked = self._half = self._unique = self._n_keeper_threads = 0
         self._has_bytes = self._is_kept = self.has_waited = False
         self.awaited = 0
         self.wait = None
+        self._slot = self._to_submit = -1
         self._index = self._keepers = None
 
     cdef void _answer(self, uint64_t unique, const void *data, size_t length, Whole given) noexcept:
@@ -277,11 +327,11 @@ cdef class Messages:
         self.awaited_since, self.awaited_by, self.has_waited = now.tv_sec + now.tv_nsec * 1e-9, header.pid, True
         self.awaited = header.unique
 
-    cdef int _answer_kept(self, uint64_t unique, data, Whole given) except -1:
+    cdef int _answer_kept(self, uint64_t unique, data) except -1:
         """`_answer` with bytes that are kept somewhere."""
         PyObject_GetBuffer(data, &self._kept, PyBUF_SIMPLE)
         self._is_kept = True
-        self._answer(unique, self._kept.buf, self._kept.len, given)
+        self._answer(unique, self._kept.buf, self._kept.len, None)
         return 0
 
     cdef int _send(self, int device) noexcept nogil:
@@ -300,41 +350,47 @@ cdef class Messages:
 cdef class Whole:
     """A READ of a whole file, which is open, and has `size` bytes if no other version of it than the one shown."""
 
-    cdef readonly uint64_t unique
-    cdef readonly int fd
-    cdef uint64_t _record
+    cdef uint64_t _unique, _node, _record
     cdef uint32_t _asked, _pid
-    cdef uint64_t _node
+    cdef int _fd
     cdef Shown _shown
     cdef object _data
+    # While the disk works on it:
+    cdef double _since
+    cdef bint _is_interrupted
 
-    @property
-    def size(self):
-        return self._shown.size
-
-    @property
-    def request(self):
+    cdef object _request(self):
         """It, as the others know it."""
         return Request(self._node, 0, min(self._asked, _MAX_READ), self._pid, False)
 
 
 cdef class FastPath:
-    """`begin` has the disk read, and says False where it cannot; `refuse` answers with an error. Thread-safe.
+    """Answers messages, and what the disk has read for them.
 
-    `end_wait`: see `Messages`.
+    `fd` is readable when it has read something, which `receive` then sees to; -1 where it is not read in this way.
+    `refuse` answers with an error, `read_anew` has a READ answered by somebody else; `end_wait`: see `Messages`.
+    Thread-safe.
     """
 
+    cdef readonly int fd
     cdef int _device, _root
-    cdef object _source, _catalog, _admission, _policy, _epochs, _counters, _known_ends, _begin, _refuse, _end_wait
+    cdef aio_context_t _disk
+    cdef object _memory
+    cdef unsigned char[::1] _slots_memory
+    cdef int _free[_SLOTS]
+    cdef int _n_free
+    cdef list _begun  # by slot
+    cdef object _source, _catalog, _admission, _policy, _epochs, _counters, _known_ends, _refuse, _read_anew, _end_wait
     cdef object _catalog_lock, _admission_lock, _counters_lock
     cdef uint64_t[::1] _counts
-    cdef bint _answers_reads, _answers_names
+    cdef readonly bint answers_reads
+    cdef bint _answers_names
     cdef int _rests, _turn
     cdef uint64_t _node_mask
     cdef uint64_t[::1] _words
     cdef unsigned char[::1] _names
 
-    def __init__(self, device, reader, begin, refuse, end_wait):
+    def __init__(self, device, reader, refuse, read_anew, end_wait):
         self._device, self._root = device, reader.source.root
         self._source, self._catalog, self._admission = reader.source, reader.catalog, reader.admission
         self._policy, self._epochs = reader.admission.policy, reader.admission.epochs
@@ -342,11 +398,52 @@ cdef class FastPath:
         self._counts = reader.counters.words
         self._catalog_lock, self._admission_lock = self._catalog.lock, self._admission.lock
         self._counters_lock = reader.counters.lock
-        self._begin, self._refuse, self._end_wait = begin, refuse, end_wait
+        self._refuse, self._read_anew, self._end_wait = refuse, read_anew, end_wait
         self._answers_names = not reader.source.is_remote
-        self._answers_reads = self._answers_names and reader.sharing is None
+        self.answers_reads = self._answers_names and reader.sharing is None
         self._node_mask = self._catalog.id_mask
         self._words, self._names = self._catalog.words, self._catalog.names
+        self.fd, self._disk, self._n_free, self._begun = -1, 0, 0, [None] * _SLOTS
+        if self.answers_reads and not set_up(_SLOTS, &self._disk):
+            self.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+            self._memory = pages.buffer(_SLOTS * fuse.MAX_READ)
+            self._slots_memory = self._memory
+            for slot in range(_SLOTS):
+                self._give_slot(slot)
+
+    # -- READs that the disk works on, as the byte lane asks for them -----------------------------------------------
+
+    def hear(self):
+        """`fd` is readable: it is no longer, until the disk has read more than what `receive` then finds."""
+        cdef uint64_t n = 0
+        read(self.fd, &n, sizeof(n))
+
+    def is_reading(self, node):
+        """Whether the disk reads the beginning of a file, for somebody who waits for it."""
+        for whole in self._begun:
+            if whole is not None and (<Whole>whole)._node == node:
+                return True
+        return False
+
+    def interrupt(self, unique):
+        """Who waits for a READ gives up."""
+        for whole in self._begun:
+            if whole is not None and (<Whole>whole)._unique == unique:
+                (<Whole>whole)._is_interrupted = True
+
+    def given_up(self, before):
+        """The numbers of READs that began `before` then, by `time.monotonic()`, and were given up; each is told once."""
+        given_up = []
+        for whole in self._begun:
+            if whole is not None and (<Whole>whole)._is_interrupted and (<Whole>whole)._since < before:
+                (<Whole>whole)._is_interrupted = False
+                given_up.append((<Whole>whole)._unique)
+        return given_up
+
+    cdef void _give_slot(self, int slot) noexcept:
+        self._begun[slot] = None
+        self._free[self._n_free] = slot
+        self._n_free += 1
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
@@ -358,7 +455,7 @@ cdef class FastPath:
         cdef fuse_in_header *header = <fuse_in_header *>&messages._message[0]
         cdef size_t room = messages._message.shape[0]
         cdef ssize_t n
-        cdef int failed, code = 0
+        cdef int failed, code = 0, unsubmitted
         while True:
             self._update(messages)
             n = failed = 0
@@ -366,20 +463,26 @@ cdef class FastPath:
                 end_turn(&self._turn)
                 if messages._unique:
                     failed = messages._send(self._device)
+                unsubmitted = self._submit(messages)
                 if messages.unlooked < most:
-                    n = read(self._device, header, room)  # never blocks
-                    if n > 0:
-                        self._look_up(header, n, messages)
-                    elif n < 0:
-                        code = errno
+                    if self._look_at_disk(messages):
+                        n = sizeof(fuse_in_header)
+                    else:
+                        n = read(self._device, header, room)  # never blocks
+                        if n > 0:
+                            self._look_up(header, n, messages)
+                        elif n < 0:
+                            code = errno
                 take_turn(&self._turn)
             if messages._unique:
                 self._sent(messages, failed)
+            if unsubmitted >= 0:
+                self._leave(unsubmitted)
             if messages.wait is not None:
                 wait, messages.wait = messages.wait, None
                 self._end_wait(header.unique, wait)
             if n <= 0:
-                end_turn(&self._turn)
+                self._turn_away()
             if n < 0:
                 if code == EAGAIN:
                     return None
@@ -387,12 +490,26 @@ cdef class FastPath:
             if not n:
                 return 0
             messages.unlooked += 1
+            if messages._found.kind == DISK_BYTES:
+                try:
+                    self._answer_from_disk(messages)
+                except Exception as e:
+                    self._refuse((<Whole>self._begun[messages._found.slot])._unique, e)
+                    self._give_slot(messages._found.slot)
+                continue
             try:
                 if not self._answer(header, messages):
-                    end_turn(&self._turn)
+                    self._turn_away()
                     return n
             except Exception as e:
                 self._refuse(header.unique, e)
+
+    cdef void _turn_away(self) noexcept:
+        """A thread has something else to do, which may take its time."""
+        cdef uint64_t one = 1
+        end_turn(&self._turn)
+        if self._n_free < _SLOTS and self.fd >= 0 and has_ended(self._disk):
+            write(self.fd, &one, sizeof(one))  # for others to hear
 
     cdef int _update(self, Messages messages) except -1:
         """See to what a thread has to know when it is without the interpreter."""
@@ -416,6 +533,8 @@ cdef class FastPath:
         if messages._is_kept:
             PyBuffer_Release(&messages._kept)
         messages._has_bytes = messages._is_kept = False
+        cdef int slot = messages._slot
+        messages._slot = -1
         try:
             if failed:
                 raise OSError(failed, strerror(failed).decode(), "reply")
@@ -423,6 +542,9 @@ cdef class FastPath:
                 self._account(given)
         except Exception as e:
             self._refuse(unique, e)
+        finally:
+            if slot >= 0:
+                self._give_slot(slot)
         return 0
 
     cdef int _account(self, Whole given) except -1:
@@ -479,7 +601,7 @@ cdef class FastPath:
         try:
             return self._answer_read(header, messages)
         finally:
-            if messages._found.fd >= 0:
+            if messages._found.fd >= 0 and messages._to_submit < 0:
                 close(messages._found.fd)
 
     # -- without the interpreter ------------------------------------------------------------------------------------
@@ -490,10 +612,33 @@ cdef class FastPath:
         found.kind, found.fd = UNUSUAL, -1
         if length < <ssize_t>sizeof(fuse_in_header) or header.len != length:
             return
-        if header.opcode == FUSE_READ and self._answers_reads and length == _READ_SIZE:
+        if header.opcode == FUSE_READ and self.answers_reads and length == _READ_SIZE:
             self._look_for_bytes(header, messages)
         elif header.opcode == FUSE_LOOKUP and self._answers_names:
             self._look_for_name(header, messages)
+
+    cdef int _submit(self, Messages messages) noexcept nogil:
+        """Have the disk read what it is to; the slot of what it was not, or -1."""
+        cdef int slot = messages._to_submit
+        if slot < 0:
+            return -1
+        messages._to_submit = -1
+        cdef uint64_t npages = (messages._found.shown.size + _PAGE - 1) // _PAGE
+        if submit(self._disk, slot, messages._found.fd, self._memory_of(slot), npages * _PAGE, self.fd) == 1:
+            return -1
+        return slot
+
+    cdef inline unsigned char *_memory_of(self, int slot) noexcept nogil:
+        return &self._slots_memory[slot * _MAX_READ]
+
+    cdef bint _look_at_disk(self, Messages messages) noexcept nogil:
+        """Whether the disk has read something."""
+        cdef io_event event
+        if self._n_free == _SLOTS or self.fd < 0 or take_ended(self._disk, &event) != 1:
+            return False
+        messages._found.kind = DISK_BYTES
+        messages._found.slot, messages._found.n = event.data, event.res
+        return True
 
     cdef void _look_for_name(self, const fuse_in_header *header, Messages messages) noexcept nogil:
         cdef Found *found = &messages._found
@@ -693,18 +838,18 @@ cdef class FastPath:
         if found.fd < 0 or not are_same(found.shown, shown_by(&found.st)):
             return False  # it might be no file any more
         cdef Whole whole = Whole()
-        whole.unique, whole.fd = header.unique, found.fd
+        whole._unique, whole._fd = header.unique, found.fd
         whole._node, whole._pid, whole._asked = header.nodeid, header.pid, (<fuse_read_in *>(header + 1)).size
         whole._record, whole._shown = found.record, found.shown
         if found.kind == BYTES:
             return self._serves(whole) and self._give(whole, messages)
-        return self._begin_reading(whole, found)
+        return self._begin(whole, messages)
 
     cdef bint _give(self, Whole whole, Messages messages) except -1:
         cdef uint64_t size = whole._shown.size
         self._count_read(size)
         whole._data = messages._into[messages._half : messages._half + <Py_ssize_t>size]
-        messages._answer(whole.unique, &messages._memory[messages._half], size, whole)
+        messages._answer(whole._unique, &messages._memory[messages._half], size, whole)
         messages._half ^= _HALF
         return True
 
@@ -717,36 +862,46 @@ cdef class FastPath:
         self._counters_lock.release()
         return 0
 
-    cdef bint _begin_reading(self, Whole whole, Found *found) except -1:
-        """Have the disk read a file, which `finish` closes."""
+    cdef bint _begin(self, Whole whole, Messages messages) except -1:
+        """Have the disk read a file; False if that cannot be."""
+        cdef timespec now
         try:
-            if self._source.go_direct(whole.fd) and self._begin(whole):
-                found.fd = -1
-                return True
+            if not self._n_free or not self._source.go_direct(whole._fd):
+                self._rests = _RESTS
+                return False
         except OSError:
-            pass  # whoever reads it again will say
-        self._rests = _RESTS
-        return False
-
-    def finish(self, Whole whole not None, Py_ssize_t n, data):
-        """Answer a READ with `n` bytes that the disk has read; False if `Reader.read` is to be called.
-
-        Closes the file.
-        """
-        cdef statx st
-        cdef bint is_good = n >= <Py_ssize_t>whole._shown.size and not attributes(whole.fd, &st)
-        close(whole.fd)
-        if not is_good or not are_same(whole._shown, shown_by(&st)) or not self._serves(whole):
-            return False
-        self._count_read(whole._shown.size)
-        whole._data = data[: whole._shown.size]
-        cdef Messages answer = Messages(None, None)
-        cdef int failed
-        answer._answer_kept(whole.unique, whole._data, whole)
-        with nogil:
-            failed = answer._send(self._device)
-        self._sent(answer, failed)
+            self._rests = _RESTS
+            return False  # whoever reads it again will say
+        clock_gettime(CLOCK_MONOTONIC, &now)
+        whole._since = now.tv_sec + now.tv_nsec * 1e-9
+        self._n_free -= 1
+        messages._to_submit = self._free[self._n_free]
+        self._begun[messages._to_submit] = whole
         return True
+
+    cdef int _leave(self, int slot) except -1:
+        """Leave a READ that the disk did not answer to somebody else."""
+        cdef Whole whole = self._begun[slot]
+        close(whole._fd)
+        self._give_slot(slot)
+        self._counters.add("reads")
+        self._read_anew(whole._unique, whole._request(), interrupted=whole._is_interrupted)
+        return 0
+
+    cdef int _answer_from_disk(self, Messages messages) except -1:
+        cdef Found *found = &messages._found
+        cdef Whole whole = self._begun[found.slot]
+        cdef uint64_t size = whole._shown.size
+        if found.n < <int64_t>size or attributes(whole._fd, &found.st) or not are_same(whole._shown, shown_by(&found.st)):
+            return self._leave(found.slot)
+        if not self._serves(whole):
+            return self._leave(found.slot)
+        close(whole._fd)
+        self._count_read(size)
+        whole._data = memoryview(self._memory)[found.slot * _MAX_READ : found.slot * _MAX_READ + size]
+        messages._answer(whole._unique, self._memory_of(found.slot), size, whole)
+        messages._slot = found.slot
+        return 0
 
     cdef bint _serves(self, Whole whole) except -1:
         """Whether bytes may be given of the version that was shown: the file has them afterwards."""
@@ -769,5 +924,5 @@ cdef class FastPath:
             return False
         self._counters.add("reads")
         self._counters.add(admission.served_from, size)
-        messages._answer_kept(header.unique, data, None)
+        messages._answer_kept(header.unique, data)
         return True

@@ -32,6 +32,7 @@ class MemoryAdmission(Admission):
     """The cache's books, and the cache."""
 
     served_from = "memory_bytes"
+    hits_ask_nobody = False
     _verb = Verb.FILL
 
     def __init__(
