@@ -93,15 +93,15 @@ def _part(asked: Request) -> tuple[int, int]:
 def _waiting_for(device: int, others: list[int], timeout: float | None) -> Iterator[Callable[[], list[int]]]:
     """How to wait for one of them, and which are readable then; none after `timeout` seconds.
 
-    By epoll, which wakes one thread a message; by poll where no descriptor is left.
+    By epoll, which wakes one thread a message; by poll where no descriptor is left, for the device: more than the process
+    may have it refuses.
     """
     try:
         readable = select.epoll(1 + len(others))
     except OSError:
         poll = select.poll()
-        for fd in (device, *others):
-            poll.register(fd, select.POLLIN)
-        yield lambda: [fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)]
+        poll.register(device, select.POLLIN)
+        yield lambda: [fd for fd, _ in poll.poll(_LOOK_AGAIN * 1000)]
         return
     with readable:
         readable.register(device, select.EPOLLIN | select.EPOLLEXCLUSIVE)

@@ -29,12 +29,13 @@ def test_every_package_is_in_the_distribution() -> None:
 
 
 def test_every_file_of_a_package_is_in_the_distribution() -> None:
-    """But for the shell scripts, which belong to the checkout."""
+    """But for the shell scripts, which belong to the checkout, and for what is compiled."""
     for name, top in SETUPTOOLS["package-dir"].items():
         files = [
             path for package in _packages().values() if package.is_relative_to(ROOT / top) for path in package.iterdir()
         ]
-        data = [path for path in files if path.is_file() and path.suffix not in (".py", ".sh")]
+        data = [path for path in files if path.is_file() and path.suffix not in (".py", ".sh", ".so")]
+        data = [path for path in data if not path.with_suffix(".pyx").exists() or path.suffix != ".c"]
         assert {str(path.relative_to(ROOT / top)) for path in data} == set(SETUPTOOLS["package-data"].get(name, []))
 
 
