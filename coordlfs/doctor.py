@@ -380,6 +380,15 @@ def _pyfuse3() -> Check:
     return _good("pyfuse3", str(pyfuse3.__version__))
 
 
+def _fast_path() -> Check:
+    try:
+        import coordlfs.fast_path  # noqa: F401
+    except ImportError as e:
+        remedy = "install coordlfs again, with a C compiler"
+        return Check("compiled code", State.MISSING, str(e), "nothing can be served", remedy, True)
+    return _good("compiled code", "coordlfs.fast_path")
+
+
 def _prometheus() -> Check:
     try:
         return _good("prometheus-client", metadata.version("prometheus-client"))
@@ -404,7 +413,7 @@ CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
     *map(_one, (_device, _mounting, _allow_other, _namespaces)),
     _features,
     *map(_one, (_kernel, _detached_copies, _populate, _cachestat, _pressure)),
-    *map(_one, (_lockable, _open_files, _mappings, _cgroup, _available, _pyfuse3, _prometheus)),
+    *map(_one, (_lockable, _open_files, _mappings, _cgroup, _available, _pyfuse3, _fast_path, _prometheus)),
 )
 
 

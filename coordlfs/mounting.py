@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import select
@@ -148,6 +149,14 @@ def _check_log(log_file: str | None) -> None:
         raise UserError(f"--log-file {log_file} cannot be written: {e.strerror}") from None
 
 
+def _check_compiled() -> None:
+    if importlib.util.find_spec("coordlfs.fast_path") is None:
+        raise UserError(
+            f"coordlfs.fast_path is not compiled for this Python ({sys.version_info[0]}.{sys.version_info[1]}): "
+            "install coordlfs again, with a C compiler (`pip install`, or `sh tools/setup.sh` in a checkout)"
+        )
+
+
 def _check_may_mount() -> None:
     """That FUSE is there, and that this process, or fusermount3 in its name, may mount at all."""
     _check_fuse()  # fusermount3 opens the device as the user as well
@@ -214,6 +223,7 @@ def mount(
     capacity, how = sizes.cache_size(options.cache_size, have)
     lockable = process.lockable()
     kind = residence.choose(capacity, lockable)
+    _check_compiled()
     _check_log(options.log_file)
     node = _prepare(options.cluster)
     root = _check_source(source)

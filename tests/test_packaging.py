@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -71,6 +73,23 @@ def test_it_starts_within_300_ms(command: list[str]) -> None:
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(5)) <= 0.3  # the best, since other tests' ends may take the cores
+
+
+def test_without_what_is_compiled_one_line_says_so(tmp_path: Path) -> None:
+    package = tmp_path / "code/coordlfs"
+    shutil.copytree(ROOT / "coordlfs", package, ignore=shutil.ignore_patterns("*.so", "*.c", "__pycache__"))
+    for name in ("source", "mount"):
+        (tmp_path / name).mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "coordlfs", "mount", tmp_path / "source", tmp_path / "mount"],
+        env={**os.environ, "PYTHONPATH": str(package.parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("coordlfs: coordlfs.fast_path is not compiled for this Python")
+    assert done.stderr.count("\n") == 1
 
 
 def _programs() -> list[str]:
