@@ -93,8 +93,8 @@ def _part(asked: Request) -> tuple[int, int]:
 def _waiting_for(device: int, others: list[int], timeout: float | None) -> Iterator[Callable[[], list[int]]]:
     """How to wait for one of them, and which are readable then; none after `timeout` seconds.
 
-    By epoll, which wakes one thread a message; by poll where no descriptor is left, for the device: more than the process
-    may have it refuses.
+    By epoll, which wakes one thread a message. Where no descriptor is left, by poll for the device alone, which refuses
+    more descriptors than the process may have.
     """
     try:
         readable = select.epoll(1 + len(others))

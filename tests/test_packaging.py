@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -78,11 +77,10 @@ def test_it_starts_within_300_ms(command: list[str]) -> None:
 def test_without_what_is_compiled_one_line_says_so(tmp_path: Path) -> None:
     package = tmp_path / "code/coordlfs"
     shutil.copytree(ROOT / "coordlfs", package, ignore=shutil.ignore_patterns("*.so", "*.c", "__pycache__"))
-    for name in ("source", "mount"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "source").mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "coordlfs", "mount", tmp_path / "source", tmp_path / "mount"],
-        env={**os.environ, "PYTHONPATH": str(package.parent)},
+        [sys.executable, "-m", "coordlfs", "run", tmp_path / "source", "--", "true"],
+        cwd=package.parent,
         capture_output=True,
         text=True,
         timeout=60,
