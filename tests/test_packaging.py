@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import time
@@ -75,16 +74,9 @@ def test_it_starts_within_300_ms(command: list[str]) -> None:
 
 
 def test_without_what_is_compiled_one_line_says_so(tmp_path: Path) -> None:
-    package = tmp_path / "code/coordlfs"
-    shutil.copytree(ROOT / "coordlfs", package, ignore=shutil.ignore_patterns("*.so", "*.c", "__pycache__"))
-    (tmp_path / "source").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "coordlfs", "run", tmp_path / "source", "--", "true"],
-        cwd=package.parent,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    program = "import sys; sys.modules['coordlfs.fast_path'] = None; from coordlfs.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "run", tmp_path, "--", "true"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith("coordlfs: coordlfs.fast_path is not compiled for this Python")
     assert done.stderr.count("\n") == 1
