@@ -75,7 +75,7 @@ def test_it_starts_within_300_ms(command: list[str]) -> None:
 
 def test_without_what_is_compiled_one_line_says_so(tmp_path: Path) -> None:
     program = "import sys; sys.modules['coordlfs.fast_path'] = None; from coordlfs.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, "run", tmp_path, "--", "true"]
+    command = [sys.executable, "-c", program, "run", str(tmp_path), "--", "true"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith("coordlfs: coordlfs.fast_path is not compiled for this Python")
