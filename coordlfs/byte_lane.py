@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import math
 import os
 import select
 import socket
@@ -55,6 +56,7 @@ _LOOK_EVERY = 8  # messages after which that and ended reads are looked for, eve
 _BRIEF, _LONGEST_BRIEF = 0.001, 0.008
 _RESTS_AFTER = 1.0  # seconds without a wait after which nobody looks for those that take longer
 _THREADS = 1024  # so many may wait for a source, be it for ever
+_EARLY_FOR = 10.0  # seconds that an interrupt waits for its request to be seen to wait
 _GIVEN_UP_AFTER = 1.0  # seconds that a request waits before a caller who gave up is told so
 _KEEPER_WAITS = 10.0  # seconds that a keeper waits for the source, since all of its pins wait with it
 _REFUSED = frozenset(
@@ -81,6 +83,7 @@ class _Wait:
     is_replaced: bool = False  # by another thread
     is_over: bool = False
     bytes_of: tuple[int, int] | None = None  # what it waits for: node, and number of the chunk
+    unique: int = 0  # the request's number, of a wait on the fast path
     untold: int = 0  # the thread that waits, if the kernel will not tell of its signals: it reads with O_DIRECT
 
 
@@ -153,10 +156,13 @@ class ByteLane:
         self._parking = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._waits: dict[int, _Wait] = {}  # by the request's number
         self._hung: set[tuple[int, int] | None] = set()  # what a keeper was told in place of the source
-        self._brief_waits = threading.Event()  # there was one
         self._returned: deque[tuple[int, Request, bool]] = deque()  # READs that are to hold a thread; interrupted?
         self._disk = None if reader.source.is_remote else _disk()
-        self._fast_path = FastPath(device, reader, self._refuse, self._return, self._end_wait)
+        self._watch = os.eventfd(0, os.EFD_CLOEXEC)  # written to when somebody is to look for long waits
+        self._early: dict[int, float] = {}  # requests that were interrupted before they were seen to wait, and when
+        self._fast_path = FastPath(
+            *(device, reader, self._refuse, self._return, self._end_fast_wait), self._watch, self._early
+        )
         self._messages: list[Messages] = []  # of the threads
         is_fast = self._fast_path.answers_reads and reader.admission.hits_ask_nobody
         self._running = _RUNNING_ON_FAST_PATH if is_fast else _RUNNING
@@ -219,34 +225,45 @@ class ByteLane:
             if wait.is_replaced:
                 self._waiting -= 1
 
+    def _end_fast_wait(self, wait: _Wait) -> None:
+        self._end_wait(wait.unique, wait)
+
     def _watch_waits(self) -> None:
         """Have other threads take the place of those that wait for a local disk for longer than most."""
+        path = self._fast_path
         while not self.ended.is_set():
-            self._brief_waits.wait()
+            path.is_watched = False
+            if not self._held():  # else it was taken for watched before it was not
+                os.eventfd_read(self._watch)
+            path.is_watched = True
             rests_at, pause = time.monotonic() + _RESTS_AFTER, _BRIEF
             while (now := time.monotonic()) < rests_at and not self.ended.is_set():
-                if self._brief_waits.is_set():
-                    self._brief_waits.clear()
-                    rests_at = now + _RESTS_AFTER
                 time.sleep(pause)
-                for messages in list(self._messages):
-                    if messages.awaited and now > messages.awaited_since:
-                        self._wait_of(messages, messages.awaited)
-                held = [wait for wait in list(self._waits.values()) if wait.holds_thread and not wait.is_replaced]
+                held = self._held(now)
                 long = [wait for wait in held if now > wait.since]
                 pause = _BRIEF if long else min(2 * pause, _LONGEST_BRIEF)
+                if held:
+                    rests_at = now + _RESTS_AFTER
                 for wait in long:
                     self._replace(wait)
 
-    def _wait_of(self, messages: Messages, unique: int) -> _Wait | None:
-        """The wait of a thread that waits for a name on the fast path; None if it does so no longer."""
+    def _held(self, before: float = math.inf) -> list[_Wait]:
+        """The waits that hold a thread whose place none has taken: on the fast path, those that began `before` then."""
+        for messages in list(self._messages):
+            if messages.awaited_since < before:
+                self._wait_of(messages, messages.awaited)
+        return [wait for wait in list(self._waits.values()) if wait.holds_thread and not wait.is_replaced]
+
+    def _wait_of(self, messages: Messages, unique: int) -> None:
+        """See to it that the wait of a thread on the fast path is known, if it is for this request."""
+        if not unique or messages.awaited != unique or messages.wait is not None:
+            return
+        is_keepers = messages.awaited_by in self._reader.admission.keeper_threads
+        wait = _Wait(messages.awaited_since, is_keepers, unique in self._early, holds_thread=True, unique=unique)
         with self._lock:
-            if not unique or messages.awaited != unique:
-                return None
-            if messages.wait is None:
-                is_keepers = messages.awaited_by in self._reader.admission.keeper_threads
-                messages.wait = self._waits[unique] = _Wait(messages.awaited_since, is_keepers, holds_thread=True)
-            return self._waits.get(unique)
+            # The thread goes on only with the interpreter, which nothing lets go of between these lines.
+            if messages.awaited == unique and messages.wait is None:
+                messages.wait = self._waits[unique] = wait
 
     def _park_if_many(self) -> bool:
         """Rest until a thread is missed, if there are enough without this one; whether it did."""
@@ -312,9 +329,6 @@ class ByteLane:
                         self._end()  # unmounted
                         return
                     raise
-                if messages.has_waited:
-                    messages.has_waited = False
-                    self._brief_waits.set()
                 if n:
                     self._dispatch(request, view[:n], into)
 
@@ -333,7 +347,7 @@ class ByteLane:
     def _end(self) -> None:
         self.ended.set()
         self.on_end()
-        self._brief_waits.set()
+        os.eventfd_write(self._watch, 1)
         os.eventfd_write(self._parking, _THREADS)
 
     def _dispatch(self, request: bytearray, message: memoryview, into: pages.Buffer) -> None:
@@ -371,15 +385,16 @@ class ByteLane:
             [interrupted] = _HANDLE.unpack_from(request, fuse.IN_HEADER.size)
             for messages in list(self._messages):
                 self._wait_of(messages, interrupted)
-            self._fast_path.interrupt(interrupted)
             wait = self._waits.get(interrupted)
             if wait is not None:
                 wait.interrupted = True
+            elif not self._fast_path.interrupt(interrupted):
+                self._early[interrupted] = time.monotonic()
         elif opcode in _NAMES:
             if opcode in (fuse.READDIR, fuse.READDIRPLUS):
                 _HANDLE.pack_into(request, fuse.IN_HEADER.size, node)
             self._counters.add("name_requests")
-            self._waits[unique] = _Wait(time.monotonic(), False)
+            self._waits[unique] = _Wait(time.monotonic(), False, unique in self._early)
             self._names.send(message)
         elif opcode not in _SILENT:
             self._counters.add("direct_opens")
@@ -388,6 +403,7 @@ class ByteLane:
     def _hold(self, unique: int, pid: int, reads: Request | None, *, interrupted: bool = False) -> _Wait:
         """A request that may have to wait for the source, and so far holds this thread."""
         is_keepers = pid in self._reader.admission.keeper_threads
+        interrupted = interrupted or unique in self._early
         wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, interrupted, holds_thread=True)
         if reads is not None:
             wait.bytes_of = _part(reads)
@@ -412,8 +428,8 @@ class ByteLane:
                 wait = self._hold(unique, pid, reads, interrupted=interrupted)
                 if self._reader.source.is_remote:
                     self._replace(wait)
-                elif not self._brief_waits.is_set():
-                    self._brief_waits.set()
+                elif not self._fast_path.is_watched:
+                    os.eventfd_write(self._watch, 1)
 
         try:
             method(*arguments, before_wait)
@@ -443,6 +459,8 @@ class ByteLane:
         is_given_up = functools.cache(is_called_off)
         for messages in list(self._messages):
             self._wait_of(messages, messages.awaited)
+        for unique in [unique for unique, since in list(self._early.items()) if now - since > _EARLY_FOR]:
+            del self._early[unique]
         for unique in self._fast_path.given_up(now - _GIVEN_UP_AFTER):
             self._give_up(unique)
         for unique, wait in self._waits.copy().items():
@@ -486,7 +504,7 @@ class ByteLane:
         if self._hung and _part(asked) in self._hung and asked.pid in self._reader.admission.keeper_threads:
             raise OSError(errno.EIO, "it hangs, and the keeper has more to do")
         if self._reader.sharing is not None:
-            wait = self._waits[unique] = _Wait(time.monotonic(), False)
+            wait = self._waits[unique] = _Wait(time.monotonic(), False, unique in self._early)
             if self._reader.ask(asked, functools.partial(self._shared, unique, asked, wait), before_wait):
                 return  # it is answered when the other node has
             self._end_wait(unique, wait)

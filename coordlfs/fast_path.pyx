@@ -33,7 +33,7 @@ from coordlfs.kernel.pages import PAGE
 from coordlfs.metrics import NAMES
 from coordlfs.namespace import EMPTY_TIMEOUT, NAME_TIMEOUT
 from coordlfs.reading import Request
-from coordlfs.versions import GROUP_FACTOR, OWNER_FACTOR, Version
+from coordlfs.versions import Version, access
 
 cdef extern from *:
     """
@@ -116,6 +116,10 @@ cdef extern from *:
         return has_ended(context) ? syscall(SYS_io_getevents, context, 0, 1, event, &at_once) : 0;
     }
 
+    static inline void store(uint64_t *word, uint64_t n) {
+        __atomic_store_n(word, n, __ATOMIC_SEQ_CST);
+    }
+
     // Only now does a record exist: a server that is killed at any moment leaves whole ones.
     static inline void publish(uint64_t *count, uint64_t n) {
         __atomic_store_n(count, n, __ATOMIC_RELEASE);
@@ -187,6 +191,7 @@ cdef extern from *:
     int attributes(int fd, statx *found) nogil
     void take_turn(int *turn) nogil
     void end_turn(int *turn) nogil
+    void store(uint64_t *word, uint64_t n) nogil
     void publish(uint64_t *count, uint64_t n)
 
 
@@ -229,7 +234,6 @@ cdef uint64_t _HEADER_WORDS = HEADER_WORDS, _RECORD_WORDS = RECORD_WORDS
 cdef uint32_t _REGULAR = REGULAR, _SERVED = SERVED, _LINKED = LINKED, _DIRECTORY = DIRECTORY, _SUPERSEDED = SUPERSEDED
 cdef uint64_t _NAME_TIMEOUT = NAME_TIMEOUT, _EMPTY_TIMEOUT = EMPTY_TIMEOUT
 cdef uint32_t _READ_SIZE = sizeof(fuse_in_header) + sizeof(fuse_read_in)
-cdef uint64_t _OWNER_FACTOR = OWNER_FACTOR, _GROUP_FACTOR = GROUP_FACTOR
 cdef int _CHUNK_BITS = items.item_at(1, 0).bit_length() - 1
 cdef int _COUNT = COUNT, _NAMES_USED = NAMES_USED
 cdef int _READS = NAMES.index("reads"), _SOURCE_READS = NAMES.index("source_reads")
@@ -239,20 +243,8 @@ cdef int _LOOKUPS = NAMES.index("lookups")
 cdef int _FOR_READING = O_RDONLY | O_NOCTTY | O_NONBLOCK
 
 
-cdef inline uint64_t access(const statx *st) noexcept nogil:
-    """As `versions.access`."""
-    cdef uint64_t owners = st.stx_uid * _OWNER_FACTOR ^ st.stx_gid * _GROUP_FACTOR
-    return <uint64_t>(st.stx_mode & 0xFFF) << 20 | owners >> 12 & 0xFFFFF
-
-
 cdef inline uint64_t mtime_ns(const statx *st) noexcept nogil:
     return <uint64_t>st.stx_mtime.tv_sec * 1000000000 + st.stx_mtime.tv_nsec
-
-
-cdef inline Shown shown_by(const statx *st) noexcept nogil:
-    cdef Shown shown
-    shown.size, shown.mtime_ns, shown.inode, shown.access = st.stx_size, mtime_ns(st), st.stx_ino, access(st)
-    return shown
 
 
 cdef inline bint are_same(Shown a, Shown b) noexcept nogil:
@@ -273,7 +265,7 @@ cdef class Messages:
 
     `request` has room for a message, and `into` is page-aligned memory for the bytes of two READs, `MAX_READ` each and
     a page. `unlooked` counts the messages since the thread last looked for other things to do.
-    `awaited` is the request for whose name the thread has to wait, or 0. Whoever sees to it that others serve meanwhile
+    `awaited` is the request for which the thread may have to wait, or 0. Whoever sees to it that others serve meanwhile
     leaves a `wait`, which `end_wait` is called with when that is over.
     """
 
@@ -281,7 +273,6 @@ cdef class Messages:
     cdef readonly uint64_t awaited
     cdef readonly uint32_t awaited_by  # a process
     cdef readonly double awaited_since  # as time.monotonic()
-    cdef public bint has_waited
     cdef public object wait
     cdef object _request, _into
     cdef unsigned char[::1] _message, _memory
@@ -308,7 +299,7 @@ cdef class Messages:
         self._request, self._into = request, memoryview(into)
         self._message, self._memory = request, into
         self.unlooked = self._half = self._unique = self._n_keeper_threads = 0
-        self._has_bytes = self._is_kept = self.has_waited = False
+        self._has_bytes = self._is_kept = False
         self.awaited = 0
         self.wait = None
         self._slot = self._to_submit = -1
@@ -320,12 +311,6 @@ cdef class Messages:
         self._has_bytes, self._given = True, given
         self._entry.header.len, self._entry.header.error = sizeof(fuse_out_header) + length, 0
         self._unique = self._entry.header.unique = unique
-
-    cdef void _wait_for(self, const fuse_in_header *header) noexcept nogil:
-        cdef timespec now
-        clock_gettime(CLOCK_MONOTONIC, &now)
-        self.awaited_since, self.awaited_by, self.has_waited = now.tv_sec + now.tv_nsec * 1e-9, header.pid, True
-        self.awaited = header.unique
 
     cdef int _answer_kept(self, uint64_t unique, data) except -1:
         """`_answer` with bytes that are kept somewhere."""
@@ -352,7 +337,6 @@ cdef class Whole:
 
     cdef uint64_t _unique, _node, _record
     cdef uint32_t _asked, _pid
-    cdef int _fd
     cdef Shown _shown
     cdef object _data
     # While the disk works on it:
@@ -368,7 +352,9 @@ cdef class FastPath:
     """Answers messages, and what the disk has read for them.
 
     `fd` is readable when it has read something, which `receive` then sees to; -1 where it is not read in this way.
-    `refuse` answers with an error, `read_anew` has a READ answered by somebody else; `end_wait`: see `Messages`.
+    `refuse` answers with an error, `read_anew` has a READ answered by somebody else; `end_wait`: see `Messages`. Who
+    looks for long waits sets `is_watched` as long as it does; an eventfd, `watch`, is written to when it is to begin.
+    `early` holds the numbers of READs that were interrupted before they were begun.
     Thread-safe.
     """
 
@@ -378,19 +364,23 @@ cdef class FastPath:
     cdef object _memory
     cdef unsigned char[::1] _slots_memory
     cdef int _free[_SLOTS]
+    cdef int _fds[_SLOTS]
     cdef int _n_free
     cdef list _begun  # by slot
-    cdef object _source, _catalog, _admission, _policy, _epochs, _counters, _known_ends, _refuse, _read_anew, _end_wait
+    cdef object _source, _catalog, _admission, _policy, _epochs, _counters, _known_ends, _refuse, _read_anew, _end_wait, _early
     cdef object _catalog_lock, _admission_lock, _counters_lock
     cdef uint64_t[::1] _counts
     cdef readonly bint answers_reads
+    cdef public int is_watched
+    cdef int _watch
     cdef bint _answers_names
     cdef int _rests, _turn
     cdef uint64_t _node_mask
+    cdef uint64_t _owners, _uid, _gid  # what `access` makes of the last ones that were seen
     cdef uint64_t[::1] _words
     cdef unsigned char[::1] _names
 
-    def __init__(self, device, reader, refuse, read_anew, end_wait):
+    def __init__(self, device, reader, refuse, read_anew, end_wait, watch, early):
         self._device, self._root = device, reader.source.root
         self._source, self._catalog, self._admission = reader.source, reader.catalog, reader.admission
         self._policy, self._epochs = reader.admission.policy, reader.admission.epochs
@@ -399,13 +389,16 @@ cdef class FastPath:
         self._catalog_lock, self._admission_lock = self._catalog.lock, self._admission.lock
         self._counters_lock = reader.counters.lock
         self._refuse, self._read_anew, self._end_wait = refuse, read_anew, end_wait
+        self._watch, self.is_watched, self._early = watch, False, early
         self._answers_names = not reader.source.is_remote
         self.answers_reads = self._answers_names and reader.sharing is None
         self._node_mask = self._catalog.id_mask
+        self._uid = self._gid = <uint64_t>-1
         self._words, self._names = self._catalog.words, self._catalog.names
         self.fd, self._disk, self._n_free, self._begun = -1, 0, 0, [None] * _SLOTS
         if self.answers_reads and not set_up(_SLOTS, &self._disk):
             self.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.fd >= 0:
             self._memory = pages.buffer(_SLOTS * fuse.MAX_READ)
             self._slots_memory = self._memory
             for slot in range(_SLOTS):
@@ -426,10 +419,12 @@ cdef class FastPath:
         return False
 
     def interrupt(self, unique):
-        """Who waits for a READ gives up."""
+        """Who waits for a READ gives up; False if the disk does not read for it."""
         for whole in self._begun:
             if whole is not None and (<Whole>whole)._unique == unique:
                 (<Whole>whole)._is_interrupted = True
+                return True
+        return False
 
     def given_up(self, before):
         """The numbers of READs that began `before` then, by `time.monotonic()`, and were given up; each is told once."""
@@ -463,7 +458,7 @@ cdef class FastPath:
                 end_turn(&self._turn)
                 if messages._unique:
                     failed = messages._send(self._device)
-                unsubmitted = self._submit(messages)
+                unsubmitted = self._submit(header, messages)
                 if messages.unlooked < most:
                     if self._look_at_disk(messages):
                         n = sizeof(fuse_in_header)
@@ -477,10 +472,12 @@ cdef class FastPath:
             if messages._unique:
                 self._sent(messages, failed)
             if unsubmitted >= 0:
+                close(self._fds[unsubmitted])
+                self._rests = _RESTS
                 self._leave(unsubmitted)
             if messages.wait is not None:
                 wait, messages.wait = messages.wait, None
-                self._end_wait(header.unique, wait)
+                self._end_wait(wait)
             if n <= 0:
                 self._turn_away()
             if n < 0:
@@ -491,11 +488,7 @@ cdef class FastPath:
                 return 0
             messages.unlooked += 1
             if messages._found.kind == DISK_BYTES:
-                try:
-                    self._answer_from_disk(messages)
-                except Exception as e:
-                    self._refuse((<Whole>self._begun[messages._found.slot])._unique, e)
-                    self._give_slot(messages._found.slot)
+                self._answer_from_disk(messages)
                 continue
             try:
                 if not self._answer(header, messages):
@@ -617,16 +610,27 @@ cdef class FastPath:
         elif header.opcode == FUSE_LOOKUP and self._answers_names:
             self._look_for_name(header, messages)
 
-    cdef int _submit(self, Messages messages) noexcept nogil:
+    cdef int _submit(self, const fuse_in_header *header, Messages messages) noexcept nogil:
         """Have the disk read what it is to; the slot of what it was not, or -1."""
         cdef int slot = messages._to_submit
         if slot < 0:
             return -1
         messages._to_submit = -1
         cdef uint64_t npages = (messages._found.shown.size + _PAGE - 1) // _PAGE
-        if submit(self._disk, slot, messages._found.fd, self._memory_of(slot), npages * _PAGE, self.fd) == 1:
-            return -1
-        return slot
+        self._wait_for(header, messages)  # should the disk be able to take no more
+        cdef int n = submit(self._disk, slot, messages._found.fd, self._memory_of(slot), npages * _PAGE, self.fd)
+        messages.awaited = 0
+        return -1 if n == 1 else slot
+
+    cdef void _wait_for(self, const fuse_in_header *header, Messages messages) noexcept nogil:
+        """This thread may have to wait, until `messages.awaited` is 0 again."""
+        cdef timespec now
+        cdef uint64_t one = 1
+        clock_gettime(CLOCK_MONOTONIC, &now)
+        messages.awaited_since, messages.awaited_by = now.tv_sec + now.tv_nsec * 1e-9, header.pid
+        store(&messages.awaited, header.unique)
+        if not self.is_watched:
+            write(self._watch, &one, sizeof(one))
 
     cdef inline unsigned char *_memory_of(self, int slot) noexcept nogil:
         return &self._slots_memory[slot * _MAX_READ]
@@ -636,8 +640,12 @@ cdef class FastPath:
         cdef io_event event
         if self._n_free == _SLOTS or self.fd < 0 or take_ended(self._disk, &event) != 1:
             return False
-        messages._found.kind = DISK_BYTES
-        messages._found.slot, messages._found.n = event.data, event.res
+        cdef Found *found = &messages._found
+        cdef int fd = self._fds[event.data]
+        found.kind, found.slot, found.n = DISK_BYTES, event.data, event.res
+        if attributes(fd, &found.st):
+            found.n = -1
+        close(fd)
         return True
 
     cdef void _look_for_name(self, const fuse_in_header *header, Messages messages) noexcept nogil:
@@ -654,7 +662,7 @@ cdef class FastPath:
             return
         cdef int fd = open_beneath(self._root, &found.text[found.path], O_PATH, RESOLVE_CACHED)
         if fd < 0 and errno == EAGAIN:
-            messages._wait_for(header)
+            self._wait_for(header, messages)
             fd = open_beneath(self._root, &found.text[found.path], O_PATH, 0)
             messages.awaited = 0
         if fd < 0:
@@ -740,6 +748,16 @@ cdef class FastPath:
             words = self._words_of(directory)
             directory, name, length = words[1] >> 32, <const char *>&self._names[words[2]], words[1] >> 16 & 0xFFFF
 
+    cdef Shown _shown_by(self, const statx *st) except *:
+        """As `Version.of`."""
+        cdef Shown shown
+        if st.stx_uid != self._uid or st.stx_gid != self._gid:  # as those of the last one
+            self._owners = access(0, st.stx_uid, st.stx_gid)
+            self._uid, self._gid = st.stx_uid, st.stx_gid
+        shown.size, shown.mtime_ns, shown.inode = st.stx_size, mtime_ns(st), st.stx_ino
+        shown.access = <uint64_t>(st.stx_mode & 0xFFF) << 20 | self._owners
+        return shown
+
     # -- names ------------------------------------------------------------------------------------------------------
 
     cdef bint _answer_lookup(self, fuse_in_header *header, Messages messages) except -1:
@@ -769,7 +787,7 @@ cdef class FastPath:
     cdef int64_t _enter(self, Messages messages, const char *name, size_t length) except -2:
         """The record of a directory entry, made if it is new; -1 if it is anything but the one that was shown."""
         cdef Found *found = &messages._found
-        cdef Shown now = shown_by(&found.st)
+        cdef Shown now = self._shown_by(&found.st)
         path = PyBytes_FromStringAndSize(&found.text[found.path], _LONGEST_PATH - found.path)
         cdef uint64_t node = max(<uint64_t>xxh3_64_intdigest(path) & self._node_mask, 2)
         self._update(messages)
@@ -835,10 +853,10 @@ cdef class FastPath:
         if found.kind == WRONG_BYTES:
             self._rests = _RESTS
             return False
-        if found.fd < 0 or not are_same(found.shown, shown_by(&found.st)):
+        if found.fd < 0 or not are_same(found.shown, self._shown_by(&found.st)):
             return False  # it might be no file any more
         cdef Whole whole = Whole()
-        whole._unique, whole._fd = header.unique, found.fd
+        whole._unique = header.unique
         whole._node, whole._pid, whole._asked = header.nodeid, header.pid, (<fuse_read_in *>(header + 1)).size
         whole._record, whole._shown = found.record, found.shown
         if found.kind == BYTES:
@@ -866,37 +884,39 @@ cdef class FastPath:
         """Have the disk read a file; False if that cannot be."""
         cdef timespec now
         try:
-            if not self._n_free or not self._source.go_direct(whole._fd):
-                self._rests = _RESTS
-                return False
+            is_possible = self._source.go_direct(messages._found.fd)
+            whole._is_interrupted = whole._unique in self._early
         except OSError:
+            is_possible = False  # whoever reads it again will say
+        if not is_possible or not self._n_free:
             self._rests = _RESTS
-            return False  # whoever reads it again will say
+            return False
+        # No other thread gets the interpreter from here on: there is a free slot still.
         clock_gettime(CLOCK_MONOTONIC, &now)
         whole._since = now.tv_sec + now.tv_nsec * 1e-9
         self._n_free -= 1
         messages._to_submit = self._free[self._n_free]
         self._begun[messages._to_submit] = whole
+        self._fds[messages._to_submit] = messages._found.fd
         return True
 
     cdef int _leave(self, int slot) except -1:
         """Leave a READ that the disk did not answer to somebody else."""
         cdef Whole whole = self._begun[slot]
-        close(whole._fd)
         self._give_slot(slot)
-        self._counters.add("reads")
-        self._read_anew(whole._unique, whole._request(), interrupted=whole._is_interrupted)
+        try:
+            self._counters.add("reads")
+            self._read_anew(whole._unique, whole._request(), interrupted=whole._is_interrupted)
+        except Exception as e:
+            self._refuse(whole._unique, e)
         return 0
 
     cdef int _answer_from_disk(self, Messages messages) except -1:
         cdef Found *found = &messages._found
         cdef Whole whole = self._begun[found.slot]
         cdef uint64_t size = whole._shown.size
-        if found.n < <int64_t>size or attributes(whole._fd, &found.st) or not are_same(whole._shown, shown_by(&found.st)):
+        if found.n < <int64_t>size or not are_same(whole._shown, self._shown_by(&found.st)) or not self._serves(whole):
             return self._leave(found.slot)
-        if not self._serves(whole):
-            return self._leave(found.slot)
-        close(whole._fd)
         self._count_read(size)
         whole._data = memoryview(self._memory)[found.slot * _MAX_READ : found.slot * _MAX_READ + size]
         messages._answer(whole._unique, self._memory_of(found.slot), size, whole)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from coordlfs.kernel import paths
 
-OWNER_FACTOR, GROUP_FACTOR = 0x9E3779B1, 0x85EBCA77  # primes, whose products with 32 bits have 64
 _HALF = 1 << 63
 
 
@@ -38,5 +37,4 @@ def _signed(ns: int) -> int:
 
 def access(mode: int, uid: int, gid: int) -> int:
     """See `Version.access`."""
-    owners = uid * OWNER_FACTOR ^ gid * GROUP_FACTOR
-    return (mode & 0xFFF) << 20 | owners >> 12 & 0xFFFFF
+    return (mode & 0xFFF) << 20 | hash((uid, gid)) & 0xFFFFF

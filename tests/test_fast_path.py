@@ -1,0 +1,353 @@
+"""The compiled fast path against the Python code that it does the work of: replies, catalogue and counters are alike.
+
+A packet socket stands in for /dev/fuse, so that any message can be sent; mounts are tested elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import stat
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordlfs import items, memfds
+from coordlfs.admission import Admission, Fetched
+from coordlfs.catalog import Catalog
+from coordlfs.epochs import Epochs
+from coordlfs.fast_path import FastPath, Messages
+from coordlfs.kernel import fuse, pages
+from coordlfs.metrics import NAMES, Counters
+from coordlfs.minio import MinIO
+from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
+from coordlfs.notifier import Notifier
+from coordlfs.reading import Reader, Request
+from coordlfs.source import Source
+from coordlfs.stash import Stash
+
+_PID = 4242
+_LARGEST = 300_000
+
+
+@dataclass
+class Side:
+    """A server's parts, without a mount."""
+
+    catalog: Catalog
+    counters: Counters
+    namespace: Namespace
+    reader: Reader
+    watch: int
+    device: socket.socket
+    theirs: socket.socket
+    left: list[tuple[int, Request]] = field(default_factory=list)
+    refused: list[tuple[int, Exception]] = field(default_factory=list)
+
+    def path(self) -> FastPath:
+        def leave(unique: int, asked: Request, *, interrupted: bool) -> None:
+            self.left.append((unique, asked))
+
+        def end_wait(wait: object) -> None:
+            raise AssertionError("nobody looks for waits here")
+
+        def refuse(unique: int, error: Exception) -> None:
+            self.refused.append((unique, error))
+
+        return FastPath(self.device.fileno(), self.reader, refuse, leave, end_wait, self.watch, {})
+
+    def figures(self) -> dict[str, int]:
+        return {name: self.counters[name] for name in NAMES}
+
+    def records(self) -> list[tuple[Any, ...]]:
+        """All of the catalogue, but for what flags say of readers' cgroups."""
+        return [
+            (
+                self.catalog.node(r),
+                self.catalog.entry(r),
+                self.catalog.flags(r),
+                self.catalog.version(r),
+                self.catalog.last_miss(r),
+            )
+            for r in range(len(self.catalog))
+        ]
+
+
+@contextmanager
+def _side(directory: Path, capacity: int = 0, *, id_bits: int = 63) -> Iterator[Side]:
+    with ExitStack() as stack:
+        fds = memfds.allocate()
+        for fd in fds:
+            stack.callback(os.close, fd)
+        root = os.open(directory, os.O_RDONLY)
+        stack.callback(os.close, root)
+        device, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (device, theirs):
+            stack.enter_context(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * _LARGEST)
+        device.setblocking(False)
+        theirs.settimeout(10)
+        catalog = Catalog(*fds, id_bits=id_bits)
+        counters = Counters(catalog.counters)
+        source = Source(root, is_remote=False)
+        admission = Admission(catalog, MinIO(capacity), Stash(1 << 20), Epochs(), counters, lambda: None)
+        admission.notifier = notifier = Notifier(device.fileno())
+        reader = Reader(catalog, source, admission, counters, notifier)
+        watch = os.eventfd(0)
+        stack.callback(os.close, watch)
+        yield Side(catalog, counters, Namespace(catalog, source, reader, counters), reader, watch, device, theirs)
+
+
+def _messages() -> Messages:
+    return Messages(bytearray(fuse.REQUEST_BUFFER), pages.buffer(2 * fuse.MAX_READ + pages.PAGE))
+
+
+def _message(opcode: int, unique: int, node: int, body: bytes) -> bytes:
+    return fuse.IN_HEADER.pack(fuse.IN_HEADER.size + len(body), opcode, unique, node, 0, 0, _PID, 0, 0) + body
+
+
+def _lookup(unique: int, node: int, name: bytes) -> bytes:
+    return _message(fuse.LOOKUP, unique, node, name + b"\0")
+
+
+def _read(unique: int, node: int, size: int, offset: int = 0, flags: int = 0) -> bytes:
+    return _message(fuse.READ, unique, node, fuse.READ_IN.pack(0, offset, size, 0, 0, flags) + bytes(4))
+
+
+def _ask(side: Side, path: FastPath, messages: Messages, message: bytes) -> bytes | None:
+    """The reply; None if the message is to be dispatched."""
+    side.theirs.send(message)
+    messages.unlooked = 0
+    n = path.receive(messages, 1)
+    while n == 0 and path.is_reading(fuse.IN_HEADER.unpack_from(message)[3]):
+        assert select.select([path.fd], [], [], 10)[0], "the disk does not read"
+        path.hear()
+        messages.unlooked = 0
+        n = path.receive(messages, 1)
+    if n:
+        assert n == len(message)
+        return None
+    return side.theirs.recv(2 * _LARGEST)
+
+
+_NAMES = st.binary(min_size=1, max_size=40).filter(lambda name: b"/" not in name and b"\0" not in name)
+_TREES = st.dictionaries(
+    _NAMES.filter(lambda name: name not in (b".", b"..")),
+    st.sampled_from(["file", "large", "empty", "directory", "link", "linked", "fifo"]),
+    max_size=8,
+)
+
+
+def _make(directory: bytes, tree: dict[bytes, str]) -> None:
+    for name, kind in tree.items():
+        path = directory + b"/" + name
+        if kind == "directory":
+            os.mkdir(path)
+        elif kind == "link":
+            os.symlink(b"elsewhere", path)
+        elif kind == "fifo":
+            os.mkfifo(path)
+        else:
+            size = {"file": len(name) * 331, "large": _LARGEST, "empty": 0, "linked": 10}[kind]
+            with open(path, "wb") as f:
+                f.write(os.urandom(size))
+            os.utime(path, ns=(1, -(10**9) - 7))  # before 1970
+            if kind == "linked":
+                os.link(path, path + b"+")
+
+
+@given(tree=_TREES, below=_TREES, others=st.lists(_NAMES, max_size=4), id_bits=st.sampled_from([63, 6]))
+@settings(deadline=None, max_examples=60)
+def test_names_and_bytes_are_those_of_the_python_code(
+    tree: dict[bytes, str], below: dict[bytes, str], others: list[bytes], id_bits: int
+) -> None:
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/var/tmp")))
+        _make(bytes(root), tree)
+        directory = next((name for name, kind in tree.items() if kind == "directory"), None)
+        if directory is not None:
+            _make(bytes(root) + b"/" + directory, below)
+        ours = stack.enter_context(_side(root, id_bits=id_bits))
+        theirs = stack.enter_context(_side(root, id_bits=id_bits))
+        path, messages = ours.path(), _messages()
+
+        def look_up(parent: int, name: bytes) -> int | None:
+            """The record of a name, which both sides give alike; None if there is none."""
+            reply = _ask(ours, path, messages, _lookup(7, ours.catalog.node(parent), name))
+            try:
+                record, attributes = theirs.namespace.lookup(parent, name)
+            except OSError:
+                assert reply is None
+                return None
+            if reply is None:
+                attributes_ours = ours.namespace.lookup(parent, name)[1]
+                is_usual = stat.S_ISDIR(attributes_ours.st_mode) or (
+                    stat.S_ISREG(attributes_ours.st_mode) and attributes_ours.st_nlink == 1
+                )
+                assert not is_usual or id_bits < 63
+            else:
+                node = theirs.catalog.node(record)
+                assert reply == fuse.entry_reply(7, node, attributes, NAME_TIMEOUT, believed(attributes))
+                theirs.counters.add("lookups")
+            assert ours.records() == theirs.records()
+            return record
+
+        places = [(0, [*tree, *others])]
+        if directory is not None and (known := look_up(0, directory)) is not None:
+            places.append((known, [*below, *others]))
+        for above, names in places:
+            for name in [*names, *names, b".", b"..", b"a/b", b"a\0b"]:
+                record = look_up(above, name)
+                if record is None:
+                    continue
+                size = theirs.catalog.size(record)
+                asked = _read(9, ours.catalog.node(record), -(-size // pages.PAGE) * pages.PAGE)
+                reply = _ask(ours, path, messages, asked)
+                if reply is None:
+                    continue
+                data = (root / os.fsdecode(theirs.catalog.path(record))).read_bytes()
+                assert reply == fuse.OUT_HEADER.pack(16 + size, 0, 9) + data
+                version = theirs.catalog.version(record)
+                assert theirs.catalog.serves(record, version)
+                theirs.counters.count_whole_read(size)
+                fetched = Fetched(items.item_at(record, 0), 0, memoryview(data), version)
+                theirs.reader.admission.missed(fetched, _PID, False)
+                assert ours.records() == theirs.records()
+                assert ours.reader.admission.epochs == theirs.reader.admission.epochs
+        assert ours.figures() == theirs.figures()
+        assert not ours.refused
+        assert not ours.left
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        _read(1, 99, 4096),  # an unknown node
+        _lookup(1, 99, b"file"),
+        _lookup(1, fuse.ROOT_NODE, b""),
+        _message(fuse.LOOKUP, 1, fuse.ROOT_NODE, b"file"),  # no NUL
+        _message(fuse.LOOKUP, 1, fuse.ROOT_NODE, b""),
+        _message(fuse.READ, 1, fuse.ROOT_NODE, b"short"),
+        _read(1, fuse.ROOT_NODE, 4096),  # no file
+        struct.pack("=II", 8, fuse.READ),
+        _lookup(1, fuse.ROOT_NODE, b"n" * 256),
+        _lookup(1, fuse.ROOT_NODE, b"n" * 5000),
+    ],
+)
+def test_what_is_unusual_is_left_to_others(tmp_path: Path, message: bytes) -> None:
+    (tmp_path / "file").write_bytes(b"bytes")
+    with _side(tmp_path) as side:
+        path, messages = side.path(), _messages()
+        side.theirs.send(message)
+        assert path.receive(messages, 8) == len(message)
+        before = side.records(), side.figures()
+        assert path.receive(messages, 8) is None
+        assert (side.records(), side.figures()) == before
+        assert len(side.catalog) == 1
+
+
+def _served(side: Side, name: bytes) -> tuple[FastPath, Messages, int]:
+    path, messages = side.path(), _messages()
+    assert _ask(side, path, messages, _lookup(1, fuse.ROOT_NODE, name)) is not None
+    return path, messages, len(side.catalog) - 1
+
+
+def test_parts_of_a_file_and_reads_around_the_page_cache_are_left_to_others(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(10_000))
+    with _side(tmp_path) as side:
+        path, messages, record = _served(side, b"file")
+        node = side.catalog.node(record)
+        for asked in (
+            _read(2, node, 4096),  # not all of it
+            _read(2, node, 12_288, offset=4096),
+            _read(2, node, 12_288, flags=os.O_DIRECT),
+            _read(2, node, 12_288, flags=os.O_NOATIME),
+        ):
+            assert _ask(side, path, messages, asked) is None
+        assert side.counters["source_bytes"] == 0
+
+
+@pytest.mark.parametrize("how", ["grown", "shrunk", "replaced", "touched", "locked up"])
+def test_another_version_than_the_one_shown_is_left_to_others(tmp_path: Path, how: str) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(10_000))
+    with _side(tmp_path) as side:
+        path, messages, record = _served(side, b"file")
+        if how == "replaced":
+            (tmp_path / "other").write_bytes(bytes(10_000))
+            os.utime(tmp_path / "other", ns=(1, file.stat().st_mtime_ns))
+            (tmp_path / "other").rename(file)
+        elif how == "touched":
+            os.utime(file, ns=(1, 1))
+        elif how == "locked up":
+            file.chmod(0)
+        else:
+            os.truncate(file, 20_000 if how == "grown" else 5_000)
+        assert _ask(side, path, messages, _read(2, side.catalog.node(record), 12_288)) is None
+        assert _ask(side, path, messages, _lookup(3, fuse.ROOT_NODE, b"file")) is None
+        assert side.counters["source_bytes"] == 0
+
+
+def test_while_there_is_room_items_are_admitted(tmp_path: Path) -> None:
+    """The bytes that admission gets are those of the file, though the next one is read into the same memory."""
+    contents = {b"%d" % i: os.urandom(50_000 + i) for i in range(4)}
+    for name, data in contents.items():
+        (tmp_path / os.fsdecode(name)).write_bytes(data)
+    with _side(tmp_path, 1000) as side:
+        path, messages = side.path(), _messages()
+        for name in contents:
+            assert _ask(side, path, messages, _lookup(1, fuse.ROOT_NODE, name)) is not None
+        nodes = {name: side.catalog.node(r) for r in range(1, len(side.catalog)) for _, name in [side.catalog.entry(r)]}
+        for unique, (name, data) in enumerate(contents.items(), 10):  # all at once
+            side.theirs.send(_read(unique, nodes[name], -(-len(data) // pages.PAGE) * pages.PAGE))
+        replies: dict[int, bytes] = {}
+        while len(replies) < len(contents):
+            messages.unlooked = 0
+            path.receive(messages, 100)
+            while select.select([side.theirs], [], [], 0.05)[0]:
+                reply = side.theirs.recv(2 * _LARGEST)
+                replies[fuse.OUT_HEADER.unpack_from(reply)[2]] = reply[16:]
+        assert [replies[unique] for unique in sorted(replies)] == list(contents.values())
+        for name, data in contents.items():
+            record = side.catalog.find(nodes[name])
+            assert record is not None
+            item = items.item_at(record, 0)
+            assert side.reader.admission.is_pending(item)
+            assert side.reader.admission.stash.parts(item, 0, len(data)) == [memoryview(data)]
+
+
+def test_a_read_of_the_disk_is_known_and_can_be_given_up(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(100_000))
+    with open(file, "rb") as f:
+        os.fsync(f.fileno())
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with _side(tmp_path) as side:
+        path, messages, record = _served(side, b"file")
+        if path.fd < 0:
+            pytest.skip("no AIO here")
+        node = side.catalog.node(record)
+        side.theirs.send(_read(5, node, 102_400))
+        messages.unlooked = 0
+        path.receive(messages, 1)
+        if path.is_reading(node):  # else the disk was as quick
+            assert not path.interrupt(6)
+            assert path.interrupt(5)
+            assert path.given_up(0.0) == []
+            assert path.given_up(float("inf")) == [5]
+            assert path.given_up(float("inf")) == []
+            assert select.select([path.fd], [], [], 10)[0]
+            path.hear()
+            messages.unlooked = 0
+            assert path.receive(messages, 1) == 0
+        assert side.theirs.recv(200_000) == fuse.OUT_HEADER.pack(100_016, 0, 5) + bytes(100_000)
+        assert not path.is_reading(node)
