@@ -189,7 +189,11 @@ class ByteLane:
         self._total += 1
         hears_all = self._total <= _LOOKING
         # Daemons: one that waits for a source which never answers must not keep the process.
-        threading.Thread(target=self._run, args=(hears_all,), name="byte lane", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(hears_all,), name="byte lane", daemon=True).start()
+        except RuntimeError:  # there are too many
+            self._total -= 1
+            raise
 
     # -- how many threads run -----------------------------------------------------------------------------------
 
@@ -247,6 +251,10 @@ class ByteLane:
                 for wait in long:
                     self._replace(wait)
 
+    def _have_watched(self) -> None:
+        if not self._fast_path.is_watched:
+            os.eventfd_write(self._watch, 1)
+
     def _held(self, before: float = math.inf) -> list[_Wait]:
         """The waits that hold a thread whose place none has taken: on the fast path, those that began `before` then."""
         for messages in list(self._messages):
@@ -256,14 +264,18 @@ class ByteLane:
 
     def _wait_of(self, messages: Messages, unique: int) -> None:
         """See to it that the wait of a thread on the fast path is known, if it is for this request."""
-        if not unique or messages.awaited != unique or messages.wait is not None:
+        before: _Wait | None = messages.wait  # that the disk took a read, perhaps: after which it waits for a name
+        if not unique or messages.awaited != unique or (before is not None and before.unique == unique):
             return
         is_keepers = messages.awaited_by in self._reader.admission.keeper_threads
         wait = _Wait(messages.awaited_since, is_keepers, unique in self._early, holds_thread=True, unique=unique)
         with self._lock:
-            # The thread goes on only with the interpreter, which nothing lets go of between these lines.
-            if messages.awaited == unique and messages.wait is None:
-                messages.wait = self._waits[unique] = wait
+            # The thread sees to it when it has the interpreter, which nothing lets go of between these lines.
+            if messages.awaited != unique or messages.wait is not before or unique in self._waits:
+                return
+            messages.wait = self._waits[unique] = wait
+        if before is not None:
+            self._end_fast_wait(before)
 
     def _park_if_many(self) -> bool:
         """Rest until a thread is missed, if there are enough without this one; whether it did."""
@@ -385,10 +397,11 @@ class ByteLane:
             [interrupted] = _HANDLE.unpack_from(request, fuse.IN_HEADER.size)
             for messages in list(self._messages):
                 self._wait_of(messages, interrupted)
+            is_reading = self._fast_path.interrupt(interrupted)  # though it may be about to be, and have a wait as well
             wait = self._waits.get(interrupted)
             if wait is not None:
                 wait.interrupted = True
-            elif not self._fast_path.interrupt(interrupted):
+            elif not is_reading:
                 self._early[interrupted] = time.monotonic()
         elif opcode in _NAMES:
             if opcode in (fuse.READDIR, fuse.READDIRPLUS):
@@ -428,8 +441,8 @@ class ByteLane:
                 wait = self._hold(unique, pid, reads, interrupted=interrupted)
                 if self._reader.source.is_remote:
                     self._replace(wait)
-                elif not self._fast_path.is_watched:
-                    os.eventfd_write(self._watch, 1)
+                else:
+                    self._have_watched()
 
         try:
             method(*arguments, before_wait)
@@ -545,6 +558,7 @@ class ByteLane:
         if disk is None or slot is None:
             return False
         wait = self._hold(unique, asked.pid, asked)
+        self._have_watched()  # should the disk be able to take no more
         self._begun[slot] = unique, begun, wait
         try:
             disk.submit(slot, file.fd, file.offset, pages.count(file.length) * pages.PAGE)

@@ -116,6 +116,10 @@ cdef extern from *:
         return has_ended(context) ? syscall(SYS_io_getevents, context, 0, 1, event, &at_once) : 0;
     }
 
+    static inline int load(int *word) {
+        return __atomic_load_n(word, __ATOMIC_SEQ_CST);
+    }
+
     static inline void store(uint64_t *word, uint64_t n) {
         __atomic_store_n(word, n, __ATOMIC_SEQ_CST);
     }
@@ -191,6 +195,7 @@ cdef extern from *:
     int attributes(int fd, statx *found) nogil
     void take_turn(int *turn) nogil
     void end_turn(int *turn) nogil
+    int load(int *word) nogil
     void store(uint64_t *word, uint64_t n) nogil
     void publish(uint64_t *count, uint64_t n)
 
@@ -629,7 +634,7 @@ cdef class FastPath:
         clock_gettime(CLOCK_MONOTONIC, &now)
         messages.awaited_since, messages.awaited_by = now.tv_sec + now.tv_nsec * 1e-9, header.pid
         store(&messages.awaited, header.unique)
-        if not self.is_watched:
+        if not load(&self.is_watched):
             write(self._watch, &one, sizeof(one))
 
     cdef inline unsigned char *_memory_of(self, int slot) noexcept nogil:
@@ -915,7 +920,11 @@ cdef class FastPath:
         cdef Found *found = &messages._found
         cdef Whole whole = self._begun[found.slot]
         cdef uint64_t size = whole._shown.size
-        if found.n < <int64_t>size or not are_same(whole._shown, self._shown_by(&found.st)) or not self._serves(whole):
+        try:
+            is_good = found.n >= <int64_t>size and are_same(whole._shown, self._shown_by(&found.st)) and self._serves(whole)
+        except Exception:
+            is_good = False
+        if not is_good:
             return self._leave(found.slot)
         self._count_read(size)
         whole._data = memoryview(self._memory)[found.slot * _MAX_READ : found.slot * _MAX_READ + size]
