@@ -363,6 +363,11 @@ class Admission:
                     self._forget(item)
         return dropped
 
+    def held_pages(self) -> int:
+        """Pages that are pinned, those included that are being let go: their memory is not available yet."""
+        with self.lock:
+            return self.policy.pinned_pages + sum(map(self.policy.pages, self.dropping))
+
     def limit(self, capacity: int) -> int:
         """Have no more than `capacity` pages from now on; how many are let go for it, of items drawn at random."""
         with self.lock:

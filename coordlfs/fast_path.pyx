@@ -288,7 +288,7 @@ cdef class Messages:
     cdef object _index, _keepers
     cdef uint32_t[::1] _slots
     cdef uint64_t _slot_mask
-    cdef uint32_t _keeper_threads[_KEEPER_THREADS]
+    cdef uint64_t _keeper_threads[_KEEPER_THREADS]  # what they say, be it the number of a thread or not
     cdef int _n_keeper_threads
     # The answer that is to be sent: `_unique` is 0 if there is none.
     cdef uint64_t _unique

@@ -68,8 +68,8 @@ class MemoryWatch:
         self.spare, self._above_low = max(0, have.available - marks.high), have.available - marks.low
         now = time.monotonic()
         before = self.governor.limit
-        pinned = self._admission.policy.pinned_pages * pages.PAGE
-        limit = self.governor.update(pinned, have, stalled(), now)
+        held = self._admission.held_pages() * pages.PAGE
+        limit = self.governor.update(held, have, stalled(), now)
         given = self._admission.limit(limit // pages.PAGE) * pages.PAGE
         self._say(given, before, now)
 
