@@ -135,18 +135,6 @@ class Catalog:
             names.append(known)
         return b"/".join(reversed(names))
 
-    def glance(self, record: int) -> tuple[int, Version, bytes]:
-        """`flags`, `version` and `path`, in less time."""
-        _, packed, offset, size, mtime_ns, inode, _, last = _RECORD.unpack_from(
-            self._map, _HEADER + record * _RECORD.size
-        )
-        directory = self._directories.get(packed >> 32)
-        if directory and not packed & LINKED:
-            path = directory + b"/" + self._heap[offset : offset + (packed >> 16 & 0xFFFF)]
-        else:
-            path = self.path(record)
-        return packed & 0xFFFF, Version(size, mtime_ns, inode, last >> 32), path
-
     def directory_path(self, record: int) -> bytes:
         """`path` of a directory, remembered."""
         known = self._directories.get(record)

@@ -877,7 +877,7 @@ cdef class FastPath:
         return True
 
     cdef int _count_read(self, uint64_t size) except -1:
-        """As `Counters.count_whole_read`."""
+        """Count a READ, and as `Counters.count_read` that it went to the source."""
         self._counters_lock.acquire()
         self._counts[_READS] += 1
         self._counts[_SOURCE_READS] += 1

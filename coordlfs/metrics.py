@@ -41,7 +41,6 @@ NAMES = (
     "peer_skipped",  # not asked, because of failures before or because too many waited
 )
 
-_READS = NAMES.index("reads")
 _SOURCE_BYTES, _SOURCE_READS = NAMES.index("source_bytes"), NAMES.index("source_reads")
 _PEER_BYTES, _PEER_READS = NAMES.index("peer_bytes"), NAMES.index("peer_reads")
 
@@ -65,13 +64,6 @@ class Counters:
     def count_read(self, nbytes: int) -> None:
         """Count a READ that went to the source."""
         with self.lock:
-            self.words[_SOURCE_READS] += 1
-            self.words[_SOURCE_BYTES] += nbytes
-
-    def count_whole_read(self, nbytes: int) -> None:
-        """Count a READ, and that it went to the source."""
-        with self.lock:
-            self.words[_READS] += 1
             self.words[_SOURCE_READS] += 1
             self.words[_SOURCE_BYTES] += nbytes
 

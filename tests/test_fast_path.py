@@ -218,7 +218,8 @@ def test_names_and_bytes_are_those_of_the_python_code(
                 assert reply == fuse.OUT_HEADER.pack(16 + size, 0, 9) + data
                 version = theirs.catalog.version(record)
                 assert theirs.catalog.serves(record, version)
-                theirs.counters.count_whole_read(size)
+                theirs.counters.add("reads")
+                theirs.counters.count_read(size)
                 fetched = Fetched(items.item_at(record, 0), 0, memoryview(data), version)
                 theirs.reader.admission.missed(fetched, _PID, False)
                 assert ours.records() == theirs.records()
