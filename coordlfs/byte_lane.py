@@ -1,8 +1,7 @@
-"""The byte lane: threads that read /dev/fuse, answer READ, LOOKUP and GETATTR, and hand the rest to the name lane.
+"""The byte lane: threads that read /dev/fuse, answer READ, LOOKUP, GETATTR and READDIRPLUS, and hand on the rest.
 
 OPEN, OPENDIR, FLUSH, RELEASE and ACCESS are refused with ENOSYS, after which the kernel never sends them again: to
-open a file that it knows costs no message ("zero-message open"). READDIRPLUS gets the node id written into its file
-handle, which such an open leaves 0.
+open a file that it knows costs no message ("zero-message open").
 
 One or two threads compete for the interpreter. A local disk reads while they go on (AIO), and other nodes
 answer. Whatever else has to be waited for holds a thread, and another one takes the place of one that waits, so
@@ -35,9 +34,11 @@ from coordlfs.fetch_ahead import FetchAhead
 from coordlfs.kernel import aio, fuse, pages
 from coordlfs.kernel.libc import quick_write
 from coordlfs.kernel.process import is_called_off
+from coordlfs.listings import Listings
 from coordlfs.metrics import Counters
 from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
 from coordlfs.reading import Answer, Begun, Reader, Request
+from coordlfs.records import Records
 from coordlfs.source import pread_all
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ _REFUSED = frozenset(
     {fuse.OPEN, fuse.OPENDIR, fuse.FLUSH, fuse.RELEASE, fuse.RELEASEDIR, fuse.ACCESS, fuse.FSYNC, fuse.FSYNCDIR}
 )
 _NAMES = frozenset(
-    {fuse.READLINK, fuse.STATFS, fuse.GETXATTR, fuse.LISTXATTR, fuse.READDIR, fuse.READDIRPLUS}
+    {fuse.READLINK, fuse.STATFS, fuse.GETXATTR, fuse.LISTXATTR}
 )  # what the name lane answers; a mount that is read-only is asked nothing else that can be answered
 _SILENT = frozenset({fuse.FORGET, fuse.BATCH_FORGET})
 _LAST_OFFSET = (1 << 63) - 1 - fuse.MAX_READ
@@ -136,8 +137,10 @@ class ByteLane:
         self,
         device: int,
         names: socket.socket,
+        records: Records,
         reader: Reader,
         namespace: Namespace,
+        listings: Listings,
         ahead: FetchAhead,
         counters: Counters,
     ) -> None:
@@ -147,6 +150,7 @@ class ByteLane:
         self._names = names
         self._reader = reader
         self._namespace = namespace
+        self._listings = listings
         self._ahead = ahead
         self._counters = counters
         self._lock = threading.Lock()
@@ -161,7 +165,7 @@ class ByteLane:
         self._watch = os.eventfd(0, os.EFD_CLOEXEC)  # written to when somebody is to look for long waits
         self._early: dict[int, float] = {}  # requests that were interrupted before they were seen to wait, and when
         self._fast_path = FastPath(
-            *(device, reader, self._refuse, self._return, self._end_fast_wait), self._watch, self._early
+            *(device, records, reader, self._refuse, self._return, self._end_fast_wait), self._watch, self._early
         )
         self._messages: list[Messages] = []  # of the threads
         is_fast = self._fast_path.answers_reads and reader.admission.hits_ask_nobody
@@ -403,9 +407,11 @@ class ByteLane:
                 wait.interrupted = True
             elif not is_reading:
                 self._early[interrupted] = time.monotonic()
+        elif opcode == fuse.READDIRPLUS:
+            self._counters.add("name_requests")
+            _, position, size, _, _, _ = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
+            self._answer(unique, pid, self._list, unique, node, position, memoryview(into)[: min(size, fuse.MAX_READ)])
         elif opcode in _NAMES:
-            if opcode in (fuse.READDIR, fuse.READDIRPLUS):
-                _HANDLE.pack_into(request, fuse.IN_HEADER.size, node)
             self._counters.add("name_requests")
             self._waits[unique] = _Wait(time.monotonic(), False, unique in self._early)
             self._names.send(message)
@@ -506,6 +512,11 @@ class ByteLane:
     def _getattr(self, unique: int, node: int, before_wait: Callable[[], None]) -> None:
         st = self._namespace.attributes(self._namespace.record_of(node), before_wait)
         self._reply(fuse.attributes_reply(unique, node, st, believed(st)))
+
+    def _list(self, unique: int, node: int, position: int, into: memoryview, before_wait: Callable[[], None]) -> None:
+        before_wait()
+        n = self._listings.pack(node, position, into)
+        self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + n, 0, unique), into[:n])
 
     def _hint(self, unique: int, body: memoryview, uid: int, pid: int, before_wait: Callable[[], None]) -> None:
         self._ahead.take(body, uid, pid, time.monotonic())

@@ -74,7 +74,7 @@ class Catalog:
         self._map = mmap.mmap(records, memfds.RECORDS)
         self._heap = mmap.mmap(names, memfds.NAMES)
         self._w = memoryview(self._map).cast("Q")
-        self.words, self.names = self._w, self._heap  # for `coordlfs.fast_path`, which reads records as they lie here
+        self.words, self.names = self._w, self._heap  # for `coordlfs.records`, which reads them as they lie here
         self.id_mask = (1 << id_bits) - 1
         self.lock = threading.RLock()
         self._other_names: dict[int, set[tuple[int, bytes]]] = {}  # of files with several hard links

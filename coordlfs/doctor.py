@@ -376,17 +376,18 @@ def _pyfuse3() -> Check:
         import pyfuse3  # its shared library may be missing as well
     except ImportError as e:
         remedy = "apt-get install libfuse3-3, pip install pyfuse3"
-        return Check("pyfuse3", State.MISSING, str(e), "listings cannot be answered", remedy, True)
+        return Check("pyfuse3", State.MISSING, str(e), "links and extended attributes cannot be answered", remedy, True)
     return _good("pyfuse3", str(pyfuse3.__version__))
 
 
-def _fast_path() -> Check:
+def _compiled() -> Check:
     try:
+        import coordlfs.entries
         import coordlfs.fast_path  # noqa: F401
     except ImportError as e:
         remedy = "install coordlfs again, with a C compiler"
         return Check("compiled code", State.MISSING, str(e), "nothing can be served", remedy, True)
-    return _good("compiled code", "coordlfs.fast_path")
+    return _good("compiled code", "coordlfs.records, entries, fast_path")
 
 
 def _prometheus() -> Check:
@@ -413,7 +414,7 @@ CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
     *map(_one, (_device, _mounting, _allow_other, _namespaces)),
     _features,
     *map(_one, (_kernel, _detached_copies, _populate, _cachestat, _pressure)),
-    *map(_one, (_lockable, _open_files, _mappings, _cgroup, _available, _pyfuse3, _fast_path, _prometheus)),
+    *map(_one, (_lockable, _open_files, _mappings, _cgroup, _available, _pyfuse3, _compiled, _prometheus)),
 )
 
 

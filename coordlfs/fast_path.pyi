@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from coordlfs.kernel.pages import Buffer
 from coordlfs.reading import Reader, Request
+from coordlfs.records import Records
 
 class _ReadAnew(Protocol):
     def __call__(self, unique: int, asked: Request, *, interrupted: bool) -> None: ...
@@ -29,6 +30,7 @@ class FastPath:
     def __init__(
         self,
         device: int,
+        records: Records,
         reader: Reader,
         refuse: Callable[[int, Exception], None],
         read_anew: _ReadAnew,

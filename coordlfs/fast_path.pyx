@@ -12,34 +12,31 @@ be given is decided, as in any Python code.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, ENODEV, ENOENT, errno
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memchr, memcmp, memcpy, memset, strerror
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memchr, memset, strerror
 from posix.fcntl cimport O_NONBLOCK, O_NOCTTY, O_RDONLY
-from posix.stat cimport S_ISDIR, S_ISREG
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close, read, write
 
-from xxhash import xxh3_64_intdigest
+from coordlfs.kernel.linux cimport (
+    FUSE_LOOKUP, FUSE_READ, fuse_entry_out, fuse_in_header, fuse_out_header, fuse_read_in, statx
+)
+from coordlfs.records cimport Index, Records, Shown, are_same, is_usual, put_entry, version
 
 from coordlfs import items
 from coordlfs.admission import Fetched
-from coordlfs.catalog import (
-    COUNT, DIRECTORY, HEADER_WORDS, LINKED, NAMES_USED, RECORD_WORDS, REGULAR, SERVED, SUPERSEDED
-)
+from coordlfs.catalog import LINKED, REGULAR, SERVED
 from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.pages import PAGE
 from coordlfs.metrics import NAMES
-from coordlfs.namespace import EMPTY_TIMEOUT, NAME_TIMEOUT
 from coordlfs.reading import Request
-from coordlfs.versions import Version, access
 
 cdef extern from *:
     """
     #include <fcntl.h>
     #include <linux/aio_abi.h>
-    #include <linux/fuse.h>
     #include <linux/openat2.h>
     #include <sys/eventfd.h>
     #include <sys/stat.h>
@@ -124,11 +121,6 @@ cdef extern from *:
         __atomic_store_n(word, n, __ATOMIC_SEQ_CST);
     }
 
-    // Only now does a record exist: a server that is killed at any moment leaves whole ones.
-    static inline void publish(uint64_t *count, uint64_t n) {
-        __atomic_store_n(count, n, __ATOMIC_RELEASE);
-    }
-
     static inline int attributes(int fd, struct statx *found) {
         return statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, found);
     }
@@ -142,40 +134,6 @@ cdef extern from *:
 
     ssize_t preadv2(int fd, const iovec *vectors, int count, int64_t offset, int flags) nogil
     ssize_t writev(int fd, const iovec *vectors, int count) nogil
-
-    struct fuse_in_header:
-        uint32_t len, opcode
-        uint64_t unique, nodeid
-        uint32_t uid, gid, pid
-
-    struct fuse_read_in:
-        uint64_t offset
-        uint32_t size, flags
-
-    struct fuse_out_header:
-        uint32_t len
-        int error
-        uint64_t unique
-
-    struct fuse_attr:
-        uint64_t ino, size, blocks, atime, mtime, ctime
-        uint32_t atimensec, mtimensec, ctimensec, mode, nlink, uid, gid, rdev, blksize, flags
-
-    struct fuse_entry_out:
-        uint64_t nodeid, generation, entry_valid, attr_valid
-        fuse_attr attr
-
-    const uint32_t FUSE_LOOKUP, FUSE_READ
-
-    struct statx_timestamp:
-        int64_t tv_sec
-        uint32_t tv_nsec
-
-    struct statx:
-        uint32_t stx_blksize, stx_nlink, stx_uid, stx_gid
-        uint16_t stx_mode
-        uint64_t stx_ino, stx_size, stx_blocks
-        statx_timestamp stx_atime, stx_mtime, stx_ctime
 
     struct counted:
         uint64_t cached
@@ -197,11 +155,6 @@ cdef extern from *:
     void end_turn(int *turn) nogil
     int load(int *word) nogil
     void store(uint64_t *word, uint64_t n) nogil
-    void publish(uint64_t *count, uint64_t n)
-
-
-cdef struct Shown:  # as `Version`
-    uint64_t size, mtime_ns, inode, access
 
 
 cdef struct Entry:  # the reply to LOOKUP
@@ -235,12 +188,9 @@ cdef struct Found:  # what a message asks for
 
 
 cdef uint64_t _PAGE = PAGE, _LARGEST = fuse.MAX_READ - 1, _MAX_READ = fuse.MAX_READ
-cdef uint64_t _HEADER_WORDS = HEADER_WORDS, _RECORD_WORDS = RECORD_WORDS
-cdef uint32_t _REGULAR = REGULAR, _SERVED = SERVED, _LINKED = LINKED, _DIRECTORY = DIRECTORY, _SUPERSEDED = SUPERSEDED
-cdef uint64_t _NAME_TIMEOUT = NAME_TIMEOUT, _EMPTY_TIMEOUT = EMPTY_TIMEOUT
+cdef uint32_t _REGULAR = REGULAR, _SERVED = SERVED, _LINKED = LINKED
 cdef uint32_t _READ_SIZE = sizeof(fuse_in_header) + sizeof(fuse_read_in)
 cdef int _CHUNK_BITS = items.item_at(1, 0).bit_length() - 1
-cdef int _COUNT = COUNT, _NAMES_USED = NAMES_USED
 cdef int _READS = NAMES.index("reads"), _SOURCE_READS = NAMES.index("source_reads")
 cdef int _SOURCE_BYTES = NAMES.index("source_bytes"), _SOURCE_FILES = NAMES.index("source_files")
 cdef int _DATASET_ITEMS = NAMES.index("dataset_items"), _DATASET_BYTES = NAMES.index("dataset_bytes")
@@ -248,21 +198,9 @@ cdef int _LOOKUPS = NAMES.index("lookups")
 cdef int _FOR_READING = O_RDONLY | O_NOCTTY | O_NONBLOCK
 
 
-cdef inline uint64_t mtime_ns(const statx *st) noexcept nogil:
-    return <uint64_t>st.stx_mtime.tv_sec * 1000000000 + st.stx_mtime.tv_nsec
-
-
-cdef inline bint are_same(Shown a, Shown b) noexcept nogil:
-    return a.size == b.size and a.mtime_ns == b.mtime_ns and a.inode == b.inode and a.access == b.access
-
-
 cdef object item_of(uint64_t record):
     """The item that a small file is."""
     return record << _CHUNK_BITS
-
-
-cdef object version(Shown shown):
-    return Version(shown.size, <int64_t>shown.mtime_ns, shown.inode, shown.access)
 
 
 cdef class Messages:
@@ -285,9 +223,8 @@ cdef class Messages:
     cdef Found _found
     # The index and the keepers' threads, as they were when this thread last had the interpreter; if they change, others
     # take their place.
-    cdef object _index, _keepers
-    cdef uint32_t[::1] _slots
-    cdef uint64_t _slot_mask
+    cdef Index _index
+    cdef object _keepers
     cdef uint64_t _keeper_threads[_KEEPER_THREADS]  # what they say, be it the number of a thread or not
     cdef int _n_keeper_threads
     # The answer that is to be sent: `_unique` is 0 if there is none.
@@ -308,7 +245,7 @@ cdef class Messages:
         self.awaited = 0
         self.wait = None
         self._slot = self._to_submit = -1
-        self._index = self._keepers = None
+        self._index, self._keepers = Index(), None
 
     cdef void _answer(self, uint64_t unique, const void *data, size_t length, Whole given) noexcept:
         """Have bytes sent, which stay as they are until they are."""
@@ -372,34 +309,27 @@ cdef class FastPath:
     cdef int _fds[_SLOTS]
     cdef int _n_free
     cdef list _begun  # by slot
-    cdef object _source, _catalog, _admission, _policy, _epochs, _counters, _known_ends, _refuse, _read_anew, _end_wait, _early
-    cdef object _catalog_lock, _admission_lock, _counters_lock
+    cdef object _source, _admission, _policy, _epochs, _counters, _known_ends, _refuse, _read_anew, _end_wait, _early
+    cdef object _admission_lock, _counters_lock
     cdef uint64_t[::1] _counts
     cdef readonly bint answers_reads
     cdef public int is_watched
     cdef int _watch
     cdef bint _answers_names
     cdef int _rests, _turn
-    cdef uint64_t _node_mask
-    cdef uint64_t _owners, _uid, _gid  # what `access` makes of the last ones that were seen
-    cdef uint64_t[::1] _words
-    cdef unsigned char[::1] _names
+    cdef Records _records
 
-    def __init__(self, device, reader, refuse, read_anew, end_wait, watch, early):
+    def __init__(self, device, Records records not None, reader, refuse, read_anew, end_wait, watch, early):
         self._device, self._root = device, reader.source.root
-        self._source, self._catalog, self._admission = reader.source, reader.catalog, reader.admission
+        self._records, self._source, self._admission = records, reader.source, reader.admission
         self._policy, self._epochs = reader.admission.policy, reader.admission.epochs
         self._counters, self._known_ends = reader.counters, reader.ends.notified_of
         self._counts = reader.counters.words
-        self._catalog_lock, self._admission_lock = self._catalog.lock, self._admission.lock
-        self._counters_lock = reader.counters.lock
+        self._admission_lock, self._counters_lock = self._admission.lock, reader.counters.lock
         self._refuse, self._read_anew, self._end_wait = refuse, read_anew, end_wait
         self._watch, self.is_watched, self._early = watch, False, early
         self._answers_names = not reader.source.is_remote
         self.answers_reads = self._answers_names and reader.sharing is None
-        self._node_mask = self._catalog.id_mask
-        self._uid = self._gid = <uint64_t>-1
-        self._words, self._names = self._catalog.words, self._catalog.names
         self.fd, self._disk, self._n_free, self._begun = -1, 0, 0, [None] * _SLOTS
         if self.answers_reads and not set_up(_SLOTS, &self._disk):
             self.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
@@ -511,9 +441,7 @@ cdef class FastPath:
 
     cdef int _update(self, Messages messages) except -1:
         """See to what a thread has to know when it is without the interpreter."""
-        if self._catalog.index is not messages._index:
-            messages._index = self._catalog.index
-            messages._slots, messages._slot_mask = messages._index
+        self._records.update(messages._index)
         keepers = self._admission.keeper_threads
         if keepers is not messages._keepers:
             messages._keepers = keepers
@@ -559,13 +487,13 @@ cdef class FastPath:
             return False
         if admission.passed_over or (ahead is not None and ahead.orders.wanted):
             return False
-        cdef uint64_t *words = self._words_of(given._record)
+        cdef uint64_t *words = self._records.words_of(given._record)
         cdef uint64_t epoch, last
         self._admission_lock.acquire()
         try:
             if not self._is_absent(given._record):
                 return False
-            if not are_same(given._shown, self._shown(given._record)):
+            if not are_same(given._shown, self._records.shown(given._record)):
                 return True  # another thread has seen a newer version meanwhile
             current = self._epochs.current
             epoch, last = current.number, words[6]  # of the last miss the epoch, and below 32 bits the page
@@ -662,8 +590,11 @@ cdef class FastPath:
         length -= 1
         if memchr(name, c"/", length) or (name[0] == c"." and (length == 1 or (length == 2 and name[1] == c"."))):
             return
-        found.record = self._find(messages, header.nodeid)
-        if found.record < 0 or not self._put_path(found, found.record, name, length):
+        found.record = self._records.find(messages._index, header.nodeid)
+        if found.record < 0:
+            return
+        found.path = self._records.put_path(found.text, _LONGEST_PATH, found.record, name, length)
+        if found.path < 0:
             return
         cdef int fd = open_beneath(self._root, &found.text[found.path], O_PATH, RESOLVE_CACHED)
         if fd < 0 and errno == EAGAIN:
@@ -674,18 +605,17 @@ cdef class FastPath:
             return
         cdef bint is_known = not attributes(fd, &found.st)
         close(fd)
-        # What has several names, and what is no file, is unusual.
-        if is_known and ((S_ISREG(found.st.stx_mode) and found.st.stx_nlink == 1) or S_ISDIR(found.st.stx_mode)):
+        if is_known and is_usual(&found.st):
             found.kind = NAME
 
     cdef void _look_for_bytes(self, const fuse_in_header *header, Messages messages) noexcept nogil:
         cdef Found *found = &messages._found
         cdef const fuse_read_in *asked = <const fuse_read_in *>(header + 1)
-        found.record = self._find(messages, header.nodeid)
+        found.record = self._records.find(messages._index, header.nodeid)
         if asked.offset or asked.flags & (O_DIRECT | O_NOATIME) or found.record < 0:
             return
-        cdef const uint64_t *words = self._words_of(found.record)
-        found.shown = self._shown(found.record)
+        cdef const uint64_t *words = self._records.words_of(found.record)
+        found.shown = self._records.shown(found.record)
         if not words[1] & _REGULAR or not 0 < found.shown.size <= asked.size or found.shown.size > _LARGEST:
             return
         found.kind = NO_BYTES
@@ -695,9 +625,12 @@ cdef class FastPath:
         for i in range(messages._n_keeper_threads):
             if header.pid == messages._keeper_threads[i]:
                 return  # it is about to be, mostly
-        if words[1] & _LINKED or not self._put_path(
-            found, words[1] >> 32, <const char *>&self._names[words[2]], words[1] >> 16 & 0xFFFF
-        ):
+        if words[1] & _LINKED:
+            return
+        found.path = self._records.put_path(
+            found.text, _LONGEST_PATH, words[1] >> 32, self._records.name_of(found.record), words[1] >> 16 & 0xFFFF
+        )
+        if found.path < 0:
             return
         found.fd = open_beneath(self._root, &found.text[found.path], _FOR_READING, RESOLVE_CACHED)
         if found.fd < 0:
@@ -715,132 +648,25 @@ cdef class FastPath:
             close(found.fd)
             found.fd = -1
 
-    cdef int64_t _find(self, Messages messages, uint64_t node) noexcept nogil:
-        """The record of a node, or -1."""
-        cdef uint64_t at = node & messages._slot_mask
-        cdef uint32_t slot
-        while True:
-            slot = messages._slots[at]
-            if not slot:
-                return -1
-            if self._words_of(slot - 1)[0] == node:
-                return slot - 1
-            at = (at + 1) & messages._slot_mask
-
-    cdef inline uint64_t *_words_of(self, uint64_t record) noexcept nogil:
-        return &self._words[_HEADER_WORDS + record * _RECORD_WORDS]
-
-    cdef inline Shown _shown(self, uint64_t record) noexcept nogil:
-        cdef const uint64_t *words = self._words_of(record)
-        cdef Shown shown
-        shown.size, shown.mtime_ns, shown.inode, shown.access = words[3], words[4], words[5], words[7] >> 32
-        return shown
-
-    cdef bint _put_path(self, Found *found, uint64_t directory, const char *name, size_t length) noexcept nogil:
-        """Write the path of a name in a directory; False if it is too long."""
-        cdef const uint64_t *words
-        found.path = _LONGEST_PATH
-        found.text[_LONGEST_PATH] = 0
-        while True:
-            if <size_t>found.path < length + 1:
-                return False
-            found.path -= length
-            memcpy(&found.text[found.path], name, length)
-            if not directory:
-                return True
-            found.path -= 1
-            found.text[found.path] = c"/"
-            words = self._words_of(directory)
-            directory, name, length = words[1] >> 32, <const char *>&self._names[words[2]], words[1] >> 16 & 0xFFFF
-
-    cdef Shown _shown_by(self, const statx *st) except *:
-        """As `Version.of`."""
-        cdef Shown shown
-        if st.stx_uid != self._uid or st.stx_gid != self._gid:  # as those of the last one
-            self._owners = access(0, st.stx_uid, st.stx_gid)
-            self._uid, self._gid = st.stx_uid, st.stx_gid
-        shown.size, shown.mtime_ns, shown.inode = st.stx_size, mtime_ns(st), st.stx_ino
-        shown.access = <uint64_t>(st.stx_mode & 0xFFF) << 20 | self._owners
-        return shown
-
     # -- names ------------------------------------------------------------------------------------------------------
 
     cdef bint _answer_lookup(self, fuse_in_header *header, Messages messages) except -1:
-        cdef const statx *st = &messages._found.st
-        cdef int64_t record = self._enter(messages, <const char *>(header + 1), header.len - sizeof(fuse_in_header) - 1)
+        cdef Found *found = &messages._found
+        path = PyBytes_FromStringAndSize(&found.text[found.path], _LONGEST_PATH - found.path)
+        cdef const char *name = <const char *>(header + 1)
+        cdef size_t length = header.len - sizeof(fuse_in_header) - 1
+        cdef int64_t record = self._records.enter(messages._index, path, found.record, name, length, &found.st)
         if record < 0:
             return False
         self._counters_lock.acquire()
         self._counts[_LOOKUPS] += 1
         self._counters_lock.release()
         cdef Entry *reply = &messages._entry
-        cdef fuse_entry_out *entry = &reply.entry
-        cdef fuse_attr *attr = &entry.attr
         memset(reply, 0, sizeof(Entry))
         reply.header.len, reply.header.unique = sizeof(Entry), header.unique
-        entry.nodeid = attr.ino = self._words_of(record)[0]
-        entry.entry_valid = _NAME_TIMEOUT
-        entry.attr_valid = _EMPTY_TIMEOUT if S_ISREG(st.stx_mode) and not st.stx_size else _NAME_TIMEOUT
-        attr.size, attr.blocks, attr.blksize = st.stx_size, st.stx_blocks, st.stx_blksize
-        attr.atime, attr.atimensec = st.stx_atime.tv_sec, st.stx_atime.tv_nsec
-        attr.mtime, attr.mtimensec = st.stx_mtime.tv_sec, st.stx_mtime.tv_nsec
-        attr.ctime, attr.ctimensec = st.stx_ctime.tv_sec, st.stx_ctime.tv_nsec
-        attr.mode, attr.nlink, attr.uid, attr.gid = st.stx_mode, st.stx_nlink, st.stx_uid, st.stx_gid
+        put_entry(&reply.entry, self._records.words_of(record)[0], &found.st)
         messages._unique = header.unique
         return True
-
-    cdef int64_t _enter(self, Messages messages, const char *name, size_t length) except -2:
-        """The record of a directory entry, made if it is new; -1 if it is anything but the one that was shown."""
-        cdef Found *found = &messages._found
-        cdef Shown now = self._shown_by(&found.st)
-        path = PyBytes_FromStringAndSize(&found.text[found.path], _LONGEST_PATH - found.path)
-        cdef uint64_t node = max(<uint64_t>xxh3_64_intdigest(path) & self._node_mask, 2)
-        self._update(messages)
-        cdef int64_t record = self._find(messages, node)
-        if record < 0:
-            return self._add(messages, node, name, length, now)
-        cdef const uint64_t *words = self._words_of(record)
-        if (
-            words[1] & (_LINKED | _SUPERSEDED)
-            or words[1] >> 32 != <uint64_t>found.record
-            or (words[1] >> 16 & 0xFFFF) != length
-            or memcmp(&self._names[words[2]], name, length)
-            or not are_same(self._shown(record), now)
-        ):
-            return -1
-        return record
-
-    cdef int64_t _add(self, Messages messages, uint64_t node, const char *name, size_t length, Shown now) except -2:
-        """The record of a new directory entry, as `Catalog.add` makes it; -1 if somebody else just did."""
-        cdef Found *found = &messages._found
-        cdef uint64_t parent = found.record, kind = _REGULAR if S_ISREG(found.st.stx_mode) else _DIRECTORY
-        cdef uint64_t record, used, at
-        cdef uint64_t *words
-        self._catalog_lock.acquire()
-        try:
-            self._update(messages)
-            if self._find(messages, node) >= 0:
-                return -1
-            record, used = self._words[_COUNT], self._words[_NAMES_USED]
-            if (
-                (record + 1) * 2 > messages._slot_mask + 1
-                or used + length > <uint64_t>self._names.shape[0]
-                or _HEADER_WORDS + (record + 2) * _RECORD_WORDS > <uint64_t>self._words.shape[0]
-            ):
-                return self._catalog.add(node, parent, PyBytes_FromStringAndSize(name, length), kind, version(now))
-            memcpy(&self._names[used], name, length)
-            self._words[_NAMES_USED] = used + length
-            words = self._words_of(record)
-            words[0], words[1], words[2] = node, parent << 32 | length << 16 | kind, used
-            words[3], words[4], words[5], words[6], words[7] = now.size, now.mtime_ns, now.inode, 0, now.access << 32
-            publish(&self._words[_COUNT], record + 1)
-            at = node & messages._slot_mask
-            while messages._slots[at]:
-                at = (at + 1) & messages._slot_mask
-            messages._slots[at] = record + 1
-            return record
-        finally:
-            self._catalog_lock.release()
 
     # -- bytes ------------------------------------------------------------------------------------------------------
 
@@ -858,7 +684,7 @@ cdef class FastPath:
         if found.kind == WRONG_BYTES:
             self._rests = _RESTS
             return False
-        if found.fd < 0 or not are_same(found.shown, self._shown_by(&found.st)):
+        if found.fd < 0 or not are_same(found.shown, self._records.shown_by(&found.st)):
             return False  # it might be no file any more
         cdef Whole whole = Whole()
         whole._unique = header.unique
@@ -921,7 +747,7 @@ cdef class FastPath:
         cdef Whole whole = self._begun[found.slot]
         cdef uint64_t size = whole._shown.size
         try:
-            is_good = found.n >= <int64_t>size and are_same(whole._shown, self._shown_by(&found.st)) and self._serves(whole)
+            is_good = found.n >= <int64_t>size and are_same(whole._shown, self._records.shown_by(&found.st)) and self._serves(whole)
         except Exception:
             is_good = False
         if not is_good:
@@ -935,11 +761,11 @@ cdef class FastPath:
     cdef bint _serves(self, Whole whole) except -1:
         """Whether bytes may be given of the version that was shown: the file has them afterwards."""
         # That they are handed out is recorded before it is seen again which version is shown: see `Catalog.serves`.
-        if not self._words_of(whole._record)[1] & _SERVED:
-            if not are_same(whole._shown, self._shown(whole._record)):
+        if not self._records.words_of(whole._record)[1] & _SERVED:
+            if not are_same(whole._shown, self._records.shown(whole._record)):
                 return False
-            self._catalog.set_served(whole._record)
-        return are_same(whole._shown, self._shown(whole._record)) and whole._node not in self._known_ends
+            self._records.catalog.set_served(whole._record)
+        return are_same(whole._shown, self._records.shown(whole._record)) and whole._node not in self._known_ends
 
     cdef bint _answer_kept(self, fuse_in_header *header, Messages messages) except -1:
         """Answer with what need not be read, if that is all of it."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from coordlfs.peers.settings import Cluster
 
 FSTYPE = attachment.FSTYPE.encode()
+_COMPILED = "coordlfs.records", "coordlfs.entries", "coordlfs.fast_path"
 _START_TIMEOUT = 60.0
 _END_SOON, _END_TIMEOUT = 1.0, 30.0
 _TELL_STATUS = 30.0  # seconds between what the service manager is told
@@ -150,9 +151,10 @@ def _check_log(log_file: str | None) -> None:
 
 
 def _check_compiled() -> None:
-    if importlib.util.find_spec("coordlfs.fast_path") is None:
+    missing = [name for name in _COMPILED if importlib.util.find_spec(name) is None]
+    if missing:
         raise UserError(
-            f"coordlfs.fast_path is not compiled for this Python ({sys.version_info[0]}.{sys.version_info[1]}): "
+            f"{missing[0]} is not compiled for this Python ({sys.version_info[0]}.{sys.version_info[1]}): "
             "install coordlfs again, with a C compiler (`pip install`, or `sh tools/setup.sh` in a checkout)"
         )
 

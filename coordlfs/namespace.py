@@ -48,6 +48,10 @@ class Namespace:
         """The node id of a record."""
         return self._catalog.node(record)
 
+    def directory_path(self, record: int) -> bytes:
+        """The path of a directory relative to the source; empty for the root."""
+        return self._catalog.directory_path(record)
+
     def lookup(
         self, parent: int, name: bytes, before_wait: Callable[[], None] | None = None, *, announce: bool = False
     ) -> tuple[int, os.stat_result]:

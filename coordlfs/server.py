@@ -27,10 +27,12 @@ from coordlfs.admission import Admission
 from coordlfs.byte_lane import ByteLane
 from coordlfs.catalog import Catalog
 from coordlfs.control import Control
+from coordlfs.entries import Entries
 from coordlfs.epochs import Epoch, Epochs
 from coordlfs.fetch_ahead import PROTOCOL, FetchAhead
 from coordlfs.governor import Governor
 from coordlfs.kernel import fuse, pages, process
+from coordlfs.listings import Listings
 from coordlfs.memory_watch import MemoryWatch
 from coordlfs.metrics import Counters
 from coordlfs.minio import MinIO
@@ -38,6 +40,7 @@ from coordlfs.name_lane import TASKS, NameLane
 from coordlfs.namespace import Namespace
 from coordlfs.notifier import Notifier
 from coordlfs.reading import Reader
+from coordlfs.records import Records
 from coordlfs.revalidation import Revalidation
 from coordlfs.source import Source
 from coordlfs.stash import Stash
@@ -98,7 +101,9 @@ def serve(config: dict[str, Any]) -> None:
     ahead = admission.ahead = FetchAhead(catalog, admission, epochs, counters, memory_watch)
     stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source, ahead)
     namespace = Namespace(catalog, source, reader, counters)
-    names = NameLane(catalog, source, namespace, counters)
+    records = Records(catalog)
+    listings = Listings(source, namespace, Entries(records, namespace, counters))
+    names = NameLane(catalog, source, namespace)
     revalidation = Revalidation(catalog, source, namespace, reader, notifier, counters)
     control = Control(catalog, source, namespace, admission, revalidation, link.replace)
     sharing = _share(config, catalog, admission, reader, counters) if config["peers"] else None
@@ -114,7 +119,7 @@ def serve(config: dict[str, Any]) -> None:
             if config["resend"]:
                 os.write(device, fuse.resend())
         counters.add("server_starts")
-        lane = ByteLane(device, ours, reader, namespace, ahead, counters)
+        lane = ByteLane(device, ours, records, reader, namespace, listings, ahead, counters)
         admission.is_awaited = lane.is_awaited
         threads = [
             threading.Thread(target=_relay, args=(ours, device, lane.name_answered), name="relay"),

@@ -1,110 +1,27 @@
-"""The compiled fast path against the Python code that it does the work of: replies, catalogue and counters are alike.
-
-A packet socket stands in for /dev/fuse, so that any message can be sent; mounts are tested elsewhere.
-"""
+"""The compiled fast path against the Python code that it does the work of: replies, catalogue, counters are alike."""
 
 from __future__ import annotations
 
 import os
 import select
-import socket
 import stat
 import struct
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sides import ENTRY_NAMES, LARGEST, PID, TREES, Side, make, side_of
 
-from coordlfs import items, memfds
-from coordlfs.admission import Admission, Fetched
-from coordlfs.catalog import Catalog
-from coordlfs.epochs import Epochs
+from coordlfs import items
+from coordlfs.admission import Fetched
 from coordlfs.fast_path import FastPath, Messages
 from coordlfs.kernel import fuse, pages
-from coordlfs.metrics import NAMES, Counters
-from coordlfs.minio import MinIO
-from coordlfs.namespace import NAME_TIMEOUT, Namespace, believed
-from coordlfs.notifier import Notifier
-from coordlfs.reading import Reader, Request
-from coordlfs.source import Source
-from coordlfs.stash import Stash
+from coordlfs.namespace import NAME_TIMEOUT, believed
 
-_PID = 4242
-_LARGEST = 300_000
-
-
-@dataclass
-class Side:
-    """A server's parts, without a mount."""
-
-    catalog: Catalog
-    counters: Counters
-    namespace: Namespace
-    reader: Reader
-    watch: int
-    device: socket.socket
-    theirs: socket.socket
-    left: list[tuple[int, Request]] = field(default_factory=list)
-    refused: list[tuple[int, Exception]] = field(default_factory=list)
-
-    def path(self) -> FastPath:
-        def leave(unique: int, asked: Request, *, interrupted: bool) -> None:
-            self.left.append((unique, asked))
-
-        def end_wait(wait: object) -> None:
-            raise AssertionError("nobody looks for waits here")
-
-        def refuse(unique: int, error: Exception) -> None:
-            self.refused.append((unique, error))
-
-        return FastPath(self.device.fileno(), self.reader, refuse, leave, end_wait, self.watch, {})
-
-    def figures(self) -> dict[str, int]:
-        return {name: self.counters[name] for name in NAMES}
-
-    def records(self) -> list[tuple[Any, ...]]:
-        """All of the catalogue, but for what flags say of readers' cgroups."""
-        return [
-            (
-                self.catalog.node(r),
-                self.catalog.entry(r),
-                self.catalog.flags(r),
-                self.catalog.version(r),
-                self.catalog.last_miss(r),
-            )
-            for r in range(len(self.catalog))
-        ]
-
-
-@contextmanager
-def _side(directory: Path, capacity: int = 0, *, id_bits: int = 63) -> Iterator[Side]:
-    with ExitStack() as stack:
-        fds = memfds.allocate()
-        for fd in fds:
-            stack.callback(os.close, fd)
-        root = os.open(directory, os.O_RDONLY)
-        stack.callback(os.close, root)
-        device, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for sock in (device, theirs):
-            stack.enter_context(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * _LARGEST)
-        device.setblocking(False)
-        theirs.settimeout(10)
-        catalog = Catalog(*fds, id_bits=id_bits)
-        counters = Counters(catalog.counters)
-        source = Source(root, is_remote=False)
-        admission = Admission(catalog, MinIO(capacity), Stash(1 << 20), Epochs(), counters, lambda: None)
-        admission.notifier = notifier = Notifier(device.fileno())
-        reader = Reader(catalog, source, admission, counters, notifier)
-        watch = os.eventfd(0)
-        stack.callback(os.close, watch)
-        yield Side(catalog, counters, Namespace(catalog, source, reader, counters), reader, watch, device, theirs)
+_MAX_REPLY = 2 * LARGEST
 
 
 def _messages() -> Messages:
@@ -112,7 +29,7 @@ def _messages() -> Messages:
 
 
 def _message(opcode: int, unique: int, node: int, body: bytes) -> bytes:
-    return fuse.IN_HEADER.pack(fuse.IN_HEADER.size + len(body), opcode, unique, node, 0, 0, _PID, 0, 0) + body
+    return fuse.IN_HEADER.pack(fuse.IN_HEADER.size + len(body), opcode, unique, node, 0, 0, PID, 0, 0) + body
 
 
 def _lookup(unique: int, node: int, name: bytes) -> bytes:
@@ -136,48 +53,22 @@ def _ask(side: Side, path: FastPath, messages: Messages, message: bytes) -> byte
     if n:
         assert n == len(message)
         return None
-    return side.theirs.recv(2 * _LARGEST)
+    return side.theirs.recv(_MAX_REPLY)
 
 
-_NAMES = st.binary(min_size=1, max_size=40).filter(lambda name: b"/" not in name and b"\0" not in name)
-_TREES = st.dictionaries(
-    _NAMES.filter(lambda name: name not in (b".", b"..")),
-    st.sampled_from(["file", "large", "empty", "directory", "link", "linked", "fifo"]),
-    max_size=8,
-)
-
-
-def _make(directory: bytes, tree: dict[bytes, str]) -> None:
-    for name, kind in tree.items():
-        path = directory + b"/" + name
-        if kind == "directory":
-            os.mkdir(path)
-        elif kind == "link":
-            os.symlink(b"elsewhere", path)
-        elif kind == "fifo":
-            os.mkfifo(path)
-        else:
-            size = {"file": len(name) * 331, "large": _LARGEST, "empty": 0, "linked": 10}[kind]
-            with open(path, "wb") as f:
-                f.write(os.urandom(size))
-            os.utime(path, ns=(1, -(10**9) - 7))  # before 1970
-            if kind == "linked":
-                os.link(path, path + b"+")
-
-
-@given(tree=_TREES, below=_TREES, others=st.lists(_NAMES, max_size=4), id_bits=st.sampled_from([63, 6]))
+@given(tree=TREES, below=TREES, others=st.lists(ENTRY_NAMES, max_size=4), id_bits=st.sampled_from([63, 6]))
 @settings(deadline=None, max_examples=60)
 def test_names_and_bytes_are_those_of_the_python_code(
     tree: dict[bytes, str], below: dict[bytes, str], others: list[bytes], id_bits: int
 ) -> None:
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/var/tmp")))
-        _make(bytes(root), tree)
+        make(bytes(root), tree)
         directory = next((name for name, kind in tree.items() if kind == "directory"), None)
         if directory is not None:
-            _make(bytes(root) + b"/" + directory, below)
-        ours = stack.enter_context(_side(root, id_bits=id_bits))
-        theirs = stack.enter_context(_side(root, id_bits=id_bits))
+            make(bytes(root) + b"/" + directory, below)
+        ours = stack.enter_context(side_of(root, id_bits=id_bits))
+        theirs = stack.enter_context(side_of(root, id_bits=id_bits))
         path, messages = ours.path(), _messages()
 
         def look_up(parent: int, name: bytes) -> int | None:
@@ -221,7 +112,7 @@ def test_names_and_bytes_are_those_of_the_python_code(
                 theirs.counters.add("reads")
                 theirs.counters.count_read(size)
                 fetched = Fetched(items.item_at(record, 0), 0, memoryview(data), version)
-                theirs.reader.admission.missed(fetched, _PID, False)
+                theirs.reader.admission.missed(fetched, PID, False)
                 assert ours.records() == theirs.records()
                 assert ours.reader.admission.epochs == theirs.reader.admission.epochs
         assert ours.figures() == theirs.figures()
@@ -246,7 +137,7 @@ def test_names_and_bytes_are_those_of_the_python_code(
 )
 def test_what_is_unusual_is_left_to_others(tmp_path: Path, message: bytes) -> None:
     (tmp_path / "file").write_bytes(b"bytes")
-    with _side(tmp_path) as side:
+    with side_of(tmp_path) as side:
         path, messages = side.path(), _messages()
         side.theirs.send(message)
         assert path.receive(messages, 8) == len(message)
@@ -264,7 +155,7 @@ def _served(side: Side, name: bytes) -> tuple[FastPath, Messages, int]:
 
 def test_parts_of_a_file_and_reads_around_the_page_cache_are_left_to_others(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(10_000))
-    with _side(tmp_path) as side:
+    with side_of(tmp_path) as side:
         path, messages, record = _served(side, b"file")
         node = side.catalog.node(record)
         for asked in (
@@ -281,7 +172,7 @@ def test_parts_of_a_file_and_reads_around_the_page_cache_are_left_to_others(tmp_
 def test_another_version_than_the_one_shown_is_left_to_others(tmp_path: Path, how: str) -> None:
     file = tmp_path / "file"
     file.write_bytes(bytes(10_000))
-    with _side(tmp_path) as side:
+    with side_of(tmp_path) as side:
         path, messages, record = _served(side, b"file")
         if how == "replaced":
             (tmp_path / "other").write_bytes(bytes(10_000))
@@ -303,7 +194,7 @@ def test_while_there_is_room_items_are_admitted(tmp_path: Path) -> None:
     contents = {b"%d" % i: os.urandom(50_000 + i) for i in range(4)}
     for name, data in contents.items():
         (tmp_path / os.fsdecode(name)).write_bytes(data)
-    with _side(tmp_path, 1000) as side:
+    with side_of(tmp_path, 1000) as side:
         path, messages = side.path(), _messages()
         for name in contents:
             assert _ask(side, path, messages, _lookup(1, fuse.ROOT_NODE, name)) is not None
@@ -315,7 +206,7 @@ def test_while_there_is_room_items_are_admitted(tmp_path: Path) -> None:
             messages.unlooked = 0
             path.receive(messages, 100)
             while select.select([side.theirs], [], [], 0.05)[0]:
-                reply = side.theirs.recv(2 * _LARGEST)
+                reply = side.theirs.recv(_MAX_REPLY)
                 replies[fuse.OUT_HEADER.unpack_from(reply)[2]] = reply[16:]
         assert [replies[unique] for unique in sorted(replies)] == list(contents.values())
         for name, data in contents.items():
@@ -332,7 +223,7 @@ def test_a_read_of_the_disk_is_known_and_can_be_given_up(tmp_path: Path) -> None
     with open(file, "rb") as f:
         os.fsync(f.fileno())
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    with _side(tmp_path) as side:
+    with side_of(tmp_path) as side:
         path, messages, record = _served(side, b"file")
         if path.fd < 0:
             pytest.skip("no AIO here")

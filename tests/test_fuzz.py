@@ -268,14 +268,14 @@ def test_messages_that_are_cut_off_are_refused(kernel: FakeKernel) -> None:
         fuse.LOOKUP: b"item-00000\0",
         fuse.GETXATTR: struct.pack("=II", 100, 0) + b"user.x\0",
         fuse.LISTXATTR: struct.pack("=II", 100, 0),
-        fuse.READDIR: fuse.READ_IN.pack(0, 0, 4096, 0, 0, 0),
+        fuse.READDIRPLUS: fuse.READ_IN.pack(0, 0, 4096, 0, 0, 0),
     }
     for opcode, body in whole.items():
         for length in range(len(body)):
             assert kernel.ask(opcode, fuse.ROOT_NODE, body[:length]) == (errno.EINVAL, b""), (opcode, length)
     for name in (b".", b"..", b"a/b", b"../x", b"a\0b"):
         assert kernel.ask(fuse.LOOKUP, fuse.ROOT_NODE, name + b"\0") == (errno.EINVAL, b"")
-    for opcode in (6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 31, 33, 35, 37, 38, 40, 43, 45, 46, 47, 50, 52, 4096):
+    for opcode in (6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 28, 31, 33, 35, 37, 38, 40, 43, 45, 46, 47, 50, 52, 4096):
         assert kernel.ask(opcode, fuse.ROOT_NODE, bytes(8)) == (errno.ENOSYS, b"")
 
 

@@ -184,6 +184,19 @@ def test_errors_of_names(source: Path, faults: Callable[[], Faulty], mount: Make
     assert read(mounted.path / "f") == read(mounted.path / "g") == noise(5000)
 
 
+def test_a_name_whose_attributes_fail_is_listed(source: Path, faults: Callable[[], Faulty], mount: MakeMount) -> None:
+    for name in ("f", "g"):
+        (source / name).write_bytes(noise(5000))
+    faulty = faults()
+    mounted = mount(faulty.path)
+    faulty.set("lookup f", errno=errno.EIO)
+    assert sorted(os.listdir(mounted.path)) == ["f", "g"]
+    assert mounted.stats()["source"]["errors"] == 1
+    raises(errno.EIO, lambda: os.stat(mounted.path / "f"))
+    faulty.clear()
+    assert read(mounted.path / "f") == noise(5000)
+
+
 def test_warming_what_cannot_be_read(source: Path, faults: Callable[[], Faulty], mount: MakeMount) -> None:
     for name in ("f", "g"):
         (source / name).write_bytes(noise(300_000))

@@ -37,7 +37,6 @@ _BODIES = {
     GETXATTR: (8, True),
     LISTXATTR: (8, False),
     IOCTL: (IOCTL_IN.size, False),
-    READDIR: (READ_IN.size, False),
     READDIRPLUS: (READ_IN.size, False),
 }
 _NOTHING = (0, False)
