@@ -72,29 +72,29 @@ class Catalog:
 
     def __init__(self, records: int, names: int, *, id_bits: int = 63) -> None:
         self._map = mmap.mmap(records, memfds.RECORDS)
-        self._heap = mmap.mmap(names, memfds.NAMES)
-        self._w = memoryview(self._map).cast("Q")
-        self.words, self.names = self._w, self._heap  # for `coordlfs.records`, which reads them as they lie here
+        # Read as they lie here by `coordlfs.records` as well.
+        self.words = memoryview(self._map).cast("Q")
+        self.names = mmap.mmap(names, memfds.NAMES)
         self.id_mask = (1 << id_bits) - 1
         self.lock = threading.RLock()
         self._other_names: dict[int, set[tuple[int, bytes]]] = {}  # of files with several hard links
         self._directories: dict[int, bytes] = {0: b""}
-        self.counters = self._w[HEADER_WORDS - COUNTERS : HEADER_WORDS]
-        if self._w[COUNT] == 0:
+        self.counters = self.words[HEADER_WORDS - COUNTERS : HEADER_WORDS]
+        if self.words[COUNT] == 0:
             self._append(ROOT_NODE, 0, b"", DIRECTORY)
         self.index: tuple[memoryview, int] = (memoryview(array("I", bytes(4 << 12))), (1 << 12) - 1)
-        if self._w[COUNT] > 1:
-            self.index = self._build_index(self._w[COUNT])
+        if self.words[COUNT] > 1:
+            self.index = self._build_index(self.words[COUNT])
         else:
             self._insert(ROOT_NODE, 0)
 
     def __len__(self) -> int:
-        return self._w[COUNT]
+        return self.words[COUNT]
 
     @property
     def memory(self) -> int:
         """Bytes that the records, the names and the index take up."""
-        return _HEADER + len(self) * RECORD_WORDS * 8 + self._w[NAMES_USED] + self.index[0].nbytes
+        return _HEADER + len(self) * RECORD_WORDS * 8 + self.words[NAMES_USED] + self.index[0].nbytes
 
     # -- finding ------------------------------------------------------------------------------------------------
 
@@ -104,23 +104,23 @@ class Catalog:
         at = node & mask
         while record := slots[at]:
             record -= 1
-            if self._w[HEADER_WORDS + record * RECORD_WORDS] == node:
+            if self.words[HEADER_WORDS + record * RECORD_WORDS] == node:
                 return record
             at = (at + 1) & mask
         return None
 
     def node(self, record: int) -> int:
         """The node id of a record."""
-        return self._w[HEADER_WORDS + record * RECORD_WORDS]
+        return self.words[HEADER_WORDS + record * RECORD_WORDS]
 
     def entry(self, record: int) -> tuple[int, bytes]:
         """Record of the parent directory, and the name in it."""
         at = HEADER_WORDS + record * RECORD_WORDS
-        packed, offset = self._w[at + 1], self._w[at + 2]
+        packed, offset = self.words[at + 1], self.words[at + 2]
         if packed & LINKED:  # the only ones that `move` gives another name
             with self.lock:
-                packed, offset = self._w[at + 1], self._w[at + 2]
-        return packed >> 32, self._heap[offset : offset + (packed >> 16 & 0xFFFF)]
+                packed, offset = self.words[at + 1], self.words[at + 2]
+        return packed >> 32, self.names[offset : offset + (packed >> 16 & 0xFFFF)]
 
     def path(self, record: int) -> bytes:
         """The path relative to the root; empty for the root."""
@@ -166,18 +166,21 @@ class Catalog:
     def stamp(self, record: int) -> int:
         """64 bits for what tells the bytes of that version from those of any other."""
         at = HEADER_WORDS + record * RECORD_WORDS
-        return xxhash.xxh3_64_intdigest(self._w[at + 3 : at + 6])
+        return xxhash.xxh3_64_intdigest(self.words[at + 3 : at + 6])
 
     def is_stricter(self, record: int, st: os.stat_result) -> bool:
         """Whether `st` may forbid somebody what the version that was shown allowed."""
-        shown, now = self._w[HEADER_WORDS + record * RECORD_WORDS + 7] >> 32, access(st.st_mode, st.st_uid, st.st_gid)
+        shown, now = (
+            self.words[HEADER_WORDS + record * RECORD_WORDS + 7] >> 32,
+            access(st.st_mode, st.st_uid, st.st_gid),
+        )
         return (shown ^ now) & 0xFFFFF != 0 or shown >> 20 & ~(now >> 20) & 0o777 != 0
 
     @_locked
     def set_access(self, record: int, st: os.stat_result) -> None:
         """Record that the kernel is told of another mode or owner, and nothing else."""
         at = HEADER_WORDS + record * RECORD_WORDS + 7
-        self._w[at] = access(st.st_mode, st.st_uid, st.st_gid) << 32 | self._w[at] & 0xFFFFFFFF
+        self.words[at] = access(st.st_mode, st.st_uid, st.st_gid) << 32 | self.words[at] & 0xFFFFFFFF
 
     @_locked
     def supersedes(self, record: int, st: os.stat_result, *, is_another: bool = False) -> bool:
@@ -186,13 +189,13 @@ class Catalog:
         `is_another`: it is another file, though the inode's number may be the same.
         """
         flags = self.flags(record)
-        another = is_another or st.st_ino != self._w[HEADER_WORDS + record * RECORD_WORDS + 5]
+        another = is_another or st.st_ino != self.words[HEADER_WORDS + record * RECORD_WORDS + 5]
         if stat.S_ISLNK(st.st_mode) and not flags & (REGULAR | DIRECTORY):
             # The kernel keeps where a link leads with the node, and new attributes do not have it look again.
             another, flags = not self.shows_bytes(record, st), flags | SERVED
         if flags & SERVED and another:
             self.set_stale(record)
-            self._w[HEADER_WORDS + record * RECORD_WORDS + 1] |= SUPERSEDED
+            self.words[HEADER_WORDS + record * RECORD_WORDS + 1] |= SUPERSEDED
             return True
         return bool(flags & SUPERSEDED)
 
@@ -200,15 +203,15 @@ class Catalog:
     def supersede(self, record: int) -> None:
         """The name of a file is gone: another one of that name, be it with the same inode number, is another node."""
         if self.flags(record) & SERVED:
-            self._w[HEADER_WORDS + record * RECORD_WORDS + 1] |= SUPERSEDED
+            self.words[HEADER_WORDS + record * RECORD_WORDS + 1] |= SUPERSEDED
 
     def size(self, record: int) -> int:
         """Bytes of the file, as the kernel was last told."""
-        return self._w[HEADER_WORDS + record * RECORD_WORDS + 3]
+        return self.words[HEADER_WORDS + record * RECORD_WORDS + 3]
 
     def flags(self, record: int) -> int:
         """REGULAR, DIRECTORY, LINKED, SUPERSEDED, FOREIGN, STALE: see below; SERVED: bytes of it were handed out."""
-        return self._w[HEADER_WORDS + record * RECORD_WORDS + 1] & 0xFFFF
+        return self.words[HEADER_WORDS + record * RECORD_WORDS + 1] & 0xFFFF
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -240,7 +243,7 @@ class Catalog:
                 self._other_names.setdefault(record, set()).add((parent, name))
             if same and self.shows(record, Version.of(st)):
                 if flags & SUPERSEDED:  # it is back
-                    self._w[HEADER_WORDS + record * RECORD_WORDS + 1] &= ~SUPERSEDED
+                    self.words[HEADER_WORDS + record * RECORD_WORDS + 1] &= ~SUPERSEDED
                 return record, False, superseded
             if same and not self.supersedes(record, st):
                 kind = self._kind(st, linked)
@@ -275,19 +278,19 @@ class Catalog:
         self._other_names.get(record, set()).discard((parent, name))
         at = HEADER_WORDS + record * RECORD_WORDS
         offset = self._store_name(name)
-        self._w[at + 2] = offset
-        self._w[at + 1] = parent << 32 | len(name) << 16 | self.flags(record)
+        self.words[at + 2] = offset
+        self.words[at + 1] = parent << 32 | len(name) << 16 | self.flags(record)
 
     @_locked
     def set_version(self, record: int, version: Version, kind: int | None = None) -> None:
         """Record that the kernel is told of `version`, of which nothing has been handed out yet."""
         at = HEADER_WORDS + record * RECORD_WORDS
-        self._w[at + 3] = version.size
-        self._w[at + 4] = version.mtime_ns & 0xFFFFFFFFFFFFFFFF
-        self._w[at + 5] = version.inode
-        self._w[at + 7] = version.access << 32 | self._w[at + 7] & 0xFFFFFFFF
+        self.words[at + 3] = version.size
+        self.words[at + 4] = version.mtime_ns & 0xFFFFFFFFFFFFFFFF
+        self.words[at + 5] = version.inode
+        self.words[at + 7] = version.access << 32 | self.words[at + 7] & 0xFFFFFFFF
         flags = self.flags(record) & ~SERVED if kind is None else kind | self.flags(record) & STALE
-        self._w[at + 1] = self._w[at + 1] & ~0xFFFF | flags
+        self.words[at + 1] = self.words[at + 1] & ~0xFFFF | flags
 
     @_locked
     def change_version(self, record: int, version: Version, served: int) -> bool:
@@ -305,14 +308,14 @@ class Catalog:
     def set_served(self, record: int) -> None:
         """Record that bytes of this version have been handed out."""
         at = HEADER_WORDS + record * RECORD_WORDS + 1
-        if not self._w[at] & SERVED:
+        if not self.words[at] & SERVED:
             with self.lock:
-                self._w[at] |= SERVED
+                self.words[at] |= SERVED
 
     @_locked
     def set_foreign(self, record: int) -> None:
         """Record that a process outside the keepers' memory cgroup has read of the file."""
-        self._w[HEADER_WORDS + record * RECORD_WORDS + 1] |= FOREIGN
+        self.words[HEADER_WORDS + record * RECORD_WORDS + 1] |= FOREIGN
 
     @_locked
     def set_stale(self, record: int) -> None:
@@ -321,19 +324,19 @@ class Catalog:
         To be called before that one is: a server that is killed before it has seen to it leaves it to the next one.
         """
         if not self.flags(record) & STALE:
-            self._w[_STALE] += 1
-            self._w[HEADER_WORDS + record * RECORD_WORDS + 1] |= STALE
+            self.words[_STALE] += 1
+            self.words[HEADER_WORDS + record * RECORD_WORDS + 1] |= STALE
 
     @_locked
     def set_fresh(self, record: int) -> None:
         """Record that nothing of another version is held any more."""
         if self.flags(record) & STALE:
-            self._w[HEADER_WORDS + record * RECORD_WORDS + 1] &= ~STALE
-            self._w[_STALE] -= 1
+            self.words[HEADER_WORDS + record * RECORD_WORDS + 1] &= ~STALE
+            self.words[_STALE] -= 1
 
     def stale(self) -> list[int]:
         """The records of which something of another version may be held."""
-        return [r for r in range(len(self)) if self.flags(r) & STALE] if self._w[_STALE] else []
+        return [r for r in range(len(self)) if self.flags(r) & STALE] if self.words[_STALE] else []
 
     def serves(self, record: int, version: Version) -> bool:
         """Whether a version is shown; if so, bytes of it are being handed out."""
@@ -352,47 +355,47 @@ class Catalog:
 
     def last_miss(self, record: int) -> tuple[int, int]:
         """Epoch of the file's last miss and the page it began at; (0, 0) if there was none."""
-        packed = self._w[HEADER_WORDS + record * RECORD_WORDS + 6]
+        packed = self.words[HEADER_WORDS + record * RECORD_WORDS + 6]
         return packed >> 32, packed & 0xFFFFFFFF
 
     def set_last_miss(self, record: int, epoch: int, page: int) -> None:
         """See `last_miss`."""
-        self._w[HEADER_WORDS + record * RECORD_WORDS + 6] = epoch << 32 | page & 0xFFFFFFFF
+        self.words[HEADER_WORDS + record * RECORD_WORDS + 6] = epoch << 32 | page & 0xFFFFFFFF
 
     def pinned_pages(self, record: int) -> int:
         """How many pages of the file are pinned."""
-        return self._w[HEADER_WORDS + record * RECORD_WORDS + 7] & 0xFFFFFFFF
+        return self.words[HEADER_WORDS + record * RECORD_WORDS + 7] & 0xFFFFFFFF
 
     @_locked
     def add_pinned_pages(self, record: int, pages: int) -> None:
         """Count `pages` more (or fewer, if negative) as pinned."""
-        self._w[HEADER_WORDS + record * RECORD_WORDS + 7] += pages
+        self.words[HEADER_WORDS + record * RECORD_WORDS + 7] += pages
 
     def clear_pinned_pages(self) -> dict[int, int]:
         """Forget what is pinned, for a server that is about to be told by the keepers; what was, by the record."""
         pinned = {record: found for record in range(len(self)) if (found := self.pinned_pages(record))}
         for record in pinned:
-            self._w[HEADER_WORDS + record * RECORD_WORDS + 7] &= ~0xFFFFFFFF
+            self.words[HEADER_WORDS + record * RECORD_WORDS + 7] &= ~0xFFFFFFFF
         return pinned
 
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _append(self, node: int, parent: int, name: bytes, flags: int, version: Version = _NO_VERSION) -> int:
-        record = self._w[COUNT]
+        record = self.words[COUNT]
         if record >= (memfds.RECORDS - _HEADER) // (RECORD_WORDS * 8) - 1:
             raise OSError(28, "the catalogue is full")
         entry, at = parent << 32 | len(name) << 16 | flags, _HEADER + record * _RECORD.size
         size, mtime_ns, inode, access_ = version
         _RECORD.pack_into(self._map, at, node, entry, self._store_name(name), size, mtime_ns, inode, 0, access_ << 32)
-        self._w[COUNT] = record + 1  # only now does it exist
+        self.words[COUNT] = record + 1  # only now does it exist
         return record
 
     def _store_name(self, name: bytes) -> int:
-        offset = self._w[NAMES_USED]
+        offset = self.words[NAMES_USED]
         if offset + len(name) > memfds.NAMES:
             raise OSError(28, "the catalogue's names are full")
-        self._heap[offset : offset + len(name)] = name
-        self._w[NAMES_USED] = offset + len(name)
+        self.names[offset : offset + len(name)] = name
+        self.words[NAMES_USED] = offset + len(name)
         return offset
 
     def _insert(self, node: int, record: int) -> None:
@@ -412,7 +415,7 @@ class Catalog:
         if len(self) > _FEW:
             return memoryview(self._index_many(size, mask)), mask
         slots = array("I", bytes(4 * size))
-        nodes = self._w[HEADER_WORDS : HEADER_WORDS + len(self) * RECORD_WORDS : RECORD_WORDS]
+        nodes = self.words[HEADER_WORDS : HEADER_WORDS + len(self) * RECORD_WORDS : RECORD_WORDS]
         for record, node in enumerate(nodes, 1):
             at = node & mask
             while slots[at]:
