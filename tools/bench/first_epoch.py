@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 
-from coordlfs_tools.bench import mounts, reader
+from coordlfs_tools.bench import dataset, loader_runs, mounts, reader
 from coordlfs_tools.bench.dataset import Images
+from coordlfs_tools.bench.loader_job import PHOTOS, PLAIN, Spec
 from coordlfs_tools.bench.machine import cgroup, drop_caches
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
 
@@ -15,6 +17,7 @@ _READERS = 8
 _ROUNDS = 5
 _THROTTLES = 100_000_000, 250_000_000  # bytes per second
 _THROTTLED_FILES = 9_000  # ten seconds, and four
+_PHOTOS, _BATCH = 3_000, 32  # of a job that decodes what it reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ def run(context: Context) -> list[Figure]:
 
     A job in another memory cgroup than the mount, as a container has it, costs more: its pages are read in anew to be
     charged to the mount. What any FUSE file system costs beside the raw disk, bindfs shows: it is C and caches nothing.
+    These jobs do nothing but read. The last one is a DataLoader that decodes, as fast as the machine can.
     """
     data = context.images()
     part = data.part(_THROTTLED_FILES)
@@ -39,7 +43,7 @@ def run(context: Context) -> list[Figure]:
         for throttle in _THROTTLES
         for figure in _compare(context, part, throttle, f"disk of {throttle / 1e6:.0f} MB/s")
     ]
-    return [*figures, *_compare(context, data, None, "the disk as it is")]
+    return [*figures, *_compare(context, data, None, "the disk as it is"), _compare_decoding(context)]
 
 
 def _compare(context: Context, data: Images, throttle: int | None, disk: str) -> list[Figure]:
@@ -89,6 +93,32 @@ def _compare(context: Context, data: Images, throttle: int | None, disk: str) ->
         )
         for side, ours in epochs.items()
     ]
+
+
+def _compare_decoding(context: Context) -> Figure:
+    photos = dataset.photographs(context.directory, 10 * _BATCH if context.quick else _PHOTOS)
+    files = [path for path in photos.rglob("*") if path.is_file()]
+    spec = Spec(PLAIN, PHOTOS, samples=len(files), batch=_BATCH, workers=_READERS)
+
+    def directly(_: int) -> float:
+        return decode(photos)
+
+    def filling(_: int) -> float:
+        with mounts.coordlfs(photos, 2 * sum(path.stat().st_size for path in files)) as mount:
+            return decode(mount.point)
+
+    def decode(root: Path) -> float:
+        drop_caches()
+        return loader_runs.run([replace(spec, root=str(root))], skip=1).samples_per_second()
+
+    rates = alternate(context, context.rounds(_ROUNDS), {"directly": directly, "cache for all": filling})
+    ours, theirs = rates["cache for all"], rates["directly"]
+    return Figure(
+        "first epoch, the disk as it is, DataLoader that decodes, cache for all: time, mount ÷ directly",
+        ratios(theirs, ours),
+        Bound(1.1),
+        f"{median(ours):,.0f} ÷ {median(theirs):,.0f} samples/s",
+    )
 
 
 def _read_of(epochs: list[_Epoch]) -> str:
