@@ -47,10 +47,8 @@ cdef class _Packing:
         return self._into.shape[0] - self._length
 
     cdef fuse_direntplus *_add(self, const char *name, size_t length, uint64_t offset) noexcept:
-        """An entry of which nothing but the name is known; NULL if it has no room."""
+        """An entry for which there is room, and of which nothing but the name is known."""
         cdef size_t size = _size(length)
-        if size > self._room():
-            return NULL
         cdef fuse_direntplus *entry = <fuse_direntplus *>&self._into[self._length]
         memset(entry, 0, size)
         memcpy(entry.dirent.name, name, length)
@@ -77,25 +75,27 @@ cdef class Entries:
 
         `directory` is the record of it. Positions 0 and 1 are `.` and `..`; those of `listing.names` follow. A name that
         is gone is left out. One whose attributes the source does not give has none: whoever wants them gets the error.
-        Raises OSError if the catalogue is full.
         """
         cdef list names = listing.names
-        cdef uint64_t end = _DOTS + len(names)
+        cdef uint64_t end = _DOTS + len(names), fit
         cdef _Packing packing = _Packing()
         packing._into = into
         while position < _DOTS:
-            if not self._put_dots(packing, directory, position):
+            if packing._room() < _size(_DOTS):
                 return packing._length
+            self._put_dots(packing, directory, position)
             position += 1
         path = self._records.catalog.directory_path(directory)
-        cdef bytes prefix = path + b"/" if path else b""
+        cdef bytes prefix = path + b"/" if path else b"", name
         cdef Index index = Index()
         cdef statx found[_AT_ONCE]
         cdef const char *wanted[_AT_ONCE]
         cdef int failed[_AT_ONCE]
         cdef int fd = listing.fd, i, n
         while position < end:
-            n = min(<uint64_t>_AT_ONCE, end - position, 1 + packing._room() // _size(len(names[position - _DOTS])))
+            # As many as fit if all are as long as the first of them, and one that shows that no more do.
+            fit = 1 + packing._room() // _size(len(names[position - _DOTS]))
+            n = min(<uint64_t>_AT_ONCE, end - position, fit)
             for i in range(n):
                 wanted[i] = PyBytes_AS_STRING(names[position - _DOTS + i])
             with nogil:
@@ -103,23 +103,23 @@ cdef class Entries:
                     failed[i] = attributes_of(fd, wanted[i], &found[i])
             for i in range(n):
                 name = names[position - _DOTS]
-                position += 1
-                if failed[i] == ENOENT:
-                    continue
-                if not self._put(packing, index, listing, directory, prefix, name, position, failed[i], &found[i]):
+                if packing._room() < _size(len(name)):
                     return packing._length
+                position += 1
+                if failed[i] != ENOENT:
+                    self._put(packing, index, listing, directory, prefix, name, position, failed[i], &found[i])
         return packing._length
 
-    cdef bint _put_dots(self, _Packing packing, uint64_t directory, uint64_t position) except -1:
-        """Add `.` or `..`, of which the kernel takes no attributes; False if there is no room."""
-        cdef fuse_direntplus *entry = packing._add(b"..", position + 1, position + 1)
-        if entry == NULL:
-            return False
-        cdef uint64_t record = self._records.words_of(directory)[1] >> 32 if position else directory
+    cdef int _put_dots(self, _Packing packing, uint64_t directory, uint64_t position) except -1:
+        """Add `.` or `..`, of which the kernel takes no attributes."""
+        cdef uint64_t offset = position + 1, record = directory
+        if position:
+            record = self._records.words_of(directory)[1] >> 32
+        cdef fuse_direntplus *entry = packing._add(b"..", offset, offset)  # so many dots
         entry.dirent.ino, entry.dirent.type = self._records.words_of(record)[0], S_IFDIR >> _TYPE_SHIFT
-        return True
+        return 0
 
-    cdef bint _put(
+    cdef int _put(
         self,
         _Packing packing,
         Index index,
@@ -131,33 +131,36 @@ cdef class Entries:
         int failed,
         const statx *found,
     ) except -1:
-        """Add a name, unless it is gone; False if there is no room."""
-        cdef const char *text = name
-        cdef size_t length = len(name), before = packing._length
-        cdef fuse_direntplus *entry = packing._add(text, length, offset)
-        if entry == NULL:
-            return False
+        """Add a name, unless it is gone."""
+        cdef fuse_entry_out known
         cdef int64_t record = -1
-        if not failed and is_usual(found):
-            record = self._records.enter(index, prefix + name, directory, text, length, found)
-        if record >= 0:
-            put_entry(&entry.entry_out, self._records.words_of(record)[0], found)
-        else:
-            try:
-                st = listing.lstat(name)
-            except FileNotFoundError:
-                packing._length = before
-                return True
-            except OSError:
-                self._counters.add("source_errors")
-                entry.dirent.ino = node_of_path(prefix + name)
-                return True
-            self._put_unusual(&entry.entry_out, directory, name, st)
-        entry.dirent.ino, entry.dirent.type = entry.entry_out.attr.ino, entry.entry_out.attr.mode >> _TYPE_SHIFT
-        return True
+        memset(&known, 0, sizeof(known))
+        try:
+            if not failed and is_usual(found):
+                record = self._records.enter(index, prefix + name, directory, name, len(name), found)
+            if record >= 0:
+                put_entry(&known, self._records.words_of(record)[0], found)
+            elif not self._put_unusual(&known, listing, directory, name):
+                return 0
+        except OSError:
+            pass  # the name is there all the same
+        cdef fuse_direntplus *entry = packing._add(name, len(name), offset)
+        entry.entry_out = known
+        entry.dirent.ino, entry.dirent.type = known.attr.ino, known.attr.mode >> _TYPE_SHIFT
+        if not known.nodeid:
+            entry.dirent.ino = node_of_path(prefix + name)
+        return 0
 
-    cdef int _put_unusual(self, fuse_entry_out *entry, uint64_t directory, bytes name, st) except -1:
+    cdef bint _put_unusual(self, fuse_entry_out *known, listing, uint64_t directory, bytes name) except -1:
+        """See what the Python code makes of a name; False if it is gone. Raises OSError."""
+        try:
+            st = listing.lstat(name)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            self._counters.add("source_errors")
+            raise
         node = self._namespace.node(self._namespace.enter(directory, name, st))
         cdef bytes reply = fuse.entry_reply(0, node, st, NAME_TIMEOUT, believed(st))
-        memcpy(entry, PyBytes_AS_STRING(reply) + sizeof(fuse_out_header), sizeof(fuse_entry_out))
-        return 0
+        memcpy(known, PyBytes_AS_STRING(reply) + sizeof(fuse_out_header), sizeof(fuse_entry_out))
+        return True

@@ -1,18 +1,31 @@
 """Directories that are being listed: READDIRPLUS, which asks for the next entries, and of each its attributes.
 
-The kernel keeps a listing, so each directory is listed once. What makes up the reply is `entries.pyx`.
+The kernel keeps a listing, so each directory is listed once. What makes up the reply is `entries.pyx`. Positions mean
+the same to all who read a directory at a time, though it may change meanwhile: what was there all along is given once.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from coordlfs.entries import Entries
 from coordlfs.namespace import Namespace
 from coordlfs.source import Listing, Source
 
-_LISTINGS = 64
+_LISTINGS = 64  # directories; those that are listed to their end are forgotten sooner
+_LONGEST = 600.0  # seconds that a reader takes; who has not come to the end by then has given up
+
+
+@dataclass(slots=True)
+class _Listed:
+    """A directory that readers are in the middle of."""
+
+    listing: Listing
+    since: float
+    readers: int = 1
 
 
 class Listings:
@@ -22,29 +35,54 @@ class Listings:
         self._source = source
         self._namespace = namespace
         self._entries = entries
-        self._listings: OrderedDict[int, Listing] = OrderedDict()  # by node, the last used last
+        self._listed: OrderedDict[int, _Listed] = OrderedDict()  # by node, the last used last
         self._lock = threading.Lock()
 
     def pack(self, node: int, position: int, into: memoryview) -> int:
         """Write entries of a directory from `position` on; the bytes that they take, 0 at the end. Raises OSError."""
         record = self._namespace.record_of(node)
-        listing = self._listing(node, record, position)
+        listing = self._going_on(node) if position else None
+        if listing is None:
+            listing = self._begin(node, self._source.listing(self._namespace.directory_path(record)))
         n = self._entries.pack(listing, record, position, into)
         if not n:
-            with self._lock:
-                self._listings.pop(node, None)
+            self._end(node)
         return n
 
-    def _listing(self, node: int, record: int, position: int) -> Listing:
+    def _going_on(self, node: int) -> Listing | None:
         with self._lock:
-            listing = self._listings.get(node)
-            if listing is not None and position:
-                self._listings.move_to_end(node)
-                return listing
-        listing = self._source.listing(self._namespace.directory_path(record))
+            listed = self._listed.get(node)
+            if listed is None:
+                return None
+            self._listed.move_to_end(node)
+            return listed.listing
+
+    def _begin(self, node: int, listing: Listing) -> Listing:
+        """Another reader begins. What others are in the middle of keeps its positions: new names come last."""
+        forgotten: object = None  # until the lock is free: to close a directory may take its time
+        now = time.monotonic()
         with self._lock:
-            self._listings[node] = listing
-            self._listings.move_to_end(node)
-            if len(self._listings) > _LISTINGS:
-                self._listings.popitem(last=False)
+            listed = self._listed.pop(node, None)
+            if listed is None or now - listed.since > _LONGEST:
+                forgotten, listed = listed, _Listed(listing, now)
+            else:
+                forgotten = listed.listing
+                listing.keep_positions(listed.listing)
+                listed.listing = listing
+                listed.readers += 1
+            self._listed[node] = listed
+            if len(self._listed) > _LISTINGS:
+                forgotten = forgotten, self._listed.popitem(last=False)
+        del forgotten
         return listing
+
+    def _end(self, node: int) -> None:
+        """A reader has come to the end; the last one has the listing forgotten."""
+        forgotten = None
+        with self._lock:
+            listed = self._listed.get(node)
+            if listed is not None:
+                listed.readers -= 1
+                if listed.readers <= 0:
+                    forgotten = self._listed.pop(node)
+        del forgotten

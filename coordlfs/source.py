@@ -67,6 +67,12 @@ class Listing:
         self.fd = fd
         self.names = names
 
+    def keep_positions(self, earlier: Listing) -> None:
+        """Have the names of an earlier listing where they were there, gone or not, and others behind them."""
+        if self.names != earlier.names:
+            known = set(earlier.names)
+            self.names = earlier.names + [name for name in self.names if name not in known]
+
     def lstat(self, name: bytes) -> os.stat_result:
         """The attributes of one of the names."""
         return os.stat(name, dir_fd=self.fd, follow_symlinks=False)

@@ -17,6 +17,7 @@ from sides import TREES, Side, make, side_of
 
 from coordlfs.catalog import node_of_path
 from coordlfs.kernel import fuse
+from coordlfs.listings import Listings
 from coordlfs.namespace import NAME_TIMEOUT, believed
 from coordlfs.source import Listing
 
@@ -129,3 +130,62 @@ def test_nothing_is_behind_the_end(tmp_path: Path, position: int) -> None:
         assert side.entries().pack(listing, 0, position, memoryview(bytearray(4096))) == 0
         assert side.entries().pack(listing, 0, 0, memoryview(bytearray(100))) == 0  # no room for one
         assert side.entries().pack(listing, 0, 2, memoryview(bytearray(0))) == 0
+
+
+class _Reader:
+    """Somebody who lists a directory by and by."""
+
+    def __init__(self, listings: Listings) -> None:
+        self.names: list[bytes] = []
+        self._goes_on = True
+        self._listings = listings
+        self._position = 0
+        self._into = memoryview(bytearray(600))
+
+    def step(self) -> bool:
+        """Take a reply's entries; False at the end."""
+        if not self._goes_on:
+            return False
+        n, at = self._listings.pack(fuse.ROOT_NODE, self._position, self._into), 0
+        while at < n:
+            _, _, self._position, length, _ = _ENTRY.unpack_from(self._into, at)
+            self.names.append(bytes(self._into[at + _ENTRY.size : at + _ENTRY.size + length]))
+            at += -(-(_ENTRY.size + length) // 8) * 8
+        self._goes_on = n > 0
+        return self._goes_on
+
+
+_STEPS = st.one_of(
+    st.tuples(st.just("begin"), st.just(0)),
+    st.tuples(st.just("step"), st.integers(0, 5)),
+    st.tuples(st.sampled_from(["add", "remove"]), st.integers(0, 30)),
+)
+
+
+@given(steps=st.lists(_STEPS, max_size=60))
+@settings(deadline=None, max_examples=60)
+def test_who_lists_a_changing_directory_gets_what_stays_once(steps: list[tuple[str, int]]) -> None:
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/var/tmp")))
+        for number in range(0, 31, 2):
+            (root / f"{number:02}").touch()
+        side = stack.enter_context(side_of(root))
+        listings = Listings(side.reader.source, side.namespace, side.entries())
+        readers, changed = [_Reader(listings)], set()
+        for what, number in steps:
+            path = root / f"{number:02}"
+            if what == "begin":
+                readers.append(_Reader(listings))
+                readers[-1].step()
+            elif what == "step":
+                readers[number % len(readers)].step()
+            else:
+                changed.add(os.fsencode(path.name))
+                path.touch() if what == "add" else path.unlink(missing_ok=True)
+        stay = {b".", b"..", *(b"%02d" % number for number in range(0, 31, 2))} - changed
+        for reader in readers:
+            while reader.step():
+                pass
+            assert len(reader.names) == len(set(reader.names))
+            assert stay <= set(reader.names)
+        assert not listings._listed
