@@ -79,6 +79,7 @@ class Pending:
     keeper: int | None = None  # who is asked
     contended: bool = False  # a job READ it since
     cancelled: bool = False
+    missed: bool = False  # a job's READ began it
     at_home: bool = False  # every READ of it came from the keeper's own memory cgroup
     attempts: int = 0
     awaited: int = 0  # how often it was put off: a READ was at the source, or an older version not forgotten yet
@@ -206,7 +207,7 @@ class Admission:
                 return
             at_home = self._at_home(record, pid)
             if at_home and len(data) == length:
-                self._ask(item, self._pending.setdefault(item, Pending(at_home=True)))
+                self._ask(item, self._pending.setdefault(item, Pending(missed=True, at_home=True)))
                 return
             if not self.stash.reserve(item, length):
                 self.policy.release(item)
@@ -214,7 +215,7 @@ class Admission:
                 if len(data) < length:
                     self.passed_over.add(item)  # admitted with the next READ, it would have this one read again
                 return
-            pending = self._pending[item] = Pending(at_home=at_home)
+            pending = self._pending[item] = Pending(missed=True, at_home=at_home)
             self.stash.put(item, offset, data)
         else:
             pending.at_home = self._at_home(record, pid)
@@ -272,9 +273,12 @@ class Admission:
         with self.lock:
             if not self.catalog.shows(record, version):
                 return
+            pending = self._pending.get(item)
             if self.ahead is not None and self.ahead.wants(record):
                 self._count_miss(record, item, offset, len(data), version.size)
-            if item in self._pending:
+            elif pending is not None and pending.missed:
+                self.epochs.current.bytes += len(data)  # the rest of what a reader began with
+            if pending is not None:
                 self._add(item, offset, data)
 
     def _add(self, item: int, offset: int, data: memoryview) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from types import ModuleType
@@ -92,8 +93,9 @@ def _parser(asked: str | None = None) -> argparse.ArgumentParser:
 
     status = commands.add_parser("status", help="what is cached, what was read, how often it hit")
     status.add_argument("mountpoint", metavar="MNT", nargs="?", help="default: every mount")
-    status.add_argument("--json", action="store_true", help="stable figures, for programs")
-    status.add_argument("--watch", action="store_true", help="a table that lives")
+    how = status.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="stable figures, for programs")
+    how.add_argument("--watch", action="store_true", help="a table that lives")
 
     warm = commands.add_parser("warm", help="fill the cache ahead of training")
     drop = commands.add_parser("drop", help="give cached files back")
@@ -184,6 +186,9 @@ def _warm(arguments: argparse.Namespace) -> int:
 
     done = client.warm(arguments.mountpoint, arguments.paths)
     print(f"{done['pinned']} of {done['items']} items are cached, {text(done['bytes'])}")
+    if done["is_full"]:
+        untried = f": {done['untried']} more files were not tried" if done["untried"] else ""
+        print(f"the cache is full{untried}")
     return 0
 
 
@@ -211,7 +216,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     entries, nbytes, found = verify.verify(arguments.mountpoint)
     for line in found:
         print(line)
-    print(f"{entries} names and {text(nbytes)} compared: " + (f"{len(found)} differ" if found else "all equal"))
+    print(f"{entries} names and {text(nbytes)} compared: " + (f"{len(found)} differences" if found else "all equal"))
     return 1 if found else 0
 
 
@@ -278,6 +283,9 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """The command `coordlfs`; the exit status: 2 for usage, 1 for what else went wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # paths may be any bytes
     words = sys.argv[1:] if argv is None else argv
     asked = words[0] if words else None
     ours = words.index("--") if asked in _WITH_JOB and "--" in words else len(words)

@@ -77,16 +77,22 @@ class Client:
         except ConnectionError:
             line = b""
         if not line:
-            raise UserError(f"{self.mountpoint} broke off: is it still mounted, and by you?")
+            raise UserError(
+                f"{self.mountpoint} broke off: it is mounted no longer, or another user's; only root and who mounted it"
+                " may do this"
+            )
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def relative(self, paths: list[str]) -> list[bytes]:
-        """Paths the user named, relative to the mount's root. Raises UserError for one outside."""
+    def relative(self, paths: list[str], *, follow: bool = False) -> list[bytes]:
+        """Paths the user named, relative to the mount's root; of a symbolic link to a file, `follow` takes that.
+
+        Raises UserError for one outside.
+        """
         found = []
         for path in paths:
             real = os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
-            if os.path.isdir(real):
+            if os.path.isdir(real) or (follow and os.path.exists(real)):
                 real = os.path.realpath(real)
             if real == self.root:
                 found.append(b"")
@@ -127,6 +133,20 @@ def _by_extent(source: Source, files: list[bytes]) -> list[bytes]:
     return sorted(files, key=place)
 
 
+def _files(source: Source, starts: list[bytes]) -> dict[bytes, int]:
+    """What is to be read of the files at and below some paths: bytes, by one path of each."""
+    sizes: dict[bytes, int] = {}
+    linked: set[tuple[int, int]] = set()  # files with several names that have been met
+    for start in starts:
+        for path, st in walk(source, start):
+            if not stat.S_ISREG(st.st_mode) or not st.st_size or (st.st_dev, st.st_ino) in linked:
+                continue
+            if st.st_nlink > 1:
+                linked.add((st.st_dev, st.st_ino))
+            sizes[path] = -(-st.st_size // pages.PAGE) * pages.PAGE
+    return sizes
+
+
 def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
     """Fill the cache with the files named (or all), in the order they lie on the disk; figures of what was done."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -134,12 +154,7 @@ def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
     client = Client(mountpoint)
     try:
         source = client.source()
-        files = {
-            path: st.st_size
-            for start in client.relative(paths) or [b""]
-            for path, st in walk(source, start)
-            if stat.S_ISREG(st.st_mode) and st.st_size
-        }
+        files = _files(source, client.relative(paths, follow=True) or [b""])
         figures = mounting.stats(client.root)
         room = figures["memory"]["limit_bytes"] - figures["pinned_bytes"]
         columns = (
@@ -149,24 +164,27 @@ def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        total = {"files": 0, "items": 0, "pinned": 0, "bytes": 0}
+        total = {"files": 0, "items": 0, "pinned": 0, "bytes": 0, "untried": len(files), "is_full": room < pages.PAGE}
+        if not figures["capacity_bytes"]:
+            raise UserError(f"{mountpoint} has no cache: mount it with a --cache-size")
         with Progress(*columns) as progress:
             task = progress.add_task("warm", total=min(sum(files.values()), figures["capacity_bytes"]))
             names = list(files)
-            full = room < pages.PAGE
             for first in range(0, len(names), _SORTED_AT_ONCE):
                 ordered = _by_extent(source, names[first : first + _SORTED_AT_ONCE])
                 for at in range(0, len(ordered), _BATCH):
                     batch = ordered[at : at + _BATCH]
                     reply = client.ask("admit", paths=[os.fsdecode(p) for p in batch])
                     total["files"] += len(batch)
+                    total["untried"] -= len(batch)
                     total["items"] += reply["items"]
                     total["pinned"] += reply["pinned"]
                     total["bytes"] += reply["pinned_pages"] * pages.PAGE
-                    progress.update(task, advance=sum(files[p] for p in batch))
-                    if reply["free_pages"] <= 0:
-                        full = True
-                    if full and not reply["pinned"]:
+                    progress.update(task, advance=reply["pinned_pages"] * pages.PAGE)
+                    room = reply["free_pages"] * pages.PAGE
+                    if reply["pinned"] < reply["items"] and room < max(files[p] for p in batch):
+                        total["is_full"] = True
+                    if room < pages.PAGE and not reply["pinned"]:
                         return total
         return total
     finally:
@@ -183,7 +201,7 @@ def drop(mountpoint: str, paths: list[str]) -> dict[str, int]:
         total = {"dropped": 0, "freed_pages": 0}
         names = [
             os.fsdecode(path)
-            for start in client.relative(paths)
+            for start in client.relative(paths, follow=True)
             for path, st in walk(source, start)
             if stat.S_ISREG(st.st_mode)
         ]

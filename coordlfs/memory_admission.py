@@ -65,7 +65,7 @@ class MemoryAdmission(Admission):
                 self.policy.release(item)
                 self.counters.add("not_admitted")
                 return
-            self._pending[item] = Pending()
+            self._pending[item] = Pending(missed=True)
         self._add(item, offset, data)
 
     def _add(self, item: int, offset: int, data: memoryview) -> None:

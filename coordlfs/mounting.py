@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import importlib.util
 import json
 import os
@@ -15,15 +16,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from coordlfs import attachment, exporter, residence, sizes
 from coordlfs.errors import UserError
 from coordlfs.kernel import fusermount, mounts, process, systemd
-from coordlfs.kernel.memory import memory
+from coordlfs.kernel.memory import Memory, memory
 from coordlfs.residence import Residence
 from coordlfs.source import lies_elsewhere
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 FSTYPE = attachment.FSTYPE.encode()
 _COMPILED = "coordlfs.records", "coordlfs.entries", "coordlfs.fast_path"
 _START_TIMEOUT = 60.0
+_OTHERS_MOUNT, _LOOK_AGAIN = 5.0, 0.02
 _END_SOON, _END_TIMEOUT = 1.0, 30.0
 _TELL_STATUS = 30.0  # seconds between what the service manager is told
 
@@ -106,9 +108,7 @@ def _check_places(source: str, mountpoint: str) -> None:
 def _check_mountpoint(source: str, mountpoint: str) -> bool:
     """Make the mountpoint if it is missing; whether it was."""
     clear_dead(mountpoint)
-    for m in mounts.table():
-        if m.fstype == FSTYPE and m.point == os.fsencode(mountpoint):
-            raise UserError(f"{mountpoint} is a coordlfs mount already: `coordlfs umount {mountpoint}` first")
+    _check_unmounted(mountpoint)
     try:
         st = os.stat(mountpoint)
     except FileNotFoundError:
@@ -128,6 +128,55 @@ def _check_mountpoint(source: str, mountpoint: str) -> bool:
     if source != mountpoint and os.listdir(mountpoint):
         print(f"coordlfs: {mountpoint} is not empty; what it holds is hidden while mounted", file=sys.stderr)
     return False
+
+
+def _check_unmounted(mountpoint: str) -> None:
+    for m in mounts.table():
+        if m.fstype == FSTYPE and m.point == os.fsencode(mountpoint):
+            raise UserError(f"{mountpoint} is a coordlfs mount already: `coordlfs umount {mountpoint}` first")
+
+
+@contextmanager
+def _alone(mountpoint: str) -> Iterator[None]:
+    """Have others wait who are about to mount on the same directory.
+
+    Where its file system has no locks they do not, nor for long where somebody locks it for reasons of their own.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            _lock(fd, time.monotonic() + _OTHERS_MOUNT)
+        yield
+
+
+def _lock(fd: int, until: float) -> None:
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return
+        time.sleep(_LOOK_AGAIN)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP raise SystemExit, so that what they end leaves nothing behind, as after Ctrl-C."""
+
+    def end(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as by nohup
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def clear_dead(mountpoint: str) -> None:
@@ -236,38 +285,54 @@ def mount(
             asked_at = exporter.url(metrics)
         _check_places(source, mountpoint)
         _check_may_mount()
-        made = _check_mountpoint(source, mountpoint)
-        try:
-            _check_may_mount_on(mountpoint)
-            config = {
-                "source": source,
-                "mountpoint": mountpoint,
-                "capacity": capacity,
-                "residence": kind,
-                "lockable": lockable,
-                "log": os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None,
-                "acl": _supports_acl(root),
-                "is_remote": lies_elsewhere(root, os.fsencode(source)),
-                "fstype": None if (fstype := mounts.fstype(root)) is None else os.fsdecode(fstype),
-                "mounted": time.time_ns(),
-                "revalidate": options.revalidate,
-                "root": root,
-                "metrics": None if metrics is None else metrics.fileno(),
-                "bound_to": os.getpid() if foreground or bound else None,
-                "peers": node[0] if node else None,
-            }
-            supervisor = _start(config, foreground)
-        except BaseException:
-            if made:
-                with suppress(OSError):
-                    os.rmdir(mountpoint)
-            raise
+        with _ended_by_signals():
+            made, supervisor = _check_mountpoint(source, mountpoint), None
+            try:
+                _check_may_mount_on(mountpoint)
+                config = {
+                    "source": source,
+                    "mountpoint": mountpoint,
+                    "capacity": capacity,
+                    "residence": kind,
+                    "lockable": lockable,
+                    "log": os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None,
+                    "acl": _supports_acl(root),
+                    "is_remote": lies_elsewhere(root, os.fsencode(source)),
+                    "fstype": None if (fstype := mounts.fstype(root)) is None else os.fsdecode(fstype),
+                    "mounted": time.time_ns(),
+                    "revalidate": options.revalidate,
+                    "root": root,
+                    "metrics": None if metrics is None else metrics.fileno(),
+                    "bound_to": os.getpid() if foreground or bound else None,
+                    "peers": node[0] if node else None,
+                }
+                with _alone(mountpoint):
+                    _check_unmounted(mountpoint)
+                    supervisor = _start(config, foreground)
+                _warn(capacity, lockable, kind, have)
+                said = sys.stderr if bound else sys.stdout  # the output of `run` is the command's
+                cache = f"{sizes.text(capacity)} of cache ({how})"
+                print(f"{source} is mounted on {mountpoint} with {cache}", file=said, flush=True)
+                if metrics is not None:
+                    print(f"metrics: {asked_at}", file=said, flush=True)
+            except BaseException:
+                if supervisor is not None:
+                    _end(supervisor, mountpoint)
+                if made:
+                    with suppress(OSError):
+                        os.rmdir(mountpoint)
+                raise
     finally:
         os.close(root)
         if metrics is not None:
             metrics.close()
         if node:
             node[1].close()
+    return supervisor
+
+
+def _warn(capacity: int, lockable: int | None, kind: Residence, have: Memory) -> None:
+    """Say what the user might not expect of a cache of this size."""
     if kind is Residence.MEMORY:
         print(
             f"coordlfs: only {sizes.text(lockable or 0)} may be locked, so the cache is {kind}, and each hit costs a"
@@ -280,11 +345,6 @@ def mount(
             " of memory are available now",
             file=sys.stderr,
         )
-    said = sys.stderr if bound else sys.stdout  # the output of `run` is the command's
-    print(f"{source} is mounted on {mountpoint} with {sizes.text(capacity)} of cache ({how})", file=said, flush=True)
-    if metrics is not None:
-        print(f"metrics: {asked_at}", file=said, flush=True)
-    return supervisor
 
 
 def _prepare(cluster: Cluster | None) -> tuple[dict[str, Any], socket.socket] | None:
@@ -320,14 +380,18 @@ def _start(config: dict[str, Any], foreground: bool) -> subprocess.Popen[bytes]:
         if not failure.get("ready"):
             raise _explain(config["source"], config["mountpoint"], failure)
     except BaseException:
-        supervisor.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            supervisor.wait(5)
-        clear_dead(config["mountpoint"])  # the supervisor does it, unless it was killed
+        _end(supervisor, config["mountpoint"])
         raise
     finally:
         os.close(report_in)
     return supervisor
+
+
+def _end(supervisor: subprocess.Popen[bytes], mountpoint: str) -> None:
+    supervisor.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        supervisor.wait(5)
+    clear_dead(mountpoint)  # the supervisor does it, unless it was killed
 
 
 def stay(supervisor: subprocess.Popen[bytes], mountpoint: str) -> int:

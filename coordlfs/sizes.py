@@ -6,6 +6,7 @@ import re
 
 from coordlfs.errors import UserError
 from coordlfs.kernel.memory import Memory
+from coordlfs.kernel.pages import PAGE
 
 AUTO_SHARE = 0.6  # of the memory that is available
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
@@ -43,6 +44,10 @@ def cache_size(asked: str, memory: Memory) -> tuple[int, str]:
         if size > memory.total:
             raise UserError(
                 f"--cache-size {asked} is more than the {text(memory.total)} of memory here: give less, or auto", 2
+            )
+        if size < PAGE and float(match[1]):
+            raise UserError(
+                f"--cache-size {asked} is less than a page of memory: is {match[1]}G or {match[1]}% meant?", 2
             )
         return size, "no cache" if not size else "as given"
     raise UserError(f"--cache-size {asked!r} is not a size: write 200G, 512M, 60% or auto", 2)

@@ -80,8 +80,10 @@ def epochs_table(s: dict[str, Any]) -> list[str]:
 def table(s: dict[str, Any]) -> Table:
     """A table, for a terminal."""
     from rich.table import Table
+    from rich.text import Text
 
-    grid = Table(title=f"{s['source_path']} on {s['mountpoint']}", show_header=False, title_justify="left")
+    title = Text(f"{s['source_path']} on {s['mountpoint']}")  # whose brackets are no markup
+    grid = Table(title=title, title_style="italic", show_header=False, title_justify="left")
     grid.add_column(style="bold")
     grid.add_column()
     source = s["source"]
@@ -130,7 +132,7 @@ def show(mountpoints: list[str], *, as_json: bool, watch: bool) -> None:
             except UserError as e:
                 if mountpoints:
                     raise
-                console.print(f"{e}")
+                console.print(str(e), markup=False)
         return
     from rich.live import Live
 

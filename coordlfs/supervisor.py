@@ -478,16 +478,22 @@ def main() -> None:
         except OSError as e:
             _tell(report, {"errno": e.errno, "error": e.strerror or str(e)})
             sys.exit(1)
-        _tell(report, {"ready": True, "pid": os.getpid()})
+        if not _tell(report, {"ready": True, "pid": os.getpid()}):
+            sys.exit(1)  # who asked for the mount was killed meanwhile
         supervisor.run(bound_to)
     finally:
         supervisor.close()
 
 
-def _tell(report: int, message: dict[str, Any]) -> None:
-    with suppress(OSError):
+def _tell(report: int, message: dict[str, Any]) -> bool:
+    """Whether there is still somebody to be told."""
+    try:
         os.write(report, json.dumps(message).encode())
-    os.close(report)
+    except OSError:
+        return False
+    finally:
+        os.close(report)
+    return True
 
 
 if __name__ == "__main__":

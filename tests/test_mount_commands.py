@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ from mounts import (
     script,
     write_files,
 )
+
+from coordlfs import client
+from coordlfs.kernel import fiemap
+from coordlfs.source import Source
 
 # -- status -------------------------------------------------------------------------------------------------------
 
@@ -208,6 +213,47 @@ def test_warm_by_paths(source: Path, mount: MakeMount) -> None:
     coordlfs("warm", mounted.path, mounted.path / "missing", status=1)
 
 
+def test_warm_takes_each_file_once(source: Path, mount: MakeMount) -> None:
+    (source / "f").write_bytes(noise(300_000))
+    os.link(source / "f", source / "g")
+    os.symlink("f", source / "link")
+    mounted = mount(source)
+    assert coordlfs("warm", mounted.path).stdout.endswith("\n1 of 1 items are cached, 296.0 KiB\n")
+    assert "1 of 1 items" in coordlfs("warm", mounted.path, mounted.path / "link").stdout
+
+
+def test_warm_says_that_the_cache_is_full(source: Path, mount: MakeMount) -> None:
+    write_files(source, 300, 40_000)
+    mounted = mount(source, "4M")
+    *_, done, full = coordlfs("warm", mounted.path).stdout.splitlines()
+    pinned = mounted.stats()["pinned_items"]
+    assert done.startswith(f"{pinned} of ")
+    assert full == "the cache is full"
+    states = {mounted.cached(name): name for name in os.listdir(source)}
+    assert coordlfs("warm", mounted.path, mounted.path / states["pinned"]).stdout.endswith("40.0 KiB\n")
+    without_room = coordlfs("warm", mounted.path, mounted.path / states["no"]).stdout
+    assert without_room.endswith("0 of 1 items are cached, 0 B\nthe cache is full\n")
+
+
+def test_files_are_warmed_as_they_lie_on_the_disk(source: Path) -> None:
+    names = [b"d", b"a", b"c", b"b"]
+    for name in names:
+        path = source / os.fsdecode(name)
+        path.write_bytes(noise(3 * MIB))
+        os.sync()
+    with ExitStack() as stack:
+        opened = Source(os.open(source, os.O_RDONLY))
+        stack.callback(os.close, opened.root)
+        places = {}
+        for name in names:
+            with (source / os.fsdecode(name)).open("rb") as f:
+                places[name] = fiemap.first_block(f.fileno())
+        if None in places.values():
+            pytest.fail("FIEMAP tells nothing here")
+        assert client._by_extent(opened, sorted(names)) == sorted(names, key=lambda name: places[name] or 0)
+        assert len(set(places.values())) == len(names)
+
+
 def test_warm_fills_no_more_than_the_capacity(source: Path, mount: MakeMount) -> None:
     write_files(source, 100, 100_000)
     mounted = mount(source, "4M")
@@ -224,7 +270,7 @@ def test_warm_fills_no_more_than_the_capacity(source: Path, mount: MakeMount) ->
 def test_warm_without_a_cache(source: Path, mount: MakeMount) -> None:
     write_files(source, 3, 1000)
     mounted = mount(source, "0")
-    coordlfs("warm", mounted.path)
+    assert "has no cache" in coordlfs("warm", mounted.path, status=1).stderr
     assert mounted.source_bytes() == 0
 
 
@@ -389,3 +435,25 @@ for act in (lambda: client.drop(sys.argv[1], []), lambda: client.drop(sys.argv[1
     assert script(program, mounted.path).split() == ["1", "refused", "refused"]
     assert mounted.cached("f") == "pinned"
     eventually(lambda: "refused" in mounted.log.read_text())
+
+
+# -- paths that are no text, or look like markup ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [b"s\xff\xfe", "größe".encode(), b"imgs [v2]", b"[red]x", b"q[b]"])
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_any_path_is_mounted_and_shown(
+    source: Path, place: Path, mount: MakeMount, monkeypatch: pytest.MonkeyPatch, name: bytes, encoding: str
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    named = place / os.fsdecode(name)
+    named.mkdir()
+    (named / "f").write_bytes(noise(5000))
+    mountpoint = place / os.fsdecode(name + b"[/y]".replace(b"/", b""))
+    mounted = mount(named, mountpoint=mountpoint)
+    assert read(mounted.path / "f") == noise(5000)
+    shown = os.fsdecode(name).encode(encoding.partition(":")[0], "backslashreplace").decode("ascii", "ignore")
+    text = coordlfs("status", mounted.path).stdout
+    assert shown in text.encode("ascii", "ignore").decode()
+    coordlfs("status")
+    assert json.loads(coordlfs("status", mounted.path, "--json").stdout)["source_path"] == str(named)

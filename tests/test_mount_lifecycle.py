@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import random
@@ -681,6 +682,61 @@ def test_the_supervisor_is_killed_while_it_mounts(source: Path, place: Path, see
         job.kill()
         job.wait()
         unmount_lazily(mountpoint)
+
+
+@pytest.mark.usefixtures("_may_mount")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_who_mounts_is_ended_before_it_serves(source: Path, place: Path, number: signal.Signals, seed: int) -> None:
+    """At any moment: either it has said that it is mounted, or nothing is."""
+    (source / "f").write_bytes(noise(5000))
+    mountpoint = place / "mnt"
+    command = [*COORDLFS, "mount", str(source), str(mountpoint), "--cache-size", "10M", "--log-file", str(place / "l")]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        eventually(lambda: children(job.pid))
+        time.sleep(random.Random(seed).uniform(0, 0.2 if number == signal.SIGKILL else 0.5))
+        job.send_signal(number)
+        said, errors = job.communicate(timeout=20)
+        if "is mounted on" in said:
+            coordlfs("umount", mountpoint)
+        else:
+            assert job.returncode in (-signal.SIGKILL, 128 + number)
+            assert not errors
+            eventually(lambda: not is_mounted(mountpoint) and not mentions(source), 10, "it ends")
+            assert number == signal.SIGKILL or not mountpoint.exists()
+    finally:
+        job.kill()
+        job.wait()
+        unmount_lazily(mountpoint)
+
+
+@pytest.mark.usefixtures("_may_mount")
+def test_of_several_who_mount_at_once_one_does(source: Path, place: Path) -> None:
+    mountpoint = place / "mnt"
+    command = [*COORDLFS, "mount", str(source), str(mountpoint), "--cache-size", "10M", "--log-file", str(place / "l")]
+    jobs = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    try:
+        told = [job.communicate(timeout=40)[1] for job in jobs]
+        assert sorted(job.returncode for job in jobs) == [0, 1, 1, 1]
+        assert sum("is a coordlfs mount already" in errors for errors in told) == 3
+        assert mountpoints().count(os.fsencode(mountpoint)) == 1
+        coordlfs("umount", mountpoint)
+    finally:
+        for job in jobs:
+            job.kill()
+            job.wait()
+        unmount_lazily(mountpoint)
+
+
+def test_a_mountpoint_that_somebody_has_locked(source: Path, place: Path, mount: MakeMount) -> None:
+    (source / "f").write_bytes(noise(5000))
+    fd = os.open(source, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        assert read(mount(source, mountpoint=source).path / "f") == noise(5000)
+    finally:
+        os.close(fd)
 
 
 @pytest.mark.parametrize("moment", ["server starts", "keeper starts", "unmounting", "in use"])

@@ -1,4 +1,4 @@
-"""Readers as people have them, unmodified: a torch DataLoader, numpy, tar, fio; alone and many at once."""
+"""Readers as people have them, unmodified: a torch DataLoader, numpy and other formats, tar, fio; alone and many."""
 
 from __future__ import annotations
 
@@ -96,6 +96,67 @@ def test_numpy_memmaps(source: Path, mount: MakeMount) -> None:
     assert mounted.cached("train.bin") == "partial"
     assert figures["pinned_bytes"] > 2 * CHUNK
     assert np.array_equal(np.memmap(mounted.path / "train.bin", np.uint16, "r"), tokens)
+
+
+_WRITE = {
+    "safetensors": """
+from safetensors.numpy import save_file
+save_file({"weights": array}, path)
+""",
+    "HDF5": """
+import h5py
+with h5py.File(path, "w") as f:
+    f["weights"] = array
+""",
+    "Arrow": """
+import pyarrow as pa
+table = pa.table({"weights": array})
+with pa.OSFile(path, "wb") as f, pa.ipc.new_file(f, table.schema) as writer:
+    writer.write_table(table)
+""",
+    "LMDB": """
+import lmdb
+with lmdb.open(path, subdir=False, lock=False, map_size=64 << 20) as env, env.begin(write=True) as change:
+    for start in range(0, len(array), 10_000):
+        change.put(b"%08d" % start, array[start : start + 10_000].tobytes())
+""",
+}
+_READ = {
+    "safetensors": """
+from safetensors.numpy import load_file
+found = load_file(path)["weights"]
+""",
+    "HDF5": """
+import h5py
+with h5py.File(path, "r") as f:
+    found = f["weights"][:]
+""",
+    "Arrow": """
+import pyarrow as pa
+with pa.memory_map(path) as f:
+    found = pa.ipc.open_file(f).read_all()["weights"].to_numpy()
+""",
+    "LMDB": """
+import lmdb
+with lmdb.open(path, subdir=False, lock=False, readonly=True) as env, env.begin(buffers=True) as look:
+    found = np.concatenate([np.frombuffer(value, np.float32) for _, value in look.cursor()])
+""",
+}
+_ARRAY = "import sys, numpy as np\npath, array = sys.argv[1], np.random.default_rng(0).random(3_000_000, np.float32)\n"
+
+
+@pytest.mark.parametrize("form", sorted(_WRITE))
+def test_files_that_libraries_map(source: Path, mount: MakeMount, form: str) -> None:
+    """Bytes are right, and the second time all of them are in memory."""
+    script(_ARRAY + _WRITE[form], source / "data")
+    os.sync()
+    mounted = mount(source)
+    check = _ARRAY + _READ[form] + "assert np.array_equal(found, array)\n"
+    script(check, mounted.path / "data")
+    mounted.settle()
+    with mounted.messages() as sent:
+        script(check, mounted.path / "data")
+    assert sent["read"] == 0
 
 
 def test_tar_shards(source: Path, mount: MakeMount) -> None:

@@ -21,7 +21,7 @@ HAVE = Memory(64 * GIB, 40 * GIB)
         ("0G", 0),
         ("0%", 0),
         ("4096", 4096),
-        ("7b", 7),
+        ("8192b", 8192),
         ("10k", 10 << 10),
         ("512M", 512 << 20),
         ("512MB", 512 << 20),
@@ -44,6 +44,13 @@ def test_sizes(asked: str, expected: int) -> None:
 @pytest.mark.parametrize("asked", ["65G", "1P", "100.1%", f"{64 * GIB + 1}"])
 def test_more_than_there_is_says_so(asked: str) -> None:
     with pytest.raises(UserError, match="more than") as failed:
+        cache_size(asked, HAVE)
+    assert failed.value.status == 2
+
+
+@pytest.mark.parametrize("asked", ["60", "7b", "0.001K", "4095"])
+def test_less_than_a_page_is_taken_for_a_mistake(asked: str) -> None:
+    with pytest.raises(UserError, match="less than a page") as failed:
         cache_size(asked, HAVE)
     assert failed.value.status == 2
 
