@@ -46,7 +46,7 @@ def _compare(directory: Path, files: int) -> None:
     _console.print("[bold]Training on the mount[/] of the dataset, with the same script")
     mounted = sides.on_mount(machine, data, size)
     _console.print(_table({"directly": directly, "on the mount": mounted.epochs}, size))
-    _console.print(_verdict(directly, mounted.epochs))
+    _console.print(_verdict(directly, mounted.epochs, size))
     _console.print(
         f"coordlfs' own processes held {_mega(mounted.overhead)} besides; that does not grow with the cache."
     )
@@ -92,14 +92,15 @@ def _hit_rate(epoch: Epoch, size: int) -> float:
     return max(0.0, 1 - epoch.disk_bytes / size)
 
 
-def _verdict(directly: Sequence[Epoch], mounted: Sequence[Epoch]) -> str:
+def _verdict(directly: Sequence[Epoch], mounted: Sequence[Epoch], size: int) -> str:
     """What was gained in the epochs after the first, in which nothing is cached yet."""
     seconds = [mean(epoch.seconds for epoch in epochs[1:]) for epochs in (directly, mounted)]
     read = [mean(epoch.disk_bytes for epoch in epochs[1:]) for epochs in (directly, mounted)]
     return (
         f"[bold]From the second epoch on[/]: {seconds[1]:.1f} s an epoch instead of {seconds[0]:.1f} s, "
         f"[bold]{seconds[0] / seconds[1]:.2f} times as fast[/]; {_mega(read[1])} read from the disk instead of "
-        f"{_mega(read[0])}."
+        f"{_mega(read[0])}. What does not fit is {_mega(size * (1 - sides.CACHE))}, "
+        "beside which whole pages are read, and what the job itself reads again."
     )
 
 
