@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 _WINDOW = 64  # requests that a keeper has not answered
 # To wake a process for one item costs more than to pin it: PIN requests wait for each other, though not for long.
-_TOGETHER, _GATHERS = 16, 0.002
+_TOGETHER, _GATHERS = 16, 0.03  # requests, seconds
 _AT_ONCE = 16  # answers of one keeper that are taken before who serves looks for messages again
 IDLE = 0.05  # seconds without a READ after which an item that was read in part is pinned whole
 RETRY = (0.002, 0.02, 0.2, 1.0, 4.0)  # seconds between attempts while somebody uses the pages
@@ -344,6 +344,7 @@ class Admission:
                     self.stash.reserve(item, items.length(item, size))  # for `keep`; without room it goes without
                     self._ask_unless_awaited(item, self._pending.setdefault(item, Pending()))
                     taken += 1
+            self._flush_all()  # somebody waits for these
         return taken
 
     def drop(self, unwanted: Iterable[int]) -> int:
@@ -659,7 +660,7 @@ class Admission:
 
     def _flush_all(self) -> None:
         with self.lock:
-            self._is_gathering = False
+            self._is_gathering = False  # if the timer ends all the same, there is nothing to send
             for link in self.links.values():
                 self._flush(link)
 

@@ -13,7 +13,7 @@ be given is decided, as in any Python code.
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.errno cimport EAGAIN, ENODEV, ENOENT, errno
+from libc.errno cimport EAGAIN, ENODEV, ENOENT, ENOTTY, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memchr, memset, strerror
 from posix.fcntl cimport O_NONBLOCK, O_NOCTTY, O_RDONLY
@@ -21,7 +21,16 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close, read, write
 
 from coordlfs.kernel.linux cimport (
-    FUSE_LOOKUP, FUSE_READ, fuse_entry_out, fuse_in_header, fuse_out_header, fuse_read_in, statx
+    FUSE_IOCTL,
+    FUSE_IOCTL_DIR,
+    FUSE_LOOKUP,
+    FUSE_READ,
+    fuse_entry_out,
+    fuse_in_header,
+    fuse_ioctl_in,
+    fuse_out_header,
+    fuse_read_in,
+    statx,
 )
 from coordlfs.records cimport Index, Records, Shown, are_same, is_usual, put_entry, version
 
@@ -172,6 +181,7 @@ cdef enum:
     _KEEPER_THREADS = 64
     _HALF = 1 << 20
     _SLOTS = 64  # for READs that the disk works on
+    _AT_ONCE = 8  # messages that may be answered before the interpreter is taken again
     _RESTS = 32  # READs that are left to the others after one that went wrong here: more of those will come
 
 
@@ -194,7 +204,7 @@ cdef int _CHUNK_BITS = items.item_at(1, 0).bit_length() - 1
 cdef int _READS = NAMES.index("reads"), _SOURCE_READS = NAMES.index("source_reads")
 cdef int _SOURCE_BYTES = NAMES.index("source_bytes"), _SOURCE_FILES = NAMES.index("source_files")
 cdef int _DATASET_ITEMS = NAMES.index("dataset_items"), _DATASET_BYTES = NAMES.index("dataset_bytes")
-cdef int _LOOKUPS = NAMES.index("lookups")
+cdef int _LOOKUPS = NAMES.index("lookups"), _IOCTLS = NAMES.index("ioctls")
 cdef int _FOR_READING = O_RDONLY | O_NOCTTY | O_NONBLOCK
 
 
@@ -385,10 +395,10 @@ cdef class FastPath:
         cdef fuse_in_header *header = <fuse_in_header *>&messages._message[0]
         cdef size_t room = messages._message.shape[0]
         cdef ssize_t n
-        cdef int failed, code = 0, unsubmitted
+        cdef int failed, code = 0, unsubmitted, refused
         while True:
             self._update(messages)
-            n = failed = 0
+            n = failed = refused = 0
             with nogil:
                 end_turn(&self._turn)
                 if messages._unique:
@@ -399,11 +409,16 @@ cdef class FastPath:
                         n = sizeof(fuse_in_header)
                     else:
                         n = read(self._device, header, room)  # never blocks
+                        while n > 0 and refused < _AT_ONCE and self._refuse_ioctl(header, n):
+                            refused += 1
+                            n = read(self._device, header, room)
                         if n > 0:
                             self._look_up(header, n, messages)
                         elif n < 0:
                             code = errno
                 take_turn(&self._turn)
+            if refused:
+                self._count_ioctls(refused)
             if messages._unique:
                 self._sent(messages, failed)
             if unsubmitted >= 0:
@@ -542,6 +557,17 @@ cdef class FastPath:
             self._look_for_bytes(header, messages)
         elif header.opcode == FUSE_LOOKUP and self._answers_names:
             self._look_for_name(header, messages)
+
+    cdef bint _refuse_ioctl(self, const fuse_in_header *header, ssize_t length) noexcept nogil:
+        """Whether a message was an ioctl of a file, which it was told that there are none."""
+        cdef fuse_out_header reply
+        if length < <ssize_t>(sizeof(fuse_in_header) + sizeof(fuse_ioctl_in)) or header.len != length:
+            return False
+        if header.opcode != FUSE_IOCTL or (<const fuse_ioctl_in *>(header + 1)).flags & FUSE_IOCTL_DIR:
+            return False
+        reply.len, reply.error, reply.unique = sizeof(reply), -ENOTTY, header.unique
+        write(self._device, &reply, sizeof(reply))  # the caller may be gone: nobody is to be told then
+        return True
 
     cdef int _submit(self, const fuse_in_header *header, Messages messages) noexcept nogil:
         """Have the disk read what it is to; the slot of what it was not, or -1."""
@@ -701,6 +727,12 @@ cdef class FastPath:
         messages._answer(whole._unique, &messages._memory[messages._half], size, whole)
         messages._half ^= _HALF
         return True
+
+    cdef int _count_ioctls(self, int n) except -1:
+        self._counters_lock.acquire()
+        self._counts[_IOCTLS] += n
+        self._counters_lock.release()
+        return 0
 
     cdef int _count_read(self, uint64_t size) except -1:
         """Count a READ, and as `Counters.count_read` that it went to the source."""

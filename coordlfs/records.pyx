@@ -12,6 +12,7 @@ from coordlfs.kernel.linux cimport fuse_attr
 from xxhash import xxh3_64_intdigest
 
 from coordlfs.catalog import COUNT, DIRECTORY, HEADER_WORDS, LINKED, NAMES_USED, RECORD_WORDS, REGULAR, SUPERSEDED
+from coordlfs.kernel.fuse import MAX_READ
 from coordlfs.namespace import EMPTY_TIMEOUT, NAME_TIMEOUT
 from coordlfs.versions import Version, access
 
@@ -25,7 +26,7 @@ cdef extern from *:
     void publish(uint64_t *count, uint64_t n)
 
 cdef uint32_t _REGULAR = REGULAR, _LINKED = LINKED, _DIRECTORY = DIRECTORY, _SUPERSEDED = SUPERSEDED
-cdef uint64_t _HEADER_WORDS = HEADER_WORDS
+cdef uint64_t _HEADER_WORDS = HEADER_WORDS, _MAX_READ = MAX_READ
 cdef uint64_t _NAME_TIMEOUT = NAME_TIMEOUT, _EMPTY_TIMEOUT = EMPTY_TIMEOUT
 cdef int _COUNT = COUNT, _NAMES_USED = NAMES_USED
 
@@ -34,13 +35,23 @@ cdef object version(Shown shown):
     return Version(shown.size, <int64_t>shown.mtime_ns, shown.inode, shown.access)
 
 
+cdef uint32_t _preferred_size(const statx *st) noexcept nogil:
+    """As `fuse.preferred_size`."""
+    cdef uint32_t size = 1
+    if not S_ISREG(st.stx_mode) or not st.stx_blksize < st.stx_size < _MAX_READ:
+        return st.stx_blksize
+    while size < st.stx_size:
+        size <<= 1
+    return size
+
+
 cdef void put_entry(fuse_entry_out *entry, uint64_t node, const statx *st) noexcept nogil:
     """Write what the kernel is told of a name that `is_usual`, over zeros."""
     cdef fuse_attr *attr = &entry.attr
     entry.nodeid = attr.ino = node
     entry.entry_valid = _NAME_TIMEOUT
     entry.attr_valid = _EMPTY_TIMEOUT if S_ISREG(st.stx_mode) and not st.stx_size else _NAME_TIMEOUT
-    attr.size, attr.blocks, attr.blksize = st.stx_size, st.stx_blocks, st.stx_blksize
+    attr.size, attr.blocks, attr.blksize = st.stx_size, st.stx_blocks, _preferred_size(st)
     attr.atime, attr.atimensec = st.stx_atime.tv_sec, st.stx_atime.tv_nsec
     attr.mtime, attr.mtimensec = st.stx_mtime.tv_sec, st.stx_mtime.tv_nsec
     attr.ctime, attr.ctimensec = st.stx_ctime.tv_sec, st.stx_ctime.tv_nsec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import stat
@@ -243,3 +244,32 @@ def test_a_read_of_the_disk_is_known_and_can_be_given_up(tmp_path: Path) -> None
             assert path.receive(messages, 1) == 0
         assert side.theirs.recv(200_000) == fuse.OUT_HEADER.pack(100_016, 0, 5) + bytes(100_000)
         assert not path.is_reading(node)
+
+
+def test_ioctls_of_files_are_refused_at_once(tmp_path: Path) -> None:
+    """But for every ninth of those that come together, before which the interpreter is taken: it is dispatched."""
+    terminal = fuse.IOCTL_IN.pack(0, 0, 0x5401, 0, 0, 0)
+    with side_of(tmp_path) as side:
+        path, messages = side.path(), _messages()
+        for unique in range(2, 20):
+            side.theirs.send(_message(fuse.IOCTL, unique, 99, terminal))
+        answers = [path.receive(messages, 8) for _ in range(3)]
+        assert answers == [fuse.IN_HEADER.size + len(terminal)] * 2 + [None]
+        replies = [side.theirs.recv(100) for _ in range(16)]
+        assert replies == [fuse.error_reply(unique, errno.ENOTTY) for unique in range(2, 20) if unique not in (10, 19)]
+        assert side.counters["ioctls"] == 16
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        _message(fuse.IOCTL, 2, 1, fuse.IOCTL_IN.pack(0, fuse.IOCTL_DIR, 0x5401, 0, 0, 0)),  # hints come so
+        _message(fuse.IOCTL, 2, 1, fuse.IOCTL_IN.pack(0, 0, 0x5401, 0, 0, 0)[:-1]),
+    ],
+)
+def test_other_ioctls_are_left_to_others(tmp_path: Path, message: bytes) -> None:
+    with side_of(tmp_path) as side:
+        path, messages = side.path(), _messages()
+        side.theirs.send(message)
+        assert path.receive(messages, 8) == len(message)
+        assert side.counters["ioctls"] == 0

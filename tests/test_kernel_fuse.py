@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 
 import pytest
@@ -103,7 +104,26 @@ def test_attributes_are_laid_out_as_struct_fuse_attr(
     assert all(n < 10**9 for n in nanoseconds), "the kernel takes no more than a second of them"
     assert tuple(s * 10**9 + n for s, n in zip(seconds, nanoseconds, strict=True)) == times
     assert struct.unpack_from("<QQQ", body) == (node, size, blocks)
-    assert struct.unpack_from("<IIIIIII", body, 60) == (mode, links, uid, gid, device, 4096, 0)
+    assert struct.unpack_from("<IIIIIII", body, 60) == (mode, links, uid, gid, device, fuse.preferred_size(found), 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "preferred"),
+    [
+        (stat.S_IFREG, 0, 4096),
+        (stat.S_IFREG, 4096, 4096),
+        (stat.S_IFREG, 4097, 8192),
+        (stat.S_IFREG, 131_072, 131_072),
+        (stat.S_IFREG, 131_073, 262_144),
+        (stat.S_IFREG, (1 << 20) - 1, 1 << 20),
+        (stat.S_IFREG, 1 << 20, 4096),
+        (stat.S_IFREG, 1 << 40, 4096),
+        (stat.S_IFDIR, 100_000, 4096),
+    ],
+)
+def test_a_small_file_is_best_read_at_once(mode: int, size: int, preferred: int) -> None:
+    found = os.stat_result((mode, 7, 1, 1, 0, 0, size, 0, 0, 0), {"st_blksize": 4096})
+    assert fuse.preferred_size(found) == preferred
 
 
 @given(node=LONG, offset=st.integers(-(1 << 63), (1 << 63) - 1), length=LONG)

@@ -159,6 +159,16 @@ def test_files_that_libraries_map(source: Path, mount: MakeMount, form: str) -> 
     assert sent["read"] == 0
 
 
+@pytest.mark.parametrize("size", [5000, 110_000, 600_000, MIB - 1])
+def test_a_small_file_that_is_read_in_pieces_is_one_read(source: Path, mount: MakeMount, size: int) -> None:
+    """As Pillow reads: Python's buffer is as large as the mount says is best."""
+    (source / "f").write_bytes(noise(size))
+    mounted = mount(source, "0")
+    with mounted.messages() as sent, open(mounted.path / "f", "rb") as f:
+        assert b"".join(iter(lambda: f.read(999), b"")) == noise(size)
+    assert sent["read"] == 1
+
+
 def test_tar_shards(source: Path, mount: MakeMount) -> None:
     contents = {f"{number:05}.bin": noise(20_000 + number, number) for number in range(300)}
     for shard in range(3):

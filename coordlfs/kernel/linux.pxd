@@ -17,6 +17,9 @@ cdef extern from *:
         uint64_t offset
         uint32_t size, flags
 
+    struct fuse_ioctl_in:
+        uint32_t flags
+
     struct fuse_out_header:
         uint32_t len
         int error
@@ -40,7 +43,7 @@ cdef extern from *:
         fuse_dirent dirent
 
     const size_t FUSE_NAME_OFFSET_DIRENTPLUS
-    const uint32_t FUSE_LOOKUP, FUSE_READ
+    const uint32_t FUSE_IOCTL, FUSE_IOCTL_DIR, FUSE_LOOKUP, FUSE_READ
 
     struct statx_timestamp:
         int64_t tv_sec
