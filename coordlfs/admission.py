@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 _WINDOW = 64  # requests that a keeper has not answered
 # To wake a process for one item costs more than to pin it: PIN requests wait for each other, though not for long.
-_TOGETHER, _GATHERS = 16, 0.03  # requests, seconds
+_TOGETHER, _GATHERS = 16, 0.002
 _AT_ONCE = 16  # answers of one keeper that are taken before who serves looks for messages again
 IDLE = 0.05  # seconds without a READ after which an item that was read in part is pinned whole
 RETRY = (0.002, 0.02, 0.2, 1.0, 4.0)  # seconds between attempts while somebody uses the pages
@@ -193,21 +193,21 @@ class Admission:
             if state is State.PINNED:
                 self._missed_though_pinned(item)
             elif item not in self.dropping:
-                self._take(item, offset, data, file_size, pid)
+                self._take(item, offset, data, file_size, pid, Pending(missed=not for_peer))
 
     def _missed_though_pinned(self, item: int) -> None:
         self.drop([item])  # the kernel dropped pages of it, as it does when a file changes: pin it anew
 
-    def _take(self, item: int, offset: int, data: memoryview, file_size: int, pid: int) -> None:
-        """Take on an item that is absent and has room, or add to one that is on its way."""
+    def _take(self, item: int, offset: int, data: memoryview, file_size: int, pid: int, new: Pending) -> None:
+        """Take on an item that is absent and has room, as `new`, or add to one that is on its way."""
         record, length = items.record_of(item), items.length(item, file_size)
         pending = self._pending.get(item)
         if pending is None:
             if not length or item in self.passed_over or not self._admits(item, pages.count(length)):
                 return
-            at_home = self._at_home(record, pid)
-            if at_home and len(data) == length:
-                self._ask(item, self._pending.setdefault(item, Pending(missed=True, at_home=True)))
+            new.at_home = self._at_home(record, pid)
+            if new.at_home and len(data) == length:
+                self._ask(item, self._pending.setdefault(item, new))
                 return
             if not self.stash.reserve(item, length):
                 self.policy.release(item)
@@ -215,7 +215,7 @@ class Admission:
                 if len(data) < length:
                     self.passed_over.add(item)  # admitted with the next READ, it would have this one read again
                 return
-            pending = self._pending[item] = Pending(missed=True, at_home=at_home)
+            pending = self._pending[item] = new
             self.stash.put(item, offset, data)
         else:
             pending.at_home = self._at_home(record, pid)
@@ -344,8 +344,14 @@ class Admission:
                     self.stash.reserve(item, items.length(item, size))  # for `keep`; without room it goes without
                     self._ask_unless_awaited(item, self._pending.setdefault(item, Pending()))
                     taken += 1
-            self._flush_all()  # somebody waits for these
         return taken
+
+    def flush(self) -> None:
+        """Ask the keepers now for what waits for more of the same."""
+        with self.lock:
+            self._is_gathering = False  # if the timer ends all the same, there is nothing to send
+            for link in self.links.values():
+                self._flush(link)
 
     def drop(self, unwanted: Iterable[int]) -> int:
         """Have items let go, pinned or on their way; how many there were."""
@@ -528,7 +534,7 @@ class Admission:
         """Take what the keepers have said, and ask them for what has waited for more of the same."""
         for fd, _ in self._events.poll(0):
             if fd == self._gathering.fd:
-                self._flush_all()
+                self.flush()
             elif link := self._links_by_fd.get(fd):
                 self._receive(link)
 
@@ -657,12 +663,6 @@ class Admission:
         if not self._is_gathering:
             self._is_gathering = True
             self._gathering.start(seconds)
-
-    def _flush_all(self) -> None:
-        with self.lock:
-            self._is_gathering = False  # if the timer ends all the same, there is nothing to send
-            for link in self.links.values():
-                self._flush(link)
 
     def _flush(self, link: Link) -> None:
         while link.backlog and link.asked < _WINDOW:

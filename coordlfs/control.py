@@ -134,6 +134,7 @@ class Control:
         """Have files pinned, and wait until they are or cannot be."""
         wanted = await self._items(request["paths"])
         self._admission.admit(wanted)
+        self._admission.flush()
         while not self._admission.settled(wanted):
             await trio.sleep(0.005)
         pinned = [i for i in wanted if self._admission.policy.state(i) is State.PINNED]

@@ -163,6 +163,7 @@ class FetchAhead:
                 continue
             entry = self.orders.next(bound)
             if entry is None:
+                self._admission.flush()  # no more comes for which others would wait
                 return
             size = self._catalog.size(entry.record)
             for item in items.items_of(entry.record, size):

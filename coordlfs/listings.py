@@ -16,6 +16,7 @@ from coordlfs.namespace import Namespace
 from coordlfs.source import Listing, Source
 
 _LISTINGS = 64  # directories; those that are listed to their end are forgotten sooner
+_FEW = 1000  # names that do not matter
 _LONGEST = 600.0  # seconds that a reader takes; who has not come to the end by then has given up
 
 
@@ -24,8 +25,12 @@ class _Listed:
     """A directory that readers are in the middle of."""
 
     listing: Listing
-    since: float
+    since: float  # the last of them began
     readers: int = 1
+
+    def has_grown(self, fresh: Listing) -> bool:
+        """Whether it is mostly names that are gone."""
+        return len(self.listing.names) > _FEW + 2 * len(fresh.names)
 
 
 class Listings:
@@ -63,12 +68,12 @@ class Listings:
         now = time.monotonic()
         with self._lock:
             listed = self._listed.pop(node, None)
-            if listed is None or now - listed.since > _LONGEST:
+            if listed is None or now - listed.since > _LONGEST or listed.has_grown(listing):
                 forgotten, listed = listed, _Listed(listing, now)
             else:
                 forgotten = listed.listing
                 listing.keep_positions(listed.listing)
-                listed.listing = listing
+                listed.listing, listed.since = listing, now
                 listed.readers += 1
             self._listed[node] = listed
             if len(self._listed) > _LISTINGS:

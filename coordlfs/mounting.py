@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from coordlfs import attachment, exporter, residence, sizes
 from coordlfs.errors import UserError
@@ -163,10 +163,13 @@ def _lock(fd: int, until: float) -> None:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP raise SystemExit, so that what they end leaves nothing behind, as after Ctrl-C."""
+    """Have SIGTERM and SIGHUP raise SystemExit, so that they end this process once it has cleaned up."""
+    ended: list[int] = []
 
-    def end(number: int, _: object) -> NoReturn:
-        raise SystemExit(128 + number)
+    def end(number: int, _: object) -> None:
+        ended.append(number)
+        if len(ended) == 1:  # the others do not disturb it
+            raise SystemExit(128 + number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
@@ -177,6 +180,8 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if ended:
+            os.kill(os.getpid(), ended[0])
 
 
 def clear_dead(mountpoint: str) -> None:
@@ -308,7 +313,8 @@ def mount(
                 }
                 with _alone(mountpoint):
                     _check_unmounted(mountpoint)
-                    supervisor = _start(config, foreground)
+                    supervisor, report = _start(config, foreground)
+                    _await_ready(report, config)
                 _warn(capacity, lockable, kind, have)
                 said = sys.stderr if bound else sys.stdout  # the output of `run` is the command's
                 cache = f"{sizes.text(capacity)} of cache ({how})"
@@ -355,8 +361,8 @@ def _prepare(cluster: Cluster | None) -> tuple[dict[str, Any], socket.socket] | 
     return settings.prepare(cluster)
 
 
-def _start(config: dict[str, Any], foreground: bool) -> subprocess.Popen[bytes]:
-    """Start the supervisor, and wait until it serves. The descriptors in `config` are passed on to it."""
+def _start(config: dict[str, Any], foreground: bool) -> tuple[subprocess.Popen[bytes], int]:
+    """Start the supervisor, with the descriptors in `config`; from where it will report."""
     report_in, report_out = os.pipe2(os.O_CLOEXEC)
     fds = [report_out, config["root"]]
     if config["metrics"] is not None:
@@ -373,18 +379,19 @@ def _start(config: dict[str, Any], foreground: bool) -> subprocess.Popen[bytes]:
         start_new_session=True,
     )
     os.close(report_out)
+    return supervisor, report_in
+
+
+def _await_ready(report_in: int, config: dict[str, Any]) -> None:
+    """Wait until the supervisor serves. Raises UserError if it does not."""
     try:
         ready = select.select([report_in], [], [], _START_TIMEOUT)[0]
         report = os.read(report_in, 1 << 16) if ready else b""
         failure = json.loads(report) if report else {"error": "the supervisor did not report"}
         if not failure.get("ready"):
             raise _explain(config["source"], config["mountpoint"], failure)
-    except BaseException:
-        _end(supervisor, config["mountpoint"])
-        raise
     finally:
         os.close(report_in)
-    return supervisor
 
 
 def _end(supervisor: subprocess.Popen[bytes], mountpoint: str) -> None:

@@ -12,7 +12,7 @@ from coordlfs.kernel.linux cimport fuse_attr
 from xxhash import xxh3_64_intdigest
 
 from coordlfs.catalog import COUNT, DIRECTORY, HEADER_WORDS, LINKED, NAMES_USED, RECORD_WORDS, REGULAR, SUPERSEDED
-from coordlfs.kernel.fuse import MAX_READ
+from coordlfs.kernel.fuse import MAX_READ, MOST_PREFERRED
 from coordlfs.namespace import EMPTY_TIMEOUT, NAME_TIMEOUT
 from coordlfs.versions import Version, access
 
@@ -26,7 +26,7 @@ cdef extern from *:
     void publish(uint64_t *count, uint64_t n)
 
 cdef uint32_t _REGULAR = REGULAR, _LINKED = LINKED, _DIRECTORY = DIRECTORY, _SUPERSEDED = SUPERSEDED
-cdef uint64_t _HEADER_WORDS = HEADER_WORDS, _MAX_READ = MAX_READ
+cdef uint64_t _HEADER_WORDS = HEADER_WORDS, _MAX_READ = MAX_READ, _MOST_PREFERRED = MOST_PREFERRED
 cdef uint64_t _NAME_TIMEOUT = NAME_TIMEOUT, _EMPTY_TIMEOUT = EMPTY_TIMEOUT
 cdef int _COUNT = COUNT, _NAMES_USED = NAMES_USED
 
@@ -40,7 +40,7 @@ cdef uint32_t _preferred_size(const statx *st) noexcept nogil:
     cdef uint32_t size = 1
     if not S_ISREG(st.stx_mode) or not st.stx_blksize < st.stx_size < _MAX_READ:
         return st.stx_blksize
-    while size < st.stx_size:
+    while size < st.stx_size and size < _MOST_PREFERRED:
         size <<= 1
     return size
 
