@@ -193,21 +193,21 @@ class Admission:
             if state is State.PINNED:
                 self._missed_though_pinned(item)
             elif item not in self.dropping:
-                self._take(item, offset, data, file_size, pid, Pending(missed=not for_peer))
+                self._take(item, offset, data, file_size, pid, for_peer=for_peer)
 
     def _missed_though_pinned(self, item: int) -> None:
         self.drop([item])  # the kernel dropped pages of it, as it does when a file changes: pin it anew
 
-    def _take(self, item: int, offset: int, data: memoryview, file_size: int, pid: int, new: Pending) -> None:
-        """Take on an item that is absent and has room, as `new`, or add to one that is on its way."""
+    def _take(self, item: int, offset: int, data: memoryview, file_size: int, pid: int, *, for_peer: bool) -> None:
+        """Take on an item that is absent and has room, or add to one that is on its way."""
         record, length = items.record_of(item), items.length(item, file_size)
         pending = self._pending.get(item)
         if pending is None:
             if not length or item in self.passed_over or not self._admits(item, pages.count(length)):
                 return
-            new.at_home = self._at_home(record, pid)
-            if new.at_home and len(data) == length:
-                self._ask(item, self._pending.setdefault(item, new))
+            at_home = self._at_home(record, pid)
+            if at_home and len(data) == length:
+                self._ask(item, self._pending.setdefault(item, Pending(missed=not for_peer, at_home=True)))
                 return
             if not self.stash.reserve(item, length):
                 self.policy.release(item)
@@ -215,7 +215,7 @@ class Admission:
                 if len(data) < length:
                     self.passed_over.add(item)  # admitted with the next READ, it would have this one read again
                 return
-            pending = self._pending[item] = new
+            pending = self._pending[item] = Pending(missed=not for_peer, at_home=at_home)
             self.stash.put(item, offset, data)
         else:
             pending.at_home = self._at_home(record, pid)

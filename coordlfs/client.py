@@ -153,9 +153,11 @@ def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
 
     client = Client(mountpoint)
     try:
+        figures = mounting.stats(client.root)
+        if not figures["capacity_bytes"]:
+            raise UserError(f"{mountpoint} has no cache: mount it with a --cache-size")
         source = client.source()
         files = _files(source, client.relative(paths, follow=True) or [b""])
-        figures = mounting.stats(client.root)
         room = figures["memory"]["limit_bytes"] - figures["pinned_bytes"]
         columns = (
             TextColumn("warming"),
@@ -165,8 +167,6 @@ def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
             TimeRemainingColumn(),
         )
         total = {"files": 0, "items": 0, "pinned": 0, "bytes": 0, "untried": len(files), "is_full": room < pages.PAGE}
-        if not figures["capacity_bytes"]:
-            raise UserError(f"{mountpoint} has no cache: mount it with a --cache-size")
         with Progress(*columns) as progress:
             task = progress.add_task("warm", total=min(sum(files.values()), figures["capacity_bytes"]))
             names = list(files)

@@ -56,7 +56,7 @@ class MemoryAdmission(Admission):
         if not self.memory.is_current(item):
             self.drop([item])  # else it came to be cached while this READ was at the source
 
-    def _take(self, item: int, offset: int, data: memoryview, file_size: int, pid: int, new: Pending) -> None:
+    def _take(self, item: int, offset: int, data: memoryview, file_size: int, pid: int, *, for_peer: bool) -> None:
         if item not in self._pending:
             length = items.length(item, file_size)
             if not length or not self._admits(item, pages.count(length)):
@@ -65,7 +65,7 @@ class MemoryAdmission(Admission):
                 self.policy.release(item)
                 self.counters.add("not_admitted")
                 return
-            self._pending[item] = new
+            self._pending[item] = Pending(missed=not for_peer)
         self._add(item, offset, data)
 
     def _add(self, item: int, offset: int, data: memoryview) -> None:

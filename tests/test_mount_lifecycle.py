@@ -656,15 +656,29 @@ def _is_dead(path: Path) -> bool:
     return False
 
 
+@contextmanager
+def _who_mount(source: Path, mountpoint: Path, number: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """Commands that mount one place, all at once; nothing of them is left."""
+    log = mountpoint.with_name("l")
+    command = [*COORDLFS, "mount", str(source), str(mountpoint), "--cache-size", "10M", "--log-file", str(log)]
+    pipe = subprocess.PIPE
+    jobs = [subprocess.Popen(command, stderr=pipe, stdout=pipe, text=True) for _ in range(number)]
+    try:
+        yield jobs
+    finally:
+        for job in jobs:
+            job.kill()
+            job.wait()
+        unmount_lazily(mountpoint)
+
+
 @pytest.mark.usefixtures("_may_mount")
 @pytest.mark.parametrize("seed", range(4))
 def test_the_supervisor_is_killed_while_it_mounts(source: Path, place: Path, seed: int) -> None:
     """At any moment from its first on: the command says how it went, nothing is left, and it can be mounted again."""
     (source / "f").write_bytes(noise(5000))
     mountpoint = place / "mnt"
-    command = [*COORDLFS, "mount", str(source), str(mountpoint), "--cache-size", "10M", "--log-file", str(place / "l")]
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
+    with _who_mount(source, mountpoint, 1) as [job]:
         eventually(lambda: children(job.pid))
         [supervisor] = children(job.pid)
         time.sleep(random.Random(seed).uniform(0, 0.8))
@@ -678,10 +692,6 @@ def test_the_supervisor_is_killed_while_it_mounts(source: Path, place: Path, see
         assert read(mountpoint / "f") == noise(5000)
         coordlfs("umount", mountpoint)
         assert not mentions(source)
-    finally:
-        job.kill()
-        job.wait()
-        unmount_lazily(mountpoint)
 
 
 @pytest.mark.usefixtures("_may_mount")
@@ -691,9 +701,7 @@ def test_who_mounts_is_ended_before_it_serves(source: Path, place: Path, number:
     """At any moment: either it has said that it is mounted, or nothing is."""
     (source / "f").write_bytes(noise(5000))
     mountpoint = place / "mnt"
-    command = [*COORDLFS, "mount", str(source), str(mountpoint), "--cache-size", "10M", "--log-file", str(place / "l")]
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
+    with _who_mount(source, mountpoint, 1) as [job]:
         eventually(lambda: children(job.pid))
         time.sleep(random.Random(seed).uniform(0, 0.2 if number == signal.SIGKILL else 0.5))
         job.send_signal(number)
@@ -705,28 +713,17 @@ def test_who_mounts_is_ended_before_it_serves(source: Path, place: Path, number:
             assert not errors
             eventually(lambda: not is_mounted(mountpoint) and not mentions(source), 10, "it ends")
             assert number == signal.SIGKILL or not mountpoint.exists()
-    finally:
-        job.kill()
-        job.wait()
-        unmount_lazily(mountpoint)
 
 
 @pytest.mark.usefixtures("_may_mount")
 def test_of_several_who_mount_at_once_one_does(source: Path, place: Path) -> None:
     mountpoint = place / "mnt"
-    command = [*COORDLFS, "mount", str(source), str(mountpoint), "--cache-size", "10M", "--log-file", str(place / "l")]
-    jobs = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    try:
+    with _who_mount(source, mountpoint, 4) as jobs:
         told = [job.communicate(timeout=40)[1] for job in jobs]
         assert sorted(job.returncode for job in jobs) == [0, 1, 1, 1]
         assert sum("is a coordlfs mount already" in errors for errors in told) == 3
         assert mountpoints().count(os.fsencode(mountpoint)) == 1
         coordlfs("umount", mountpoint)
-    finally:
-        for job in jobs:
-            job.kill()
-            job.wait()
-        unmount_lazily(mountpoint)
 
 
 def test_a_mountpoint_that_somebody_has_locked(source: Path, place: Path, mount: MakeMount) -> None:
