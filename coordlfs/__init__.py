@@ -2,7 +2,7 @@
 
 Mounted over a dataset directory, it keeps as much of it as memory allows in the kernel's page
 cache, never evicts it, and makes a cached read cost no message to user space.
-Importing the package loads nothing else; `coordlfs.cli` is the command.
+Importing the package loads nothing else; `coordlfs.commands.cli` is the command.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

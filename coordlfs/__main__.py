@@ -2,7 +2,7 @@
 
 import sys
 
-from coordlfs.cli import main
+from coordlfs.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,20 +15,20 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from coordlfs import memfds
-from coordlfs.admission import Admission
-from coordlfs.catalog import Catalog
-from coordlfs.entries import Entries
-from coordlfs.epochs import Epochs
-from coordlfs.fast_path import FastPath
-from coordlfs.metrics import NAMES, Counters
-from coordlfs.minio import MinIO
-from coordlfs.namespace import Namespace
-from coordlfs.notifier import Notifier
-from coordlfs.reading import Reader, Request
-from coordlfs.records import Records
-from coordlfs.source import Source
-from coordlfs.stash import Stash
+from coordlfs.cache.admission import Admission
+from coordlfs.cache.epochs import Epochs
+from coordlfs.cache.minio import MinIO
+from coordlfs.cache.stash import Stash
+from coordlfs.catalogue import memfds
+from coordlfs.catalogue.catalog import Catalog
+from coordlfs.catalogue.metrics import NAMES, Counters
+from coordlfs.catalogue.records import Records
+from coordlfs.kernel.notifier import Notifier
+from coordlfs.serving.entries import Entries
+from coordlfs.serving.fast_path import FastPath
+from coordlfs.serving.namespace import Namespace
+from coordlfs.serving.reading import Reader, Request
+from coordlfs.sources.directory import Source
 
 PID = 4242
 LARGEST = 300_000

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from coordlfs import memfds
-from coordlfs.catalog import COUNTERS, DIRECTORY, LINKED, REGULAR, SERVED, SUPERSEDED, Catalog, node_of_path
+from coordlfs.catalogue import memfds
+from coordlfs.catalogue.catalog import COUNTERS, DIRECTORY, LINKED, REGULAR, SERVED, SUPERSEDED, Catalog, node_of_path
 from coordlfs.kernel.fuse import ROOT_NODE
-from coordlfs.versions import Version
+from coordlfs.sources.versions import Version
 
 NAMES = (
     st.sampled_from([b"a", b"b", b"c", b"\xff\xfe", b" ", b"\n", b"x" * 255])
@@ -212,7 +212,7 @@ def test_node_ids_are_made_of_the_path(tree: list[tuple[int, bytes]]) -> None:
 def test_every_record_is_found_however_many_are_indexed(
     fds: tuple[int, int], monkeypatch: pytest.MonkeyPatch, few: int
 ) -> None:
-    monkeypatch.setattr("coordlfs.catalog._FEW", few)
+    monkeypatch.setattr("coordlfs.catalogue.catalog._FEW", few)
     catalog = Catalog(*fds, id_bits=16)  # as crowded as it may be, and wrapping around its end
     for number in range(10_000):
         catalog.enter(0, b"%d" % number, attributes(number + 2))

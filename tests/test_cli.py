@@ -10,7 +10,7 @@ import pytest
 from mounts import coordlfs, script
 
 from coordlfs import __version__
-from coordlfs.cli import main
+from coordlfs.commands.cli import main
 
 COMMANDS = ["mount", "umount", "status", "warm", "drop", "verify", "doctor", "run"]
 USAGE = [
@@ -143,6 +143,6 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
 
 def test_the_command_line_loads_nothing_heavy() -> None:
     heavy = {"numpy", "pyfuse3", "trio", "rich", "torch", "xxhash"}
-    loaded = script("import sys, coordlfs.cli; coordlfs.cli._parser(); print(*sys.modules)").split()
+    loaded = script("import sys, coordlfs.commands.cli; coordlfs.commands.cli._parser(); print(*sys.modules)").split()
     assert not heavy.intersection(loaded)
     assert "argparse" in loaded

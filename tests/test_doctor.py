@@ -12,8 +12,8 @@ import pytest
 from mounts import COORDLFS, NOBODY, coordlfs
 from users import open_device
 
-from coordlfs import doctor
-from coordlfs.doctor import Check, State
+from coordlfs.commands import doctor
+from coordlfs.commands.doctor import Check, State
 from coordlfs.kernel import memory, mounts, pages
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordlfs.ends import Ends
 from coordlfs.kernel.pages import PAGE
+from coordlfs.serving.ends import Ends
 
 
 def test_nothing_is_refused_of_what_the_kernel_was_not_notified_about() -> None:

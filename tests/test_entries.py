@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sides import TREES, Side, make, side_of
 
-from coordlfs.catalog import node_of_path
+from coordlfs.catalogue.catalog import node_of_path
+from coordlfs.catalogue.timeouts import NAME_TIMEOUT, attr_timeout
 from coordlfs.kernel import fuse
-from coordlfs.listings import Listings
-from coordlfs.namespace import NAME_TIMEOUT, believed
-from coordlfs.source import Listing
+from coordlfs.serving.listings import Listings
+from coordlfs.sources.directory import Listing
 
 _ENTRY = struct.Struct("=128sQQII")  # what LOOKUP would be answered; node, offset, length of the name, type
 _CHANGES = st.sampled_from(["grow", "touch", "replace", "remove", "chmod"])
@@ -42,7 +42,7 @@ def _expected(side: Side, listing: Listing, directory: int) -> Iterator[bytes]:
             yield b""
             continue
         node = namespace.node(namespace.enter(directory, name, found))
-        entry = fuse.entry_reply(0, node, found, NAME_TIMEOUT, believed(found))[fuse.OUT_HEADER.size :]
+        entry = fuse.entry_reply(0, node, found, NAME_TIMEOUT, attr_timeout(found))[fuse.OUT_HEADER.size :]
         yield _packed(name, entry, node, offset, found.st_mode >> 12)
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordlfs import items
-from coordlfs.epochs import HISTORY, Epoch, Epochs
+from coordlfs.cache import items
+from coordlfs.cache.epochs import HISTORY, Epoch, Epochs
 
 PAGE = 4096
 

@@ -19,8 +19,8 @@ import pytest
 from mounts import MIB, MakeMount, Mount, coordlfs, eventually, read, script, write_files
 from prometheus_client.parser import text_string_to_metric_families
 
-from coordlfs import exporter
 from coordlfs.errors import UserError
+from coordlfs.processes import exporter
 
 EXPLAINED = {
     "processes",
@@ -71,7 +71,7 @@ def test_a_missing_library_is_told_in_one_line(tmp_path: Path) -> None:
 import importlib.util, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "prometheus_client" else find(name, *rest)
-from coordlfs.cli import main
+from coordlfs.commands.cli import main
 sys.stderr = sys.stdout
 print(main(["mount", sys.argv[1], sys.argv[1] + "/../mnt", "--metrics", "0"]))
 """,
@@ -113,7 +113,7 @@ def test_everything_that_status_knows_is_exported(scraped: tuple[Mount, str]) ->
     listed = {path.split(".")[0] if path.split(".")[0] in EXPLAINED else path for path, value in leaves(figures)}
     unknown = listed - EXPLAINED - set(exporter.GAUGES) - set(exporter.COUNTERS)
     unknown -= {path for path, value in leaves(figures) if isinstance(value, str)}
-    assert not unknown, f"{unknown} of Stats.collect() has no line in coordlfs/exporter.py"
+    assert not unknown, f"{unknown} of Stats.collect() has no line in coordlfs/processes/exporter.py"
     found = scrape(url)
     info = f"{figures['residence']},{figures['source_path']},{figures['version']}"
     assert found["coordlfs_mount_info", info] == 1

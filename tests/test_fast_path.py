@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sides import ENTRY_NAMES, LARGEST, PID, TREES, Side, make, side_of
 
-from coordlfs import items
-from coordlfs.admission import Fetched
-from coordlfs.fast_path import FastPath, Messages
+from coordlfs.cache import items
+from coordlfs.cache.admission import Fetched
+from coordlfs.catalogue.timeouts import NAME_TIMEOUT, attr_timeout
 from coordlfs.kernel import fuse, pages
-from coordlfs.namespace import NAME_TIMEOUT, believed
+from coordlfs.serving.fast_path import FastPath, Messages
 
 _MAX_REPLY = 2 * LARGEST
 
@@ -88,7 +88,7 @@ def test_names_and_bytes_are_those_of_the_python_code(
                 assert not is_usual or id_bits < 63
             else:
                 node = theirs.catalog.node(record)
-                assert reply == fuse.entry_reply(7, node, attributes, NAME_TIMEOUT, believed(attributes))
+                assert reply == fuse.entry_reply(7, node, attributes, NAME_TIMEOUT, attr_timeout(attributes))
                 theirs.counters.add("lookups")
             assert ours.records() == theirs.records()
             return record

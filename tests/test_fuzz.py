@@ -20,10 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mounts import MIB, MakeMount, Mount, coordlfs, read, write_files
 
-from coordlfs import items, memfds, wire
+from coordlfs.cache import items, keeper_protocol
+from coordlfs.cache.keeper_protocol import PINS, REPLY, REQUEST, How, Outcome, Verb
+from coordlfs.cache.residence import Residence
+from coordlfs.catalogue import memfds
 from coordlfs.kernel import fuse
-from coordlfs.residence import Residence
-from coordlfs.wire import PINS, REPLY, REQUEST, How, Outcome, Verb
 
 SHORT, LONG = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
 OFTEN = settings(deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
@@ -66,7 +67,7 @@ FLAWED_JSON = cut(st.builds(lambda value: json.dumps(value).encode(), JSON))
 @given(FLAWED_REQUESTS)
 def test_a_request_is_one_that_can_be_served_or_is_refused(packet: bytes) -> None:
     with suppress(ValueError):
-        verb, _, _, _, offset, length, path = wire.parse_request(packet)
+        verb, _, _, _, offset, length, path = keeper_protocol.parse_request(packet)
         assert verb in Verb
         assert offset + length < 1 << 63
         assert length <= items.CHUNK
@@ -76,7 +77,7 @@ def test_a_request_is_one_that_can_be_served_or_is_refused(packet: bytes) -> Non
 @given(FLAWED_REPLIES)
 def test_a_reply_is_read_whole_or_refused(packet: bytes) -> None:
     with suppress(ValueError):
-        outcome, code, item, pins = wire.parse_reply(packet)
+        outcome, code, item, pins = keeper_protocol.parse_reply(packet)
         assert packet[:1] == bytes([outcome])
         assert REPLY.unpack_from(packet)[2:] == (code, item)
         assert len(packet) == REPLY.size + PINS.size * len(pins)
@@ -91,7 +92,7 @@ def test_what_is_no_message_is_an_empty_one_and_leaves_no_descriptor(packet: byt
     before = set(os.listdir("/proc/self/fd"))
     with ours, theirs:
         socket.send_fds(ours, [packet], [ours.fileno()] * count)
-        received = wire.receive(theirs)
+        received = keeper_protocol.receive(theirs)
         assert received is not None
         message, fds = received
         assert isinstance(message, dict)
@@ -172,10 +173,10 @@ class FakeKernel(Harness):
             "link": lambda c, fd: c.update(link=fd),
             "keeper": lambda c, fd: c["keepers"][0].update(socket=fd),
         }
-        super().__init__(stack, "coordlfs.server", config, pairs, [records, names, root])
+        super().__init__(stack, "coordlfs.processes.server", config, pairs, [records, names, root])
         self.log = log
         self.unique = 1 << 60
-        assert wire.receive(self.sockets["link"]) == ({"ready": True}, [])
+        assert keeper_protocol.receive(self.sockets["link"]) == ({"ready": True}, [])
 
     def ask(self, opcode: int, node: int, body: bytes = b"") -> tuple[int, bytes]:
         """A message as the kernel sends it; errno and body of the answer. Answers to others are thrown away."""
@@ -291,7 +292,7 @@ def test_a_keeper_gone_mad(kernel: FakeKernel, source: Path) -> None:
         for packet in packets:
             keeper.send(packet)
         while select.select([keeper], [], [], 0)[0]:
-            keeper.recv(wire.MAX_PACKET)
+            keeper.recv(keeper_protocol.MAX_PACKET)
         assert kernel.ask(fuse.GETATTR, fuse.ROOT_NODE, bytes(16))[0] == 0
 
     send()
@@ -317,7 +318,7 @@ def test_a_supervisor_gone_mad(kernel: FakeKernel, source: Path) -> None:
     send()
     kernel.assert_serves(content)
     while select.select([kernel.sockets["link"]], [], [], 0)[0]:
-        assert wire.receive(kernel.sockets["link"]) is not None
+        assert keeper_protocol.receive(kernel.sockets["link"]) is not None
 
 
 @pytest.mark.timeout(300)
@@ -328,15 +329,15 @@ def test_requests_to_a_keeper(source: Path) -> None:
     with ExitStack() as stack:
         stack.callback(os.close, tree)
         pairs = {"socket": lambda c, fd: c.update(socket=fd)}
-        keeper = Harness(stack, "coordlfs.keeper", config, pairs, [tree])
+        keeper = Harness(stack, "coordlfs.cache.keeper", config, pairs, [tree])
         sock = keeper.sockets["socket"]
 
         def pin(item: int) -> None:
             sock.send(REQUEST.pack(Verb.PIN, How.KEEP, item, 5, 0, 1000) + b"item-00000")
             while True:
-                packet = sock.recv(wire.MAX_PACKET)
+                packet = sock.recv(keeper_protocol.MAX_PACKET)
                 assert packet, "the keeper died"
-                outcome, _, about, _ = wire.parse_reply(packet)
+                outcome, _, about, _ = keeper_protocol.parse_reply(packet)
                 if outcome is Outcome.PINNED and about == item:
                     return
 

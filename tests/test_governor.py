@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordlfs.governor import Governor, Marks
+from coordlfs.cache.governor import Governor, Marks
 from coordlfs.kernel.memory import Memory
 
 GIB = 1 << 30

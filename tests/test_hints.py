@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordlfs import hints
-from coordlfs.hints import AHEAD, HEADER, MAGIC, READERS_OF_A_USER, HintError, Orders, parse
+from coordlfs.cache import hints
+from coordlfs.cache.hints import AHEAD, HEADER, MAGIC, READERS_OF_A_USER, HintError, Orders, parse
 
 U64 = st.integers(0, (1 << 64) - 1)
 SIZE = 100

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordlfs import items
-from coordlfs.items import CHUNK
+from coordlfs.cache import items
+from coordlfs.cache.items import CHUNK
 
 RECORDS = st.integers(0, (1 << 31) - 1)
 EDGES = st.builds(lambda chunks, around: max(0, chunks * CHUNK + around), st.integers(0, 40), st.integers(-2, 2))

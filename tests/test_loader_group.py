@@ -231,7 +231,7 @@ class GroupMachine(RuleBasedStateMachine):
             self.act(self.group.took(job, 0, [d.slot]))
 
     @rule(data=st.data())
-    def let_go(self, data: st.DataObject) -> None:
+    def release(self, data: st.DataObject) -> None:
         job = self.pick(data, [j for j, m in self.jobs.items() if m.held and not m.stopped])
         if job is not None:
             held = self.jobs[job].held

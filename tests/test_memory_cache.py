@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from mounts import MIB, PAGE, noise
 
-from coordlfs import items, memfds
-from coordlfs.extents import Extents
-from coordlfs.memory_cache import MemoryCache
-from coordlfs.residence import KEEPERS, Residence, choose, wanted
+from coordlfs.cache import items
+from coordlfs.cache.extents import Extents
+from coordlfs.cache.residence import KEEPERS, Residence, choose, wanted
+from coordlfs.cache.store import Store
+from coordlfs.catalogue import memfds
 
 PAGES = 12
 ITEMS = [items.item_at(1, 0), items.item_at(2, 0), items.item_at(2, items.CHUNK), items.item_at(3, 0)]
@@ -31,7 +32,7 @@ class Model(RuleBasedStateMachine):
     def begin(self) -> None:
         self.fd = memfds.cache(PAGES * PAGE)
         self.versions = dict.fromkeys(ITEMS, 1)
-        self.cache = MemoryCache(self.fd, PAGES, self.versions.__getitem__)
+        self.cache = Store(self.fd, PAGES, self.versions.__getitem__)
         self.lengths: dict[int, int] = {}
         self.begun: dict[int, int] = {}
         self.there: dict[int, set[int]] = {}
@@ -97,7 +98,7 @@ class Model(RuleBasedStateMachine):
     def take_over(self) -> None:
         """A new server: what was whole, and is of the version shown, is there; the room of all else is free."""
         lengths = dict(self.lengths)
-        self.cache = MemoryCache(self.fd, PAGES, self.versions.__getitem__)
+        self.cache = Store(self.fd, PAGES, self.versions.__getitem__)
         kept = {i for i in self.lengths if self.is_whole(i) and self.begun[i] == self.versions[i]}
         assert set(self.cache.recover(lambda item: lengths.get(item, 0))) == kept
         self.lengths = {item: length for item, length in self.lengths.items() if item in kept}
@@ -120,14 +121,14 @@ TestModel.settings = settings(max_examples=60, stateful_step_count=30, deadline=
 def test_a_table_that_no_server_wrote_is_an_empty_cache() -> None:
     fd = memfds.cache(4 * PAGE)
     try:
-        first = MemoryCache(fd, 4, lambda _: 7)
+        first = Store(fd, 4, lambda _: 7)
         assert first.reserve(ITEMS[0], 2 * PAGE)
         assert first.put(ITEMS[0], 0, noise(2 * PAGE))
         row = bytearray(os.pread(fd, memfds.SLOT, 4 * PAGE + memfds.TABLE_HEADER))
         for extent in ((3 << 32) | 2, (1 << 62) | 2, 0):  # beyond the end, far beyond it, and no pages
             row[16:24] = extent.to_bytes(8, "little")
             os.pwrite(fd, row, 4 * PAGE + memfds.TABLE_HEADER)
-            second = MemoryCache(fd, 4, lambda _: 7)
+            second = Store(fd, 4, lambda _: 7)
             assert second.recover(lambda _: 2 * PAGE) == []
             assert second.reserve(ITEMS[1], 4 * PAGE)
             second.remove(ITEMS[1])

@@ -8,8 +8,8 @@ from array import array
 
 import pytest
 
-from coordlfs.catalog import COUNTERS
-from coordlfs.metrics import NAMES, Counters
+from coordlfs.catalogue.catalog import COUNTERS
+from coordlfs.catalogue.metrics import NAMES, Counters
 
 
 def words(count: int = COUNTERS) -> memoryview:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from coordlfs.minio import MinIO, State
+from coordlfs.cache.minio import MinIO, State
 
 ITEMS = st.integers(0, 7)
 

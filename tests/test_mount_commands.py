@@ -34,9 +34,9 @@ from mounts import (
     write_files,
 )
 
-from coordlfs import client
+from coordlfs.commands import client
 from coordlfs.kernel import fiemap
-from coordlfs.source import Source
+from coordlfs.sources.directory import Source
 
 # -- status -------------------------------------------------------------------------------------------------------
 
@@ -421,10 +421,10 @@ def test_others_may_look_but_not_touch(source: Path, mount: MakeMount) -> None:
     mounted.settle()
     program = f"""
 import json, os, socket, sys
-from coordlfs import client, mounting
+from coordlfs.commands import client, mounted
 from coordlfs.errors import UserError
 os.setgroups([]); os.setresgid({NOBODY}, {NOBODY}, {NOBODY}); os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
-print(mounting.stats(sys.argv[1])["pinned_items"])
+print(mounted.stats(sys.argv[1])["pinned_items"])
 for act in (lambda: client.drop(sys.argv[1], []), lambda: client.drop(sys.argv[1], [sys.argv[1] + "/f"])):
     try:
         act()

@@ -35,7 +35,7 @@ from mounts import (
     write_files,
 )
 
-from coordlfs.hints import COMMAND, HEADER, MAGIC
+from coordlfs.cache.hints import COMMAND, HEADER, MAGIC
 
 SIZE = 50_000
 COUNT = 300
@@ -69,7 +69,7 @@ def message(numbers: list[int], *, length: int, position: int = 0, start: int = 
     return HEADER.pack(MAGIC, len(numbers), 1, 1, epoch, length, position, start) + array("Q", numbers).tobytes()
 
 
-def let_go(mount: Mount, names: list[str]) -> None:
+def release(mount: Mount, names: list[str]) -> None:
     """Wait until nothing of the files is in memory but what is pinned."""
     unpinned = [name for name in names if mount.cached(name) == "no"]
     eventually(lambda: not any(resident(mount.path / name) for name in unpinned), what="let go")
@@ -109,7 +109,7 @@ def test_an_epoch_reads_what_is_not_pinned_and_its_figures_are_exact(
             before = mounted.source_bytes()
             pinned = [name for name in files if mounted.cached(name) == "pinned"]
             hints.begin(10 + epoch, [])
-            let_go(
+            release(
                 mounted, files
             )  # of the last epoch; what was announced already would not be dropped to be read again
             hints.begin(10 + epoch, [mounted.path / name for name in order])
@@ -157,7 +157,7 @@ sys.stdin.read()
         reader.kill()
         reader.communicate()
     eventually(lambda: not figures(mounted)["jobs"])
-    let_go(mounted, files)
+    release(mounted, files)
     assert mounted.stats()["pinned_items"] > 0
     assert figures(mounted)["held_bytes"] == 0
 

@@ -504,7 +504,7 @@ class TestRun:
     def test_a_signal_comes_as_the_command_starts(self) -> None:
         early = """
 import os, signal, subprocess, sys
-from coordlfs import mounting
+from coordlfs.commands import run
 
 start = subprocess.Popen
 
@@ -514,7 +514,7 @@ def start_and_be_ended(command):
     return child
 
 subprocess.Popen = start_and_be_ended
-sys.exit(mounting._call(["sleep", "60"]))
+sys.exit(run._call(["sleep", "60"]))
 """
         done = subprocess.run([sys.executable, "-c", early], timeout=30)
         assert done.returncode == 128 + signal.SIGTERM  # the command's status, and not our own end

@@ -123,14 +123,14 @@ def test_a_sweep_is_spread_over_its_time(source: Path, mount: MakeMount) -> None
     while time.monotonic() < until:
         looked.setdefault(mounted.stats()["revalidation"]["checked_files"], time.monotonic())
         time.sleep(0.05)
-    times = list(looked.values())[2:]  # the first sweep began before there were names
+    times = list(looked.values())[2:]  # the first pass began before there were names
     assert max(b - a for a, b in itertools.pairwise(times)) < 2
     assert len(times) > 6
 
 
 def test_an_immutable_source_is_not_looked_at(source: Path, mount: MakeMount) -> None:
     mounted = _cached(source, mount, "--immutable")
-    assert mounted.stats()["revalidation"] == {"interval_seconds": None, "sweeps": 0, "checked_files": 0}
+    assert mounted.stats()["revalidation"] == {"interval_seconds": None, "passes": 0, "checked_files": 0}
     _replace(source / "d" / "item-00003")
     with mounted.messages() as sent:
         assert read(mounted.path / "d" / "item-00003") == noise(100_000, 3)
@@ -151,8 +151,8 @@ def test_a_refresh_of_some_leaves_the_others_alone(source: Path, mount: MakeMoun
 def test_a_sweep_costs_hits_no_message(source: Path, mount: MakeMount) -> None:
     mounted = _cached(source, mount, "--revalidate", "1s")
     with mounted.messages() as sent:
-        sweeps = mounted.stats()["revalidation"]["sweeps"]
-        while mounted.stats()["revalidation"]["sweeps"] < sweeps + 2:
+        passes = mounted.stats()["revalidation"]["passes"]
+        while mounted.stats()["revalidation"]["passes"] < passes + 2:
             for name in (source / "d").glob("item-*"):
                 read(mounted.path / "d" / name.name)
     assert sent["read"] == 0

@@ -53,7 +53,7 @@ for module in pkgutil.walk_packages(coordlfs.__path__, "coordlfs."):
 """,
         cwd=ROOT,
     )
-    assert "coordlfs.server" in modules
+    assert "coordlfs.processes.server" in modules
 
 
 def test_importing_the_package_loads_nothing_else() -> None:
@@ -74,11 +74,12 @@ def test_it_starts_within_300_ms(command: list[str]) -> None:
 
 
 def test_without_what_is_compiled_one_line_says_so(tmp_path: Path) -> None:
-    program = "import sys; sys.modules['coordlfs.fast_path'] = None; from coordlfs.cli import main; sys.exit(main())"
+    hidden = "import sys; sys.modules['coordlfs.serving.fast_path'] = None"
+    program = f"{hidden}; from coordlfs.commands.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "run", str(tmp_path), "--", "true"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr.startswith("coordlfs: coordlfs.fast_path is not compiled for this Python")
+    assert done.stderr.startswith("coordlfs: coordlfs.serving.fast_path is not compiled for this Python")
     assert done.stderr.count("\n") == 1
 
 

@@ -112,7 +112,7 @@ def test_a_reply_that_nobody_asked_for_ends_the_connection() -> None:
 def test_the_receiver_gives_up_who_is_late_and_closes_what_ends() -> None:
     receiver, done = Receiver(), threading.Event()
 
-    def receive() -> None:  # as the byte lane does
+    def receive() -> None:  # as the data loop does
         while not done.is_set():
             if select.select([receiver.fd], [], [], 0.1)[0]:
                 receiver.receive()

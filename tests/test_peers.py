@@ -39,11 +39,12 @@ from mounts import (
 from test_mount_memory import holding
 from users import User
 
-from coordlfs import items, memfds
-from coordlfs.catalog import Catalog, node_of_path
+from coordlfs.cache import items
+from coordlfs.cache.minio import MinIO
+from coordlfs.catalogue import memfds
+from coordlfs.catalogue.catalog import Catalog, node_of_path
+from coordlfs.catalogue.metrics import Counters
 from coordlfs.errors import UserError
-from coordlfs.metrics import Counters
-from coordlfs.minio import MinIO
 from coordlfs.peers import connection, link, protocol, settings
 from coordlfs.peers.connection import Credentials
 from coordlfs.peers.ownership import Node, Ownership, key_of

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from coordlfs import memfds
-from coordlfs.admission import Admission
-from coordlfs.catalog import SUPERSEDED, Catalog
-from coordlfs.epochs import Epochs
+from coordlfs.cache.admission import Admission
+from coordlfs.cache.epochs import Epochs
+from coordlfs.cache.minio import MinIO
+from coordlfs.cache.stash import Stash
+from coordlfs.catalogue import memfds
+from coordlfs.catalogue.catalog import SUPERSEDED, Catalog
+from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import pages
-from coordlfs.metrics import Counters
-from coordlfs.minio import MinIO
-from coordlfs.notifier import Notifier
-from coordlfs.reading import Reader, Request
-from coordlfs.source import Source
-from coordlfs.stash import Stash
-from coordlfs.versions import Version
+from coordlfs.kernel.notifier import Notifier
+from coordlfs.serving.reading import Reader, Request
+from coordlfs.sources.directory import Source
+from coordlfs.sources.versions import Version
 
 
 @pytest.fixture

@@ -38,9 +38,9 @@ from mounts import (
 )
 from users import User, UserMount, installation, open_device
 
-from coordlfs.keeper import Keeper, _Request
-from coordlfs.residence import Residence
-from coordlfs.wire import REPLY, REQUEST, How, Outcome, Verb, parse_reply
+from coordlfs.cache.keeper import Keeper, _Request
+from coordlfs.cache.keeper_protocol import REPLY, REQUEST, How, Outcome, Verb, parse_reply
+from coordlfs.cache.residence import Residence
 
 MakeUserMount = Callable[..., UserMount]
 PINNED, IN_MEMORY = str(Residence.PAGE_CACHE), str(Residence.MEMORY)

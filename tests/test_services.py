@@ -16,7 +16,7 @@ import pytest
 import yaml
 from mounts import COORDLFS, eventually, is_mounted, mentions, read, unmount_lazily, write_files
 
-from coordlfs import mount_helper
+from coordlfs.commands import mount_helper
 from coordlfs.errors import UserError
 
 DOCS = Path(__file__).parent.parent / "docs"

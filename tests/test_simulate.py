@@ -12,7 +12,7 @@ from coordlfs_tools.simulate.traces import Trace, parse, random_epochs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordlfs.cli import main
+from coordlfs.commands.cli import main
 from coordlfs.errors import UserError
 
 TRACES = st.lists(st.integers(0, 12), min_size=1, max_size=120)

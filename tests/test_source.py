@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.pages import PAGE
-from coordlfs.source import Source
+from coordlfs.sources.directory import Source
 
 MIB = 1 << 20
 SIZES = [0, 1, PAGE - 1, PAGE, PAGE + 1, 5 * PAGE, 37_000, MIB - 1, MIB, MIB + 1, 3 * MIB + 123]
@@ -45,7 +45,7 @@ class Reader:
         return fd
 
     def read(self, name: str, offset: int, size: int, record: int = 1) -> bytes:
-        """As the byte lane does."""
+        """As the data loop does."""
         self.into[:16] = b"left from before"
         n, attributes = self.source.read(record, os.fsencode(name), self.into, offset, size, self._is_slow)
         assert attributes.st_ino == os.stat(self.root / name).st_ino

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from coordlfs.stash import Stash
+from coordlfs.cache.stash import Stash
 
 FILE = 48  # bytes; small, so that pieces touch, overlap and leave gaps
 ITEMS = st.integers(0, 2)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coordlfs import memfds
-from coordlfs.catalog import Catalog
+from coordlfs.catalogue import memfds
+from coordlfs.catalogue.catalog import Catalog
 from coordlfs.kernel import paths
-from coordlfs.versions import Version
+from coordlfs.sources.versions import Version
 
 _CENTURIES = 10**9 * 86400 * 36525  # ns
 

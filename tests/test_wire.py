@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coordlfs import wire
-from coordlfs.wire import PINS, REPLY, REQUEST, How, Outcome, Verb
+from coordlfs.cache import keeper_protocol
+from coordlfs.cache.keeper_protocol import PINS, REPLY, REQUEST, How, Outcome, Verb
 
 LONG = st.integers(0, (1 << 64) - 1)
 
@@ -38,7 +38,7 @@ def test_a_request_arrives_whole(
     pair: tuple[socket.socket, socket.socket], verb: Verb, flags: int, numbers: tuple[int, int, int, int], path: bytes
 ) -> None:
     pair[0].send(REQUEST.pack(verb, flags, *numbers) + path)
-    packet = pair[1].recv(wire.MAX_PACKET)
+    packet = pair[1].recv(keeper_protocol.MAX_PACKET)
     assert REQUEST.unpack_from(packet) == (verb, flags, *numbers)
     assert packet[REQUEST.size :] == path
 
@@ -52,17 +52,17 @@ def test_a_reply_is_read_as_it_was_written(outcome: Outcome, code: int, item: in
 def test_a_list_of_pins_fits_a_packet(pair: tuple[socket.socket, socket.socket]) -> None:
     pins = [(1 << 63 | number, number) for number in range(2000)]
     pair[0].send(REPLY.pack(Outcome.LISTED, 0, 0, 0) + b"".join(PINS.pack(*pin) for pin in pins))
-    packet = pair[1].recv(wire.MAX_PACKET)
+    packet = pair[1].recv(keeper_protocol.MAX_PACKET)
     assert list(PINS.iter_unpack(packet[REPLY.size :])) == pins
 
 
 def test_messages_carry_descriptors_until_the_end(pair: tuple[socket.socket, socket.socket]) -> None:
     reading, writing = os.pipe()
-    wire.send(pair[0], {"keeper": 1, "name": "ü"}, (writing,))
-    wire.send(pair[0], {})
+    keeper_protocol.send(pair[0], {"keeper": 1, "name": "ü"}, (writing,))
+    keeper_protocol.send(pair[0], {})
     pair[0].close()
     os.close(writing)
-    first = wire.receive(pair[1])
+    first = keeper_protocol.receive(pair[1])
     assert first is not None
     message, fds = first
     assert message == {"keeper": 1, "name": "ü"}
@@ -70,5 +70,5 @@ def test_messages_carry_descriptors_until_the_end(pair: tuple[socket.socket, soc
     assert os.read(reading, 100) == b"through the copy"
     os.close(fds[0])
     os.close(reading)
-    assert wire.receive(pair[1]) == ({}, [])
-    assert wire.receive(pair[1]) is None
+    assert keeper_protocol.receive(pair[1]) == ({}, [])
+    assert keeper_protocol.receive(pair[1]) is None

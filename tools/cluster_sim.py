@@ -16,8 +16,8 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from coordlfs.cache.minio import MinIO
 from coordlfs.kernel.pages import PAGE
-from coordlfs.minio import MinIO
 from coordlfs.peers.ownership import Node, Ownership
 
 Ints = npt.NDArray[np.int64]

@@ -66,7 +66,7 @@ packages=$(missing_packages)
 python=$(find_python) || fail "there is no Python 3.11 or later, and this system's packages have none"
 
 # Installed once for each place, and each state of the project's dependencies and of what is compiled.
-wanted=$({ pwd; cat pyproject.toml tools/setup.sh coordlfs/*.pyx coordlfs/*.pxd coordlfs/kernel/*.pxd; } | cksum)
+wanted=$({ pwd; cat pyproject.toml tools/setup.sh coordlfs/*/*.pyx coordlfs/*/*.pxd; } | cksum)
 if [ ! -x "$venv/bin/python" ] || [ "$(cat "$venv/coordlfs-setup" 2>/dev/null)" != "$wanted" ]; then
     echo "installing coordlfs and what it needs in $venv: this takes minutes"
     "$python" -m venv "$venv"

@@ -21,12 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from coordlfs import items
-from coordlfs.admission import Admission
-from coordlfs.catalog import Catalog, node_of_path
+from coordlfs.cache import items
+from coordlfs.cache.admission import Admission
+from coordlfs.cache.minio import State
+from coordlfs.catalogue.catalog import Catalog, node_of_path
+from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import pages, process
-from coordlfs.metrics import Counters
-from coordlfs.minio import State
 from coordlfs.peers import client, link, protocol, settings
 from coordlfs.peers.client import Outcome, Peer, Receiver
 from coordlfs.peers.ownership import Node, Ownership, key_of, keys_of

@@ -1,8 +1,8 @@
 """Hits: cached files read through the mount, and the same files read from the source's own warm page cache.
 
 And what it costs a hit that the mount looks after itself, against the same pages while every process of the mount is
-stopped: as it is mounted by default, watching memory and sweeping; and, harder, with sweeps at the pace of a million
-files in ten minutes and someone who asks for metrics every second.
+stopped: as it is mounted by default, watching memory and revalidating; and, harder, with passes at the pace of a
+million files in ten minutes and someone who asks for metrics every second.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _figures(threads: int, hits: list[_Hits]) -> list[Figure]:
 
 
 def run_guarded(context: Context) -> list[Figure]:
-    """Files per second of a mount that sweeps and is scraped, and of the same mount while its processes are stopped.
+    """Files per second of a mount that revalidates and is scraped, and of the same mount with its processes stopped.
 
     One mount, since two mounts of the same files differ by a quarter for where their pages came to lie.
     """
@@ -94,7 +94,7 @@ def run_guarded(context: Context) -> list[Figure]:
     figures = []
     for guards, options in (
         ("as mounted by default", []),
-        ("with sweeps as of a million files, and metrics", ["--revalidate", pace, "--metrics", "0"]),
+        ("with passes as of a million files, and metrics", ["--revalidate", pace, "--metrics", "0"]),
     ):
         with mounts.coordlfs(data.root, data.allocated * 11 // 10, options=options) as mount:
             reader.read(mount.point, data.paths, 2, 0)
@@ -108,7 +108,7 @@ def run_guarded(context: Context) -> list[Figure]:
 def _compare_guarded(
     context: Context, mount: mounts.Mount, data: Images, threads: int, guards: str, *, is_scraped: bool
 ) -> Figure:
-    before = mount.status()["revalidation"]["sweeps"]
+    before = mount.status()["revalidation"]["passes"]
 
     def guarded(n: int) -> float:
         with mount.scraped(_SCRAPE) if is_scraped else nullcontext():
@@ -121,7 +121,7 @@ def _compare_guarded(
             return reader.read(mount.point, data.paths, threads, n).files_per_second
 
     speeds = alternate(context, context.rounds(_GUARDED_ROUNDS), {"guarded": guarded, "stopped": stopped})
-    sweeps = mount.status()["revalidation"]["sweeps"] - before
+    passes = mount.status()["revalidation"]["passes"] - before
     readers = f"{threads} reader{'s' if threads > 1 else ''}"
     both = ratios(speeds["guarded"], speeds["stopped"])
     low, _, high = quantiles(both) if len(both) > 1 else both * 3
@@ -129,7 +129,7 @@ def _compare_guarded(
         f"hits, {readers}: {guards} ÷ with every process of the mount stopped",
         both,
         Bound(0.98, at_least=True),
-        f"{median(speeds['guarded']):,.0f} ÷ {median(speeds['stopped']):,.0f} files/s, {sweeps} sweeps;"
+        f"{median(speeds['guarded']):,.0f} ÷ {median(speeds['stopped']):,.0f} files/s, {passes} passes;"
         f" half of {len(both)} rounds: {low:.3f} – {high:.3f}",
     )
 

@@ -25,7 +25,7 @@ from coordlfs_tools.bench.network import Host, network
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
 from coordlfs_tools.cluster_sim import Cluster, deal
 
-from coordlfs.catalog import node_of_path
+from coordlfs.catalogue.catalog import node_of_path
 from coordlfs.peers.ownership import Node
 
 _DISK = 30_000_000  # bytes per second

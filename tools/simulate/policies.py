@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from math import isqrt
 from typing import Protocol
 
-from coordlfs.minio import MinIO
+from coordlfs.cache.minio import MinIO
 
 Item = int
 _NEVER = 1 << 62  # when an item is used next that is not used again

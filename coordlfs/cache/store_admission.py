@@ -1,0 +1,131 @@
+"""Admission where the cache is memory of its own: an item is cached as soon as all of its bytes have been read.
+
+    absent ── a READ misses, MinIO has room ──> on its way (its bytes go to the memory where they are to stay)
+           ── all of it read; or idle a while, and a keeper reads the rest ──> in the cache
+
+A keeper reads through the mount, so that its READs come here like a job's; where pages are resident that did not come
+here, as those of a file that had no room then, around the page cache (O_DIRECT). The pages that READs leave in the page
+cache are ordinary ones: the kernel may keep or drop them.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+from coordlfs.cache import items
+from coordlfs.cache.admission import IDLE, Admission, Link, Pending
+from coordlfs.cache.epochs import Epochs
+from coordlfs.cache.keeper_protocol import How, Outcome, Verb
+from coordlfs.cache.minio import MinIO
+from coordlfs.cache.store import Store
+from coordlfs.catalogue.catalog import Catalog
+from coordlfs.catalogue.metrics import Counters
+from coordlfs.kernel import pages
+
+_HOLDER = 0  # no keeper: they are counted from 1
+_ADDED = 0.5  # seconds in which what was read is surely added
+_SENTINELS = 15  # files that a keeper is asked to watch for being opened
+
+
+class StoreAdmission(Admission):
+    """The cache's books, and the cache."""
+
+    served_from = "memory_bytes"
+    hits_ask_nobody = False
+    _verb = Verb.FILL
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        policy: MinIO,
+        fd: int,
+        epochs: Epochs,
+        counters: Counters,
+        more_keepers: Callable[[], None],
+    ) -> None:
+        self.memory = Store(fd, policy.capacity, lambda item: catalog.stamp(items.record_of(item)))
+        super().__init__(catalog, policy, self.memory, epochs, counters, more_keepers)
+        self._watched = 0
+
+    def stashed(self, item: int, offset: int, size: int, end: int, pid: int) -> list[memoryview | int]:
+        """What of an item need not be read, see `Store.parts`. Takes no lock."""
+        return self.memory.parts(item, offset, size)
+
+    def _missed_though_pinned(self, item: int) -> None:
+        if not self.memory.is_current(item):
+            self.drop([item])  # else it came to be cached while this READ was at the source
+
+    def _take(self, item: int, offset: int, data: memoryview, file_size: int, pid: int, *, for_peer: bool) -> None:
+        if item not in self._pending:
+            length = items.length(item, file_size)
+            if not length or not self._admits(item, pages.count(length)):
+                return
+            if not self.memory.reserve(item, length):
+                self.policy.release(item)
+                self.counters.add("not_admitted")
+                return
+            self._pending[item] = Pending(missed=not for_peer)
+        self._add(item, offset, data)
+
+    def _add(self, item: int, offset: int, data: memoryview) -> None:
+        pending = self._pending[item]
+        pending.awaited = 0
+        self.memory.put(item, offset, data)
+        if self.memory.is_whole(item):
+            del self._pending[item]
+            self._pinned(_HOLDER, item)
+            self._watch(item)
+        elif pending.keeper is None and not pending.attempts:
+            self._later(item, IDLE)
+
+    def _ask(self, item: int, pending: Pending) -> None:
+        pending.due = 0.0
+        is_announced = self.ahead is not None and self.ahead.wants(items.record_of(item))
+        flags = How.FORCE if pending.attempts else How.KEEP if is_announced else 0
+        self._ask_keeper(item, pending, flags)
+
+    def add_keeper(self, index: int, pid: int, sock: socket.socket) -> None:
+        """A keeper joins, which may have nothing to watch yet."""
+        super().add_keeper(index, pid, sock)
+        with self.lock:
+            self._watched = 0
+            for item in self.policy.items()[:_SENTINELS]:
+                if self.memory.is_whole(item):
+                    self._watch(item)
+
+    def _watch(self, item: int) -> None:
+        """Have some of the first files watched, from which epochs are told where nothing misses."""
+        link = next(iter(self.links.values()), None)
+        record = items.record_of(item)
+        if link is not None and self._watched < _SENTINELS and self.catalog.size(record) <= items.CHUNK:
+            self._watched += 1
+            self._send(link, Verb.WATCH, item, 0)
+
+    def _answered(self, link: Link, outcome: Outcome, code: int, item: int) -> None:
+        pending = self._pending.get(item)
+        if outcome is Outcome.FILLED and pending is not None and not pending.cancelled and not pending.attempts:
+            # What it read last may be about to be added: a thread answers the kernel first.
+            pending.keeper = None
+            pending.attempts = 1
+            self._later(item, _ADDED)
+        elif outcome is not Outcome.SEEN:
+            super()._answered(link, outcome, code, item)
+
+    def recover(self) -> None:
+        """Take over what the last server cached."""
+        with self.lock:
+            self.catalog.clear_pinned_pages()
+            for item in self.memory.recover(self._length):
+                if self.policy.admit(item, pages.count(self._length(item))):
+                    self._pinned(_HOLDER, item)
+                else:
+                    self.memory.remove(item)
+            for link in self.links.values():
+                self._send(link, Verb.LIST, 0, 0)  # its threads
+            if not self.links:  # it died with the last server, and is being replaced
+                self._asked_for_keeper = True
+
+    def _length(self, item: int) -> int:
+        record = items.record_of(item)
+        return items.length(item, self.catalog.size(record)) if record < len(self.catalog) else 0

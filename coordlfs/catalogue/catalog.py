@@ -1,0 +1,440 @@
+"""The item catalogue: which node id stands for which path, and which version of it was shown.
+
+A node id is derived from the path relative to the dataset's root (xxh3, 63 bits), so that it survives the server
+and is the same on every node of a cluster. Two paths with one hash are told apart by hashing again with the next
+seed. Names with several hard links are one node, derived from the source's inode. A file that is replaced after bytes
+of it were handed out becomes a new node, likewise with the next seed, as it would be a new inode in the source: whoever
+has the old one open must never get bytes of the new one.
+
+The records live in memory that the supervisor owns (two memfds), about 64 bytes and the name per file, and are only
+ever appended, so that a server killed at any moment leaves a catalogue that its successor can use. The hash index is
+the server's own and made anew. Any thread may find and write at any time.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import stat
+import struct
+import threading
+from array import array
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+import xxhash
+
+from coordlfs.catalogue import memfds
+from coordlfs.kernel.fuse import ROOT_NODE
+from coordlfs.sources.versions import Version, access
+
+_HEADER = 4096
+HEADER_WORDS = _HEADER // 8
+RECORD_WORDS = 8
+_MASK = (1 << 63) - 1
+COUNTERS = 128  # words of the header that are free for counters
+COUNT, NAMES_USED, _STALE = 0, 1, 2
+_RECORD = struct.Struct("=QQQQqQQQ")  # node, entry and flags, name, then as below
+_VERSION = struct.Struct("=24xQqQ8xQ")  # of a record's words: size, mtime, inode, and above 32 bits the access
+
+_FEW = 1 << 16  # records that are indexed one by one, in 20 ms
+
+_NO_VERSION = Version(0, 0, 0)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+REGULAR, SERVED, LINKED, DIRECTORY, SUPERSEDED, OTHER_CGROUP, STALE = 1, 2, 4, 8, 16, 32, 64
+
+
+def node_of_path(path: bytes, seed: int = 0) -> int:
+    """The node id of a relative path; `seed` counts the collisions before it."""
+    return _node(path, seed)
+
+
+def _node(key: bytes, seed: int) -> int:
+    # 0 means "no node" to the kernel and 1 is the root.
+    return max(xxhash.xxh3_64_intdigest(key, seed) & _MASK, 2)
+
+
+def _locked(method: Callable[Concatenate[Catalog, P], T]) -> Callable[Concatenate[Catalog, P], T]:
+    @functools.wraps(method)
+    def call(self: Catalog, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+class Catalog:
+    """The records of one mount. Record numbers are small integers that stay valid for the life of the mount."""
+
+    def __init__(self, records: int, names: int, *, id_bits: int = 63) -> None:
+        self._map = mmap.mmap(records, memfds.RECORDS)
+        # Read as they lie here by `coordlfs.catalogue.records` as well.
+        self.words = memoryview(self._map).cast("Q")
+        self.names = mmap.mmap(names, memfds.NAMES)
+        self.id_mask = (1 << id_bits) - 1
+        self.lock = threading.RLock()
+        self._other_names: dict[int, set[tuple[int, bytes]]] = {}  # of files with several hard links
+        self._directories: dict[int, bytes] = {0: b""}
+        self.counters = self.words[HEADER_WORDS - COUNTERS : HEADER_WORDS]
+        if self.words[COUNT] == 0:
+            self._append(ROOT_NODE, 0, b"", DIRECTORY)
+        self.index: tuple[memoryview, int] = (memoryview(array("I", bytes(4 << 12))), (1 << 12) - 1)
+        if self.words[COUNT] > 1:
+            self.index = self._build_index(self.words[COUNT])
+        else:
+            self._insert(ROOT_NODE, 0)
+
+    def __len__(self) -> int:
+        return self.words[COUNT]
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the records, the names and the index take up."""
+        return _HEADER + len(self) * RECORD_WORDS * 8 + self.words[NAMES_USED] + self.index[0].nbytes
+
+    # -- finding ------------------------------------------------------------------------------------------------
+
+    def find(self, node: int) -> int | None:
+        """The record of a node id."""
+        slots, mask = self.index
+        at = node & mask
+        while record := slots[at]:
+            record -= 1
+            if self.words[HEADER_WORDS + record * RECORD_WORDS] == node:
+                return record
+            at = (at + 1) & mask
+        return None
+
+    def node(self, record: int) -> int:
+        """The node id of a record."""
+        return self.words[HEADER_WORDS + record * RECORD_WORDS]
+
+    def entry(self, record: int) -> tuple[int, bytes]:
+        """Record of the parent directory, and the name in it."""
+        at = HEADER_WORDS + record * RECORD_WORDS
+        packed, offset = self.words[at + 1], self.words[at + 2]
+        if packed & LINKED:  # the only ones that `move` gives another name
+            with self.lock:
+                packed, offset = self.words[at + 1], self.words[at + 2]
+        return packed >> 32, self.names[offset : offset + (packed >> 16 & 0xFFFF)]
+
+    def path(self, record: int) -> bytes:
+        """The path relative to the root; empty for the root."""
+        parent, name = self.entry(record)
+        if directory := self._directories.get(parent):
+            return directory + b"/" + name
+        names = [name]
+        while (known := self._directories.get(parent)) is None:
+            parent, name = self.entry(parent)
+            names.append(name)
+        if known:
+            names.append(known)
+        return b"/".join(reversed(names))
+
+    def directory_path(self, record: int) -> bytes:
+        """`path` of a directory, remembered."""
+        known = self._directories.get(record)
+        if known is None:
+            if len(self._directories) > 100_000:
+                self._directories = {0: b""}
+            known = self._directories[record] = self.path(record)
+        return known
+
+    def version(self, record: int) -> Version:
+        """The version that the kernel was last told of."""
+        size, mtime_ns, inode, last = _VERSION.unpack_from(self._map, _HEADER + record * RECORD_WORDS * 8)
+        return Version(size, mtime_ns, inode, last >> 32)
+
+    def size_and_mtime(self, record: int) -> tuple[int, int]:
+        """Of `version`, what nodes tell each other: size and mtime_ns."""
+        size, mtime_ns, _, _ = _VERSION.unpack_from(self._map, _HEADER + record * RECORD_WORDS * 8)
+        return size, mtime_ns
+
+    def shows(self, record: int, version: Version) -> bool:
+        """Whether `version` is the one that the kernel was last told of."""
+        size, mtime_ns, inode, last = _VERSION.unpack_from(self._map, _HEADER + record * RECORD_WORDS * 8)
+        return (size, mtime_ns, inode, last >> 32) == version
+
+    def shows_bytes(self, record: int, st: os.stat_result) -> bool:
+        """Whether the bytes are those of that version, whoever may read them now."""
+        return self.version(record)[:3] == Version.of(st)[:3]
+
+    def stamp(self, record: int) -> int:
+        """64 bits for what tells the bytes of that version from those of any other."""
+        at = HEADER_WORDS + record * RECORD_WORDS
+        return xxhash.xxh3_64_intdigest(self.words[at + 3 : at + 6])
+
+    def is_stricter(self, record: int, st: os.stat_result) -> bool:
+        """Whether `st` may forbid somebody what the version that was shown allowed."""
+        shown, now = (
+            self.words[HEADER_WORDS + record * RECORD_WORDS + 7] >> 32,
+            access(st.st_mode, st.st_uid, st.st_gid),
+        )
+        return (shown ^ now) & 0xFFFFF != 0 or shown >> 20 & ~(now >> 20) & 0o777 != 0
+
+    @_locked
+    def set_access(self, record: int, st: os.stat_result) -> None:
+        """Record that the kernel is told of another mode or owner, and nothing else."""
+        at = HEADER_WORDS + record * RECORD_WORDS + 7
+        self.words[at] = access(st.st_mode, st.st_uid, st.st_gid) << 32 | self.words[at] & 0xFFFFFFFF
+
+    @_locked
+    def supersedes(self, record: int, st: os.stat_result, *, is_another: bool = False) -> bool:
+        """Whether `st` is another file in the place of one of which bytes have been handed out, or another link.
+
+        `is_another`: it is another file, though the inode's number may be the same.
+        """
+        flags = self.flags(record)
+        another = is_another or st.st_ino != self.words[HEADER_WORDS + record * RECORD_WORDS + 5]
+        if stat.S_ISLNK(st.st_mode) and not flags & (REGULAR | DIRECTORY):
+            # The kernel keeps where a link leads with the node, and new attributes do not have it look again.
+            another, flags = not self.shows_bytes(record, st), flags | SERVED
+        if flags & SERVED and another:
+            self.set_stale(record)
+            self.words[HEADER_WORDS + record * RECORD_WORDS + 1] |= SUPERSEDED
+            return True
+        return bool(flags & SUPERSEDED)
+
+    @_locked
+    def supersede(self, record: int) -> None:
+        """The name of a file is gone: another one of that name, be it with the same inode number, is another node."""
+        if self.flags(record) & SERVED:
+            self.words[HEADER_WORDS + record * RECORD_WORDS + 1] |= SUPERSEDED
+
+    def size(self, record: int) -> int:
+        """Bytes of the file, as the kernel was last told."""
+        return self.words[HEADER_WORDS + record * RECORD_WORDS + 3]
+
+    def flags(self, record: int) -> int:
+        """REGULAR, DIRECTORY, LINKED, SUPERSEDED, OTHER_CGROUP, STALE: see below; SERVED: bytes of it went out."""
+        return self.words[HEADER_WORDS + record * RECORD_WORDS + 1] & 0xFFFF
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    @_locked
+    def enter(self, parent: int, name: bytes, st: os.stat_result) -> tuple[int, bool, int | None]:
+        """The record of a directory entry, made if it is new, and whether its version differs from the one shown.
+
+        Third, the record that it just took the place of, if it did.
+        A version that differs is NOT recorded: the pages of the old one have to go first; then call `change_version`.
+        """
+        linked = st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode)
+        if linked:
+            key = struct.pack("=cQQ", b"\0", st.st_dev & _MASK, st.st_ino)  # no path begins with a NUL
+        else:
+            directory = self.directory_path(parent)
+            key = directory + b"/" + name if directory else name
+        seed, superseded = 0, None
+        while True:
+            node = max(_node(key, seed) & self.id_mask, 2)
+            record = self.find(node)
+            if record is None:
+                break
+            flags = self.flags(record)
+            if linked:
+                same = flags & LINKED and self.version(record).inode == st.st_ino
+            else:
+                same = not flags & LINKED and self.entry(record) == (parent, name)
+            if same and linked and self.entry(record) != (parent, name):
+                self._other_names.setdefault(record, set()).add((parent, name))
+            if same and self.shows(record, Version.of(st)):
+                if flags & SUPERSEDED:  # it is back
+                    self.words[HEADER_WORDS + record * RECORD_WORDS + 1] &= ~SUPERSEDED
+                return record, False, superseded
+            if same and not self.supersedes(record, st):
+                kind = self._kind(st, linked)
+                if (REGULAR | DIRECTORY) & kind & flags:
+                    return record, True, superseded
+                self.set_version(record, Version.of(st), kind)
+                return record, False, superseded
+            if same and not flags & SUPERSEDED:
+                superseded = record
+            seed += 1
+        return self.add(node, parent, name, self._kind(st, linked), Version.of(st)), False, superseded
+
+    @_locked
+    def add(self, node: int, parent: int, name: bytes, kind: int, version: Version) -> int:
+        """The record of a new directory entry whose node id no other has."""
+        record = self._append(node, parent, name, kind, version)
+        self._insert(node, record)
+        return record
+
+    @staticmethod
+    def _kind(st: os.stat_result, linked: bool) -> int:
+        kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
+        return kind | (LINKED if linked else 0)
+
+    def other_names(self, record: int) -> list[tuple[int, bytes]]:
+        """Names of a file with several hard links that are known, but for the one that it is read by."""
+        return list(self._other_names.get(record, ()))
+
+    @_locked
+    def move(self, record: int, parent: int, name: bytes) -> None:
+        """Give a file with several hard links another of its names to be read by."""
+        self._other_names.get(record, set()).discard((parent, name))
+        at = HEADER_WORDS + record * RECORD_WORDS
+        offset = self._store_name(name)
+        self.words[at + 2] = offset
+        self.words[at + 1] = parent << 32 | len(name) << 16 | self.flags(record)
+
+    @_locked
+    def set_version(self, record: int, version: Version, kind: int | None = None) -> None:
+        """Record that the kernel is told of `version`, of which nothing has been handed out yet."""
+        at = HEADER_WORDS + record * RECORD_WORDS
+        self.words[at + 3] = version.size
+        self.words[at + 4] = version.mtime_ns & 0xFFFFFFFFFFFFFFFF
+        self.words[at + 5] = version.inode
+        self.words[at + 7] = version.access << 32 | self.words[at + 7] & 0xFFFFFFFF
+        flags = self.flags(record) & ~SERVED if kind is None else kind | self.flags(record) & STALE
+        self.words[at + 1] = self.words[at + 1] & ~0xFFFF | flags
+
+    @_locked
+    def change_version(self, record: int, version: Version, served: int) -> bool:
+        """Record another version, if SERVED is still `served`: else bytes of the old one have been handed out since.
+
+        It stays: what takes the place of the file later is another one to those who got bytes of any version of it.
+        """
+        if self.flags(record) & SERVED != served:
+            return False
+        self.set_version(record, version)
+        if served:
+            self.set_served(record)
+        return True
+
+    def set_served(self, record: int) -> None:
+        """Record that bytes of this version have been handed out."""
+        at = HEADER_WORDS + record * RECORD_WORDS + 1
+        if not self.words[at] & SERVED:
+            with self.lock:
+                self.words[at] |= SERVED
+
+    @_locked
+    def set_other_cgroup(self, record: int) -> None:
+        """Record that a process outside the keepers' memory cgroup has read of the file."""
+        self.words[HEADER_WORDS + record * RECORD_WORDS + 1] |= OTHER_CGROUP
+
+    @_locked
+    def set_stale(self, record: int) -> None:
+        """Record that the kernel or a keeper may hold something of another version than the one recorded.
+
+        To be called before that one is: a server that is killed before it has seen to it leaves it to the next one.
+        """
+        if not self.flags(record) & STALE:
+            self.words[_STALE] += 1
+            self.words[HEADER_WORDS + record * RECORD_WORDS + 1] |= STALE
+
+    @_locked
+    def set_fresh(self, record: int) -> None:
+        """Record that nothing of another version is held any more."""
+        if self.flags(record) & STALE:
+            self.words[HEADER_WORDS + record * RECORD_WORDS + 1] &= ~STALE
+            self.words[_STALE] -= 1
+
+    def stale(self) -> list[int]:
+        """The records of which something of another version may be held."""
+        return [r for r in range(len(self)) if self.flags(r) & STALE] if self.words[_STALE] else []
+
+    def serves(self, record: int, version: Version) -> bool:
+        """Whether a version is shown; if so, bytes of it are being handed out."""
+        return self.serves_if(record, lambda: self.shows(record, version))
+
+    def serves_if(self, record: int, is_shown: Callable[[], bool]) -> bool:
+        """`serves` a version that is shown if `is_shown` finds so.
+
+        It is seen again after that is recorded: only then does whoever records another version know of it.
+        """
+        if not self.flags(record) & SERVED:
+            if not is_shown():
+                return False
+            self.set_served(record)
+        return is_shown()
+
+    def last_miss(self, record: int) -> tuple[int, int]:
+        """Epoch of the file's last miss and the page it began at; (0, 0) if there was none."""
+        packed = self.words[HEADER_WORDS + record * RECORD_WORDS + 6]
+        return packed >> 32, packed & 0xFFFFFFFF
+
+    def set_last_miss(self, record: int, epoch: int, page: int) -> None:
+        """See `last_miss`."""
+        self.words[HEADER_WORDS + record * RECORD_WORDS + 6] = epoch << 32 | page & 0xFFFFFFFF
+
+    def pinned_pages(self, record: int) -> int:
+        """How many pages of the file are pinned."""
+        return self.words[HEADER_WORDS + record * RECORD_WORDS + 7] & 0xFFFFFFFF
+
+    @_locked
+    def add_pinned_pages(self, record: int, pages: int) -> None:
+        """Count `pages` more (or fewer, if negative) as pinned."""
+        self.words[HEADER_WORDS + record * RECORD_WORDS + 7] += pages
+
+    def clear_pinned_pages(self) -> dict[int, int]:
+        """Forget what is pinned, for a server that is about to be told by the keepers; what was, by the record."""
+        pinned = {record: found for record in range(len(self)) if (found := self.pinned_pages(record))}
+        for record in pinned:
+            self.words[HEADER_WORDS + record * RECORD_WORDS + 7] &= ~0xFFFFFFFF
+        return pinned
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _append(self, node: int, parent: int, name: bytes, flags: int, version: Version = _NO_VERSION) -> int:
+        record = self.words[COUNT]
+        if record >= (memfds.RECORDS - _HEADER) // (RECORD_WORDS * 8) - 1:
+            raise OSError(28, "the catalogue is full")
+        entry, at = parent << 32 | len(name) << 16 | flags, _HEADER + record * _RECORD.size
+        size, mtime_ns, inode, access_ = version
+        _RECORD.pack_into(self._map, at, node, entry, self._store_name(name), size, mtime_ns, inode, 0, access_ << 32)
+        self.words[COUNT] = record + 1  # only now does it exist
+        return record
+
+    def _store_name(self, name: bytes) -> int:
+        offset = self.words[NAMES_USED]
+        if offset + len(name) > memfds.NAMES:
+            raise OSError(28, "the catalogue's names are full")
+        self.names[offset : offset + len(name)] = name
+        self.words[NAMES_USED] = offset + len(name)
+        return offset
+
+    def _insert(self, node: int, record: int) -> None:
+        slots, mask = self.index
+        if (record + 1) * 2 > mask + 1:
+            self.index = self._build_index((record + 1) * 2)
+            return
+        at = node & mask
+        while slots[at]:
+            at = (at + 1) & mask
+        slots[at] = record + 1
+
+    def _build_index(self, capacity: int) -> tuple[memoryview, int]:
+        """Open addressing with linear probing, at most half full; a slot holds a record number plus one."""
+        size = 1 << max(12, (2 * capacity - 1).bit_length())
+        mask = size - 1
+        if len(self) > _FEW:
+            return memoryview(self._index_many(size, mask)), mask
+        slots = array("I", bytes(4 * size))
+        nodes = self.words[HEADER_WORDS : HEADER_WORDS + len(self) * RECORD_WORDS : RECORD_WORDS]
+        for record, node in enumerate(nodes, 1):
+            at = node & mask
+            while slots[at]:
+                at = (at + 1) & mask
+            slots[at] = record
+        return memoryview(slots), mask
+
+    def _index_many(self, size: int, mask: int) -> array[int]:
+        import numpy as np  # here, since it takes longer to import than a mount to come up, or to read many files
+
+        slots = np.zeros(size, np.uint32)
+        ids = np.frombuffer(self._map, np.uint64, len(self) * RECORD_WORDS, _HEADER)[::RECORD_WORDS]
+        records = np.arange(1, len(ids) + 1, dtype=np.uint32)
+        at = (ids & np.uint64(mask)).astype(np.int64)
+        while len(records):
+            free = slots[at] == 0
+            slots[at[free]] = records[free]  # of several for one slot, the last wins
+            homeless = slots[at] != records
+            records, at = records[homeless], (at[homeless] + 1) & mask
+        packed = array("I")
+        packed.frombytes(slots.tobytes())
+        return packed

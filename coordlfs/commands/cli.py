@@ -1,0 +1,306 @@
+"""The command line: arguments and printing, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import os
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, NoReturn
+
+from coordlfs import __version__
+from coordlfs.errors import UserError
+
+if TYPE_CHECKING:
+    from coordlfs.commands.mount import Options
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print it and exit with status 2."""
+        self.exit(2, f"coordlfs: {message} (`{self.prog} --help` says more)\n")
+
+
+_TOOLS = {  # command → the module that has its arguments and does it, and what it is good for
+    "analyze": ("coordlfs_tools.analyze.command", "measure where a training job's time goes, and what would help"),
+    "simulate": ("coordlfs_tools.simulate.command", "hit rates of cache policies, over sizes, epochs, jobs and nodes"),
+    "bench": ("coordlfs_tools.storage.command", "measure storage as a training job reads it"),
+}
+_WITH_JOB = ("run", "analyze")  # their command comes after --
+
+
+def _tool(name: str) -> ModuleType:
+    """The module behind a command that needs the extra `tools`. Raises UserError if that is not installed."""
+    try:
+        return importlib.import_module(_TOOLS[name][0])
+    except ModuleNotFoundError as e:
+        raise UserError(f"{name} needs {e.name}, which is not installed: pip install 'coordlfs[tools]'") from None
+
+
+def _parser(asked: str | None = None) -> argparse.ArgumentParser:
+    """All commands; of the tools, only the command that is `asked` for is loaded, with its arguments."""
+    parser = _Parser(
+        prog="coordlfs",
+        description="A file system that is mounted over a dataset and keeps it in memory, never evicting.",
+    )
+    parser.add_argument("--version", action="version", version=f"coordlfs {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add_options(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--cache-size",
+            default="auto",
+            metavar="SIZE",
+            help="200G, 512M, 60%% (of all memory), 0 (none), or auto: 60%% of what is available (default)",
+        )
+        command.add_argument(
+            "--revalidate",
+            default="10m",
+            metavar="TIME",
+            help="within which a change of the source is noticed though nobody reads it: 30s, 10m (default), 6h",
+        )
+        command.add_argument("--immutable", action="store_true", help="the source never changes: do not look")
+        command.add_argument("--log-file", metavar="FILE", help="where messages go (default: the journal, or syslog)")
+        command.add_argument(
+            "--metrics",
+            metavar="[HOST:]PORT",
+            help="serve figures to Prometheus there, on loopback if no host is named",
+        )
+        command.add_argument(
+            "--peers",
+            metavar="NODES",
+            help="share caches with these nodes: HOST:PORT,HOST:PORT…, dns:NAME:PORT, slurm:PORT or etcd:URL/PREFIX",
+        )
+        command.add_argument("--listen", metavar="HOST:PORT", help="where the other nodes reach this one")
+        command.add_argument("--cluster-key-file", metavar="FILE", help="the key that all nodes share")
+        command.add_argument("--tls-cert", metavar="FILE", help="this node's certificate, and then all is encrypted")
+        command.add_argument("--tls-key", metavar="FILE", help="its private key")
+        command.add_argument("--tls-ca", metavar="FILE", help="who signed the nodes' certificates")
+
+    mount = commands.add_parser("mount", help="mount a dataset; returns when it serves")
+    mount.add_argument("source", metavar="SRC", help="the dataset's directory")
+    mount.add_argument("mountpoint", metavar="MNT", help="where to mount; may be SRC itself")
+    mount.add_argument("--foreground", action="store_true", help="stay, log to the terminal, unmount on Ctrl-C")
+    add_options(mount)
+
+    umount = commands.add_parser("umount", help="unmount, and wait until everything has ended")
+    umount.add_argument("mountpoint", metavar="MNT")
+    umount.add_argument("--lazy", action="store_true", help="detach now, end when no file is open any more")
+
+    status = commands.add_parser("status", help="what is cached, what was read, how often it hit")
+    status.add_argument("mountpoint", metavar="MNT", nargs="?", help="default: every mount")
+    how = status.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="stable figures, for programs")
+    how.add_argument("--watch", action="store_true", help="a table that lives")
+
+    warm = commands.add_parser("warm", help="fill the cache ahead of training")
+    drop = commands.add_parser("drop", help="give cached files back")
+    for command in (warm, drop):
+        command.add_argument("mountpoint", metavar="MNT")
+        command.add_argument("paths", metavar="PATH", nargs="*", help="files or directories on MNT; default: all")
+
+    peers = commands.add_parser("peers", help="the nodes that share the cache: who lives, what each caches and sends")
+    peers.add_argument("mountpoint", metavar="MNT")
+    peers.add_argument("--json", action="store_true", help="stable figures, for programs")
+
+    verify = commands.add_parser("verify", help="compare every byte, name and attribute with the source")
+    verify.add_argument("mountpoint", metavar="MNT")
+
+    refresh = commands.add_parser("refresh", help="notice now what changed in the source")
+    refresh.add_argument("mountpoint", metavar="MNT")
+    refresh.add_argument("paths", metavar="PATH", nargs="*", help="files or directories on MNT; default: all")
+
+    restart = commands.add_parser("restart", help="replace the mount's processes by the installed version, in use")
+    restart.add_argument("mountpoint", metavar="MNT")
+
+    groups = commands.add_parser("groups", help="jobs on this node that share a loader: epochs, stage, what is saved")
+    groups.add_argument("--json", action="store_true", help="stable figures, for programs")
+    groups.add_argument("--watch", action="store_true", help="tables that live")
+
+    doctor = commands.add_parser("doctor", help="examine the machine: what is missing, what that costs, how to mend it")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+
+    run = commands.add_parser(
+        "run",
+        help="mount over SRC for one command, which alone sees it",
+        usage="coordlfs run SRC [--cache-size SIZE] [OPTION …] -- COMMAND …",
+    )
+    run.add_argument("source", metavar="SRC")
+    add_options(run)
+
+    for name, (_, help_) in _TOOLS.items():
+        tool = commands.add_parser(name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.")
+        if name == asked:
+            _tool(name).add_arguments(tool)
+    return parser
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    from coordlfs.commands.mount import Options
+    from coordlfs.sizes import seconds
+
+    a = arguments
+    given = (a.listen, a.peers, a.cluster_key_file, a.tls_cert, a.tls_key, a.tls_ca)
+    cluster = None
+    if any(value is not None for value in given):
+        from coordlfs.peers.settings import Cluster
+
+        cluster = Cluster(*given)
+    revalidate = None if a.immutable else seconds(a.revalidate)
+    return Options(a.cache_size, a.log_file, revalidate, a.metrics, cluster)
+
+
+def _mount(arguments: argparse.Namespace) -> int:
+    from coordlfs.commands import mount
+
+    supervisor = mount.mount(
+        arguments.source, arguments.mountpoint, _options(arguments), foreground=arguments.foreground
+    )
+    if arguments.foreground:
+        return mount.stay(supervisor, arguments.mountpoint)
+    supervisor.returncode = 0  # it lives on: do not let Popen warn of it
+    return 0
+
+
+def _umount(arguments: argparse.Namespace) -> int:
+    from coordlfs.commands.umount import umount
+
+    umount(arguments.mountpoint, lazy=arguments.lazy)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from coordlfs.commands import status
+
+    status.show([arguments.mountpoint] if arguments.mountpoint else [], as_json=arguments.json, watch=arguments.watch)
+    return 0
+
+
+def _warm(arguments: argparse.Namespace) -> int:
+    from coordlfs.commands import client
+    from coordlfs.sizes import text
+
+    done = client.warm(arguments.mountpoint, arguments.paths)
+    print(f"{done['pinned']} of {done['items']} items are cached, {text(done['bytes'])}")
+    if done["is_full"]:
+        untried = f": {done['untried']} more files were not tried" if done["untried"] else ""
+        print(f"the cache is full{untried}")
+    return 0
+
+
+def _drop(arguments: argparse.Namespace) -> int:
+    from coordlfs.commands import client
+    from coordlfs.kernel.pages import PAGE
+    from coordlfs.sizes import text
+
+    done = client.drop(arguments.mountpoint, arguments.paths)
+    print(f"{done['dropped']} items were given back, {text(done['freed_pages'] * PAGE)}")
+    return 0
+
+
+def _peers(arguments: argparse.Namespace) -> int:
+    from coordlfs.commands import peers
+
+    peers.show(arguments.mountpoint, as_json=arguments.json)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from coordlfs.commands import verify
+    from coordlfs.sizes import text
+
+    entries, nbytes, found = verify.verify(arguments.mountpoint)
+    for line in found:
+        print(line)
+    print(f"{entries} names and {text(nbytes)} compared: " + (f"{len(found)} differences" if found else "all equal"))
+    return 1 if found else 0
+
+
+def _refresh(arguments: argparse.Namespace) -> int:
+    from coordlfs.commands import client
+
+    done = client.refresh(arguments.mountpoint, arguments.paths)
+    print(f"{done['checked']} known names compared with the source, {done['changed']} had changed")
+    return 0
+
+
+def _restart(arguments: argparse.Namespace) -> int:
+    from coordlfs.commands import client
+
+    done = client.restart(arguments.mountpoint)
+    peers = " and peer server" if done["peer_servers"] else ""
+    print(f"server and {done['keepers']} keepers{peers} replaced, {done['pinned_items']} items cached")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from coordlfs.commands import doctor
+
+    return 0 if doctor.show(as_json=arguments.json) else 1
+
+
+def _groups(arguments: argparse.Namespace) -> int:
+    try:
+        groups = importlib.import_module("coordlfs_loader.groups")
+    except ModuleNotFoundError as e:
+        raise UserError(f"groups needs {e.name}, which is not installed: pip install 'coordlfs[loader]'") from None
+    groups.show(as_json=arguments.json, watch=arguments.watch)
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from coordlfs.commands.run import run
+
+    if not arguments.job:
+        raise UserError("run needs a command: coordlfs run SRC -- python train.py", 2)
+    return run(arguments.source, arguments.job, _options(arguments))
+
+
+_COMMANDS = {
+    "mount": _mount,
+    "umount": _umount,
+    "status": _status,
+    "warm": _warm,
+    "drop": _drop,
+    "peers": _peers,
+    "verify": _verify,
+    "refresh": _refresh,
+    "restart": _restart,
+    "doctor": _doctor,
+    "groups": _groups,
+    "run": _run,
+}
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The arguments that `words` mean; exits with status 2 if they mean none."""
+    return _parser(words[0] if words else None).parse_args(words)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `coordlfs`; the exit status: 2 for usage, 1 for what else went wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # paths may be any bytes
+    words = sys.argv[1:] if argv is None else argv
+    asked = words[0] if words else None
+    ours = words.index("--") if asked in _WITH_JOB and "--" in words else len(words)
+    try:
+        arguments = parse(words[:ours])
+        arguments.job = words[ours + 1 :]
+        if asked in _TOOLS:
+            status: int = _tool(asked).command(arguments)
+            return status
+        return _COMMANDS[arguments.command](arguments)
+    except UserError as e:
+        print(f"coordlfs: {e}", file=sys.stderr)
+        return e.status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

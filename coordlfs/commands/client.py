@@ -1,0 +1,257 @@
+"""The client of the control socket: warm, drop, refresh and restart a mount."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import stat
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, BinaryIO
+
+from coordlfs.commands import mounted
+from coordlfs.errors import UserError
+from coordlfs.kernel import fiemap, pages, process
+from coordlfs.sources.directory import Source
+
+_BATCH = 64
+_REPLACED_WITHIN, _SETTLED_WITHIN = 60.0, 30.0  # seconds
+_LOOK_EVERY = 1.0  # seconds between looks whether a server that has not answered is still there
+_SORTED_AT_ONCE = 200_000  # files whose place on the disk is asked for before the first of them is read
+
+
+class Client:
+    """A connection to the server of a mount."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self.mountpoint = os.path.realpath(mountpoint)
+        self.root = os.fsdecode(mounted.find(self.mountpoint).point)
+        self._sock = socket.socket(socket.AF_UNIX)
+        try:
+            name = os.getxattr(self.root, "user.coordl.control")
+            self._sock.connect(b"\0" + name)
+        except PermissionError:
+            raise UserError(f"only root and who mounted {mountpoint} may do this") from None
+        except OSError as e:
+            raise UserError(f"{mountpoint} does not answer: {e.strerror}") from e
+        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        self._server: int = struct.unpack("3i", credentials)[0]  # 0 in a container that cannot see it
+        self._lines: BinaryIO = self._sock.makefile("rb")
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._lines.close()
+        self._sock.close()
+
+    def _await(self) -> None:
+        """Wait for a reply. Raises ConnectionError if the server ended without one.
+
+        It may not be told by the connection: a thread that waits for the source keeps a dead server's sockets open.
+        """
+        while not select.select([self._sock], [], [], _LOOK_EVERY)[0]:
+            if self._server and process.exit_status(self._server) is not None:
+                raise ConnectionError
+
+    def source(self) -> Source:
+        """The mounted directory itself, even where it is mounted over."""
+        try:
+            self._sock.sendall(b'{"verb": "source"}\n')
+            self._await()
+            _, fds, _, _ = socket.recv_fds(self._sock, 1, 1)
+        except ConnectionError:
+            fds = []
+        if not fds:
+            raise UserError(f"only root and who mounted {self.mountpoint} may do this")
+        return Source(fds[0])
+
+    def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
+        """One request and its reply."""
+        try:
+            self._sock.sendall(json.dumps({"verb": verb, **arguments}).encode() + b"\n")
+            self._await()
+            line = self._lines.readline()
+        except ConnectionError:
+            line = b""
+        if not line:
+            raise UserError(
+                f"{self.mountpoint} broke off: it is mounted no longer, or another user's; only root and who mounted it"
+                " may do this"
+            )
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def relative(self, paths: list[str], *, follow: bool = False) -> list[bytes]:
+        """Paths the user named, relative to the mount's root; of a symbolic link to a file, `follow` takes that.
+
+        Raises UserError for one outside.
+        """
+        found = []
+        for path in paths:
+            real = os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
+            if os.path.isdir(real) or (follow and os.path.exists(real)):
+                real = os.path.realpath(real)
+            if real == self.root:
+                found.append(b"")
+            elif real.startswith(self.root.rstrip("/") + "/"):
+                if not os.path.lexists(real):
+                    raise UserError(f"{path} does not exist")
+                found.append(os.fsencode(os.path.relpath(real, self.root)))
+            else:
+                raise UserError(f"{path} does not lie in {self.root}", 2)
+        return found
+
+
+def walk(source: Source, path: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
+    """Everything at and below `path`, directories before what they hold; what vanishes meanwhile is left out."""
+    waiting = [path]
+    while waiting:
+        path = waiting.pop()
+        with suppress(FileNotFoundError):
+            st = source.lstat(path)
+            yield path, st
+            if stat.S_ISDIR(st.st_mode):
+                listing = source.listing(path)
+                listing.close()
+                waiting += [path + b"/" + name if path else name for name in reversed(listing.names)]
+
+
+def _by_extent(source: Source, files: list[bytes]) -> list[bytes]:
+    def place(path: bytes) -> int:
+        try:
+            fd = source.open(path)
+        except OSError:
+            return 0
+        try:
+            return fiemap.first_block(fd) or 0
+        finally:
+            os.close(fd)
+
+    return sorted(files, key=place)
+
+
+def _files(source: Source, starts: list[bytes]) -> dict[bytes, int]:
+    """What is to be read of the files at and below some paths: bytes, by one path of each."""
+    sizes: dict[bytes, int] = {}
+    linked: set[tuple[int, int]] = set()  # files with several names that have been met
+    for start in starts:
+        for path, st in walk(source, start):
+            if not stat.S_ISREG(st.st_mode) or not st.st_size or (st.st_dev, st.st_ino) in linked:
+                continue
+            if st.st_nlink > 1:
+                linked.add((st.st_dev, st.st_ino))
+            sizes[path] = -(-st.st_size // pages.PAGE) * pages.PAGE
+    return sizes
+
+
+def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
+    """Fill the cache with the files named (or all), in the order they lie on the disk; figures of what was done."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    client = Client(mountpoint)
+    try:
+        figures = mounted.stats(client.root)
+        if not figures["capacity_bytes"]:
+            raise UserError(f"{mountpoint} has no cache: mount it with a --cache-size")
+        source = client.source()
+        files = _files(source, client.relative(paths, follow=True) or [b""])
+        room = figures["memory"]["limit_bytes"] - figures["pinned_bytes"]
+        columns = (
+            TextColumn("warming"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        total = {"files": 0, "items": 0, "pinned": 0, "bytes": 0, "untried": len(files), "is_full": room < pages.PAGE}
+        with Progress(*columns) as progress:
+            task = progress.add_task("warm", total=min(sum(files.values()), figures["capacity_bytes"]))
+            names = list(files)
+            for first in range(0, len(names), _SORTED_AT_ONCE):
+                ordered = _by_extent(source, names[first : first + _SORTED_AT_ONCE])
+                for at in range(0, len(ordered), _BATCH):
+                    batch = ordered[at : at + _BATCH]
+                    reply = client.ask("admit", paths=[os.fsdecode(p) for p in batch])
+                    total["files"] += len(batch)
+                    total["untried"] -= len(batch)
+                    total["items"] += reply["items"]
+                    total["pinned"] += reply["pinned"]
+                    total["bytes"] += reply["pinned_pages"] * pages.PAGE
+                    progress.update(task, advance=reply["pinned_pages"] * pages.PAGE)
+                    room = reply["free_pages"] * pages.PAGE
+                    if reply["pinned"] < reply["items"] and room < max(files[p] for p in batch):
+                        total["is_full"] = True
+                    if room < pages.PAGE and not reply["pinned"]:
+                        return total
+        return total
+    finally:
+        client.close()
+
+
+def drop(mountpoint: str, paths: list[str]) -> dict[str, int]:
+    """Unpin the files named (or all); what was freed."""
+    client = Client(mountpoint)
+    try:
+        if not paths:
+            return client.ask("drop")
+        source = client.source()
+        total = {"dropped": 0, "freed_pages": 0}
+        names = [
+            os.fsdecode(path)
+            for start in client.relative(paths, follow=True)
+            for path, st in walk(source, start)
+            if stat.S_ISREG(st.st_mode)
+        ]
+        for at in range(0, len(names), _BATCH):
+            reply = client.ask("drop", paths=names[at : at + _BATCH])
+            for key in total:
+                total[key] += reply[key]
+        return total
+    finally:
+        client.close()
+
+
+def refresh(mountpoint: str, paths: list[str]) -> dict[str, int]:
+    """Have the files and directories named (or all) compared with the source; what was done."""
+    client = Client(mountpoint)
+    try:
+        return client.ask("refresh", paths=[os.fsdecode(p) for p in client.relative(paths) or [b""]])
+    finally:
+        client.close()
+
+
+def restart(mountpoint: str) -> dict[str, int]:
+    """Replace server, keepers and peer server, one after the other, by the version that is installed; what was done.
+
+    Raises UserError if a new process does not come up in time.
+    """
+    before = mounted.stats(mountpoint)
+    server, keepers = before["processes"]["server"], before["processes"]["keepers"]
+    peer_servers = [pid] if (pid := before["processes"]["peer_server"]) is not None else []
+    for pid in (server, *keepers, *peer_servers):
+        client = Client(mountpoint)
+        try:
+            with suppress(UserError):  # a server that is replaced may be gone before it can answer
+                client.ask("replace", pid=pid)
+        finally:
+            client.close()
+        _wait_replaced(mountpoint, pid, before["pinned_items"])
+    pinned = mounted.stats(mountpoint)["pinned_items"]
+    return {"keepers": len(keepers), "peer_servers": len(peer_servers), "pinned_items": pinned}
+
+
+def _wait_replaced(mountpoint: str, pid: int, pinned: int) -> None:
+    end = time.monotonic() + _REPLACED_WITHIN
+    settled = end  # until all that was pinned is pinned again; what the job or the memory made of it is not our concern
+    while (now := time.monotonic()) < end:
+        figures = mounted.stats(mountpoint)
+        processes = figures["processes"]
+        if pid not in (processes["server"], *processes["keepers"], processes["peer_server"]):
+            settled = min(settled, now + _SETTLED_WITHIN)
+            if (figures["pinned_items"] >= pinned and not figures["pending_items"]) or now > settled:
+                return
+        time.sleep(0.05)
+    raise UserError(f"{mountpoint} has not replaced process {pid} within {_REPLACED_WITHIN:.0f} s: see its log")

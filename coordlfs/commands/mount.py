@@ -1,0 +1,388 @@
+"""`coordlfs mount`: everything is checked first, and nothing is left half done."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib.util
+import json
+import os
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from coordlfs import sizes
+from coordlfs.cache import residence
+from coordlfs.cache.residence import Residence
+from coordlfs.commands.mounted import FSTYPE, clear_dead, stats
+from coordlfs.errors import UserError
+from coordlfs.kernel import fusermount, mounts, process, systemd
+from coordlfs.kernel.memory import Memory, memory
+from coordlfs.processes import attachment, exporter
+from coordlfs.sources.directory import lies_elsewhere
+
+if TYPE_CHECKING:
+    from coordlfs.peers.settings import Cluster
+
+_COMPILED = "coordlfs.catalogue.records", "coordlfs.serving.entries", "coordlfs.serving.fast_path"
+_START_TIMEOUT = 60.0
+_OTHERS_MOUNT, _LOOK_AGAIN = 5.0, 0.02
+_TELL_STATUS = 30.0  # seconds between what the service manager is told
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `mount` and `run` take."""
+
+    cache_size: str = "auto"
+    log_file: str | None = None
+    revalidate: float | None = 600.0  # seconds in which a change is noticed; None: the source never changes
+    metrics: str | None = None  # where Prometheus may ask: HOST:PORT
+    cluster: Cluster | None = None  # to share caches with
+
+
+def _check_source(source: str) -> int:
+    """A descriptor of the directory to mount."""
+    try:
+        fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise UserError(f"{source} does not exist: give the dataset's directory") from None
+    except NotADirectoryError:
+        raise UserError(f"{source} is not a directory: give the directory that holds the dataset") from None
+    except PermissionError:
+        raise UserError(f"{source} may not be read by this user: mount as one who may") from None
+    except OSError as e:
+        raise UserError(f"{source} cannot be opened: {e.strerror}") from None
+    return fd
+
+
+def _check_places(source: str, mountpoint: str) -> None:
+    if source == mountpoint:
+        return
+    if source.startswith(mountpoint.rstrip("/") + "/"):
+        raise UserError(f"{source} lies inside {mountpoint}, which would hide it: mount beside it, or in place")
+    if mountpoint.startswith(source.rstrip("/") + "/"):
+        raise UserError(f"{mountpoint} lies inside {source}, which would contain itself: mount beside it, or in place")
+
+
+def _check_mountpoint(source: str, mountpoint: str) -> bool:
+    """Make the mountpoint if it is missing; whether it was."""
+    clear_dead(mountpoint)
+    _check_unmounted(mountpoint)
+    try:
+        st = os.stat(mountpoint)
+    except FileNotFoundError:
+        try:
+            os.mkdir(mountpoint)
+        except FileNotFoundError:
+            raise UserError(f"{os.path.dirname(mountpoint)} does not exist: make it, then mount in it") from None
+        except OSError as e:
+            raise UserError(f"{mountpoint} cannot be made: {e.strerror}") from None
+        return True
+    except OSError as e:
+        if e.errno == errno.ENOTCONN:
+            raise UserError(f"{mountpoint} is a dead mount: `umount -l {mountpoint}` first") from None
+        raise UserError(f"{mountpoint} cannot be used: {e.strerror}") from None
+    if not stat.S_ISDIR(st.st_mode):
+        raise UserError(f"{mountpoint} is not a directory: mount on a directory")
+    if source != mountpoint and os.listdir(mountpoint):
+        print(f"coordlfs: {mountpoint} is not empty; what it holds is hidden while mounted", file=sys.stderr)
+    return False
+
+
+def _check_unmounted(mountpoint: str) -> None:
+    for m in mounts.table():
+        if m.fstype == FSTYPE and m.point == os.fsencode(mountpoint):
+            raise UserError(f"{mountpoint} is a coordlfs mount already: `coordlfs umount {mountpoint}` first")
+
+
+@contextmanager
+def _alone(mountpoint: str) -> Iterator[None]:
+    """Have others wait who are about to mount on the same directory.
+
+    Where its file system has no locks they do not, nor for long where somebody locks it for reasons of their own.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            _lock(fd, time.monotonic() + _OTHERS_MOUNT)
+        yield
+
+
+def _lock(fd: int, until: float) -> None:
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return
+        time.sleep(_LOOK_AGAIN)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP raise SystemExit, so that they end this process once it has cleaned up."""
+    ended: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        ended.append(number)
+        if len(ended) == 1:  # the others do not disturb it
+            raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as by nohup
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if ended:
+            os.kill(os.getpid(), ended[0])
+
+
+def _check_log(log_file: str | None) -> None:
+    if log_file is None:
+        return
+    try:
+        open(log_file, "a").close()
+    except OSError as e:
+        raise UserError(f"--log-file {log_file} cannot be written: {e.strerror}") from None
+
+
+def _check_compiled() -> None:
+    missing = [name for name in _COMPILED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{missing[0]} is not compiled for this Python ({sys.version_info[0]}.{sys.version_info[1]}): "
+            "install coordlfs again, with a C compiler (`pip install`, or `sh tools/setup.sh` in a checkout)"
+        )
+
+
+def _check_may_mount() -> None:
+    """That FUSE is there, and that this process, or fusermount3 in its name, may mount at all."""
+    _check_fuse()  # fusermount3 opens the device as the user as well
+    if not attachment.is_privileged() and (problem := fusermount.problem()):
+        what, remedy = problem
+        raise UserError(f"mounting is not permitted without root: {what}: {remedy}")
+
+
+def _check_may_mount_on(mountpoint: str) -> None:
+    if not attachment.is_privileged() and (reason := fusermount.forbidden(mountpoint)):
+        raise UserError(f"{mountpoint} {reason}: without root, mount on a directory of your own")
+
+
+def _check_fuse() -> None:
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR))
+    except FileNotFoundError:
+        raise UserError(
+            "there is no /dev/fuse: load FUSE (`modprobe fuse`), or give the container the device"
+        ) from None
+    except PermissionError:
+        raise UserError(
+            "/dev/fuse may not be opened: `chmod 666 /dev/fuse`, run as root, or give the container the device"
+        ) from None
+    except OSError as e:
+        if e.errno in (errno.ENODEV, errno.ENXIO):
+            raise UserError("this kernel has no FUSE: load it (`modprobe fuse`) or use one that has") from None
+        raise UserError(f"/dev/fuse cannot be opened: {e.strerror}") from None
+
+
+def _explain(source: str, mountpoint: str, failure: dict[str, Any]) -> UserError:
+    code, text = failure.get("errno"), failure.get("error", "the supervisor died")
+    if code in (errno.EPERM, errno.EACCES) and not process.in_initial_user_namespace():
+        return UserError(
+            f"mounting on {mountpoint} is not permitted in a user namespace: allow it (on Ubuntu `sysctl"
+            " kernel.apparmor_restrict_unprivileged_userns=0`), run as root, or use `coordlfs mount`"
+        )
+    if code in (errno.EPERM, errno.EACCES):
+        return UserError(f"mounting on {mountpoint} is not permitted ({text}): run as root (CAP_SYS_ADMIN is needed)")
+    if code == errno.ENODEV:
+        return UserError("this kernel has no FUSE: load it (`modprobe fuse`) or use one that has")
+    return UserError(f"{source} could not be mounted on {mountpoint}: {text}")
+
+
+def _supports_acl(source_fd: int) -> bool:
+    try:
+        os.getxattr(source_fd, "system.posix_acl_access")
+    except OSError as e:
+        return e.errno == errno.ENODATA
+    return True
+
+
+def mount(
+    source: str, mountpoint: str, options: Options, *, foreground: bool = False, bound: bool = False
+) -> subprocess.Popen[bytes]:
+    """Mount, and return when the mount serves; the supervisor. Raises UserError.
+
+    `foreground` logs to standard error; it and `bound` have the mount end with this process.
+    """
+    if not source or not mountpoint:
+        raise UserError("an empty path names no directory", 2)
+    source, mountpoint = os.path.realpath(source), os.path.realpath(mountpoint)
+    have = memory()
+    capacity, how = sizes.cache_size(options.cache_size, have)
+    lockable = process.lockable()
+    kind = residence.choose(capacity, lockable)
+    _check_compiled()
+    _check_log(options.log_file)
+    node = _prepare(options.cluster)
+    root = _check_source(source)
+    metrics: socket.socket | None = None
+    try:
+        if options.metrics is not None:
+            metrics = exporter.listen(options.metrics)
+            asked_at = exporter.url(metrics)
+        _check_places(source, mountpoint)
+        _check_may_mount()
+        with _ended_by_signals():
+            made, supervisor = _check_mountpoint(source, mountpoint), None
+            try:
+                _check_may_mount_on(mountpoint)
+                config = {
+                    "source": source,
+                    "mountpoint": mountpoint,
+                    "capacity": capacity,
+                    "residence": kind,
+                    "lockable": lockable,
+                    "log": os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None,
+                    "acl": _supports_acl(root),
+                    "is_remote": lies_elsewhere(root, os.fsencode(source)),
+                    "fstype": None if (fstype := mounts.fstype(root)) is None else os.fsdecode(fstype),
+                    "mounted": time.time_ns(),
+                    "revalidate": options.revalidate,
+                    "root": root,
+                    "metrics": None if metrics is None else metrics.fileno(),
+                    "bound_to": os.getpid() if foreground or bound else None,
+                    "peers": node[0] if node else None,
+                }
+                with _alone(mountpoint):
+                    _check_unmounted(mountpoint)
+                    supervisor, report = _start(config, foreground)
+                    _await_ready(report, config)
+                _warn(capacity, lockable, kind, have)
+                said = sys.stderr if bound else sys.stdout  # the output of `run` is the command's
+                cache = f"{sizes.text(capacity)} of cache ({how})"
+                print(f"{source} is mounted on {mountpoint} with {cache}", file=said, flush=True)
+                if metrics is not None:
+                    print(f"metrics: {asked_at}", file=said, flush=True)
+            except BaseException:
+                if supervisor is not None:
+                    _end(supervisor, mountpoint)
+                if made:
+                    with suppress(OSError):
+                        os.rmdir(mountpoint)
+                raise
+    finally:
+        os.close(root)
+        if metrics is not None:
+            metrics.close()
+        if node:
+            node[1].close()
+    return supervisor
+
+
+def _warn(capacity: int, lockable: int | None, kind: Residence, have: Memory) -> None:
+    """Say what the user might not expect of a cache of this size."""
+    if kind is Residence.MEMORY:
+        print(
+            f"coordlfs: only {sizes.text(lockable or 0)} may be locked, so the cache is {kind}, and each hit costs a"
+            f" message: allow {sizes.text(residence.wanted(capacity))}: {residence.REMEDY}",
+            file=sys.stderr,
+        )
+    if capacity > have.available:
+        print(
+            f"coordlfs: the cache may grow to {sizes.text(capacity)}, but only {sizes.text(have.available)}"
+            " of memory are available now",
+            file=sys.stderr,
+        )
+
+
+def _prepare(cluster: Cluster | None) -> tuple[dict[str, Any], socket.socket] | None:
+    if cluster is None:
+        return None
+    from coordlfs.peers import settings  # here, since a node that stands alone needs none of it
+
+    return settings.prepare(cluster)
+
+
+def _start(config: dict[str, Any], foreground: bool) -> tuple[subprocess.Popen[bytes], int]:
+    """Start the supervisor, with the descriptors in `config`; from where it will report."""
+    report_in, report_out = os.pipe2(os.O_CLOEXEC)
+    fds = [report_out, config["root"]]
+    if config["metrics"] is not None:
+        fds.append(config["metrics"])
+    if config["peers"]:
+        fds.append(config["peers"]["listener"])
+    quiet = None if foreground else subprocess.DEVNULL
+    supervisor = subprocess.Popen(
+        [sys.executable, "-P", "-m", "coordlfs.processes.supervisor", json.dumps(config | {"report": report_out})],
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+        stdout=quiet,
+        stderr=quiet,
+        start_new_session=True,
+    )
+    os.close(report_out)
+    return supervisor, report_in
+
+
+def _await_ready(report_in: int, config: dict[str, Any]) -> None:
+    """Wait until the supervisor serves. Raises UserError if it does not."""
+    try:
+        ready = select.select([report_in], [], [], _START_TIMEOUT)[0]
+        report = os.read(report_in, 1 << 16) if ready else b""
+        failure = json.loads(report) if report else {"error": "the supervisor did not report"}
+        if not failure.get("ready"):
+            raise _explain(config["source"], config["mountpoint"], failure)
+    finally:
+        os.close(report_in)
+
+
+def _end(supervisor: subprocess.Popen[bytes], mountpoint: str) -> None:
+    supervisor.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        supervisor.wait(5)
+    clear_dead(mountpoint)  # the supervisor does it, unless it was killed
+
+
+def stay(supervisor: subprocess.Popen[bytes], mountpoint: str) -> int:
+    """Remain in the foreground until the mount ends; SIGINT and SIGTERM end it. The supervisor's status.
+
+    Where a service manager started this process, it is told how the mount is.
+    """
+
+    def end(*_: object) -> None:
+        systemd.notify(STOPPING=1, STATUS=f"unmounting {mountpoint}")
+        supervisor.terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    if systemd.notify(READY=1, STATUS=f"serves {mountpoint}"):
+        # A thread, since a mount whose server is being replaced does not answer, and signals must be heard meanwhile.
+        threading.Thread(target=_tell_status, args=(mountpoint,), name="status", daemon=True).start()
+    status = supervisor.wait()
+    systemd.notify(STOPPING=1, STATUS=f"{mountpoint} is unmounted")
+    return status
+
+
+def _tell_status(mountpoint: str) -> None:
+    from coordlfs.commands.status import summary
+
+    while True:
+        with suppress(UserError):
+            systemd.notify(STATUS=summary(stats(mountpoint)))
+        time.sleep(_TELL_STATUS)

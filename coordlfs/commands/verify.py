@@ -1,0 +1,118 @@
+"""`coordlfs verify`: every byte, name and attribute of a mount, held against its source."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+
+from coordlfs.commands.client import Client, walk
+from coordlfs.kernel import fuse, pages
+from coordlfs.sources.directory import Source
+
+_STEP = fuse.MAX_READ
+_ATTRIBUTES = (
+    "st_mode",
+    "st_nlink",
+    "st_uid",
+    "st_gid",
+    "st_rdev",
+    "st_size",
+    "st_mtime_ns",
+    "st_ctime_ns",
+)
+
+
+def _no_wait() -> None:
+    pass
+
+
+def differences(mount: Source, source: Source, path: bytes, buffer: pages.Buffer) -> Iterator[str]:
+    """What differs at one path; `buffer` has room for `_STEP` bytes."""
+    try:
+        theirs = source.lstat(path)
+    except FileNotFoundError:
+        return  # gone since it was listed
+    try:
+        ours = mount.lstat(path)
+    except OSError as e:
+        yield f"cannot be found on the mount: {e.strerror}"
+        return
+    for name in _ATTRIBUTES:
+        if getattr(ours, name) != getattr(theirs, name):
+            yield f"{name} is {getattr(ours, name)}, not {getattr(theirs, name)}"
+    if xattrs(mount, path) != xattrs(source, path):
+        yield "extended attributes differ"
+    if stat.S_ISLNK(theirs.st_mode):
+        if mount.readlink(path) != source.readlink(path):
+            yield "the link leads elsewhere"
+    elif stat.S_ISDIR(theirs.st_mode):
+        if names(mount, path) != names(source, path):
+            yield "the names in it differ"
+    elif stat.S_ISREG(theirs.st_mode):
+        yield from _bytes_differ(mount, source, path, theirs.st_size, buffer)
+
+
+def xattrs(tree: Source, path: bytes) -> dict[bytes, bytes]:
+    """All extended attributes of a name."""
+    try:
+        return {name: tree.xattr(path, name) for name in sorted(tree.xattrs(path))}
+    except OSError:
+        return {}
+
+
+def names(tree: Source, path: bytes) -> list[bytes]:
+    """The names in a directory."""
+    listing = tree.listing(path)
+    listing.close()
+    return listing.names
+
+
+def _bytes_differ(mount: Source, source: Source, path: bytes, size: int, buffer: pages.Buffer) -> Iterator[str]:
+    try:
+        fd = mount.open(path)
+    except OSError as e:
+        yield f"cannot be opened: {e.strerror}"
+        return
+    try:
+        for offset in range(0, max(size, 1), _STEP):
+            try:
+                ours = os.pread(fd, _STEP, offset)
+            except OSError as e:
+                yield f"cannot be read at {offset}: {e.strerror}"
+                return
+            # Through Source, since reading for comparison must not fill the page cache.
+            n, _ = source.read(0, path, buffer, offset, _STEP, _no_wait)
+            source.forget(0)
+            if ours != memoryview(buffer)[:n]:
+                yield f"bytes differ within {offset}–{offset + _STEP}"
+                return
+    finally:
+        os.close(fd)
+
+
+def verify(mountpoint: str) -> tuple[int, int, list[str]]:
+    """Files and bytes compared, and a line for everything that differs."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    client = Client(mountpoint)
+    try:
+        source = client.source()
+    finally:
+        client.close()
+    root = os.open(client.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        mount = Source(root)
+        found: list[str] = []
+        everything = list(walk(source, b""))
+        total = 0
+        buffer = pages.buffer(_STEP + pages.PAGE)
+        columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as progress:
+            for path, st in progress.track(everything):
+                found += [f"{os.fsdecode(path or b'.')!r}: {d}" for d in differences(mount, source, path, buffer)]
+                total += st.st_size if stat.S_ISREG(st.st_mode) else 0
+        return len(everything), total, found
+    finally:
+        os.close(root)
+        os.close(source.root)

@@ -1,0 +1,1 @@
+"""What runs: the supervisor, the server that it restarts, and what the commands and Prometheus ask them."""

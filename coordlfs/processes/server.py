@@ -1,0 +1,259 @@
+"""The server of a mount: puts loops, policy and source together, and ends when the kernel says it is unmounted.
+
+It may be killed at any moment: whatever has to outlive it (the FUSE device, the catalogue's memory, the keepers)
+belongs to the supervisor, which starts another.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pyfuse3
+import trio
+
+from coordlfs import logs
+from coordlfs.cache import items
+from coordlfs.cache.admission import Admission
+from coordlfs.cache.epochs import Epoch, Epochs
+from coordlfs.cache.fetch_ahead import PROTOCOL, FetchAhead
+from coordlfs.cache.governor import Governor
+from coordlfs.cache.memory_watch import MemoryWatch
+from coordlfs.cache.minio import MinIO
+from coordlfs.cache.stash import Stash
+from coordlfs.catalogue.catalog import Catalog
+from coordlfs.catalogue.metrics import Counters
+from coordlfs.catalogue.records import Records
+from coordlfs.kernel import fuse, pages, process
+from coordlfs.kernel.notifier import Notifier
+from coordlfs.processes import attachment, exporter
+from coordlfs.processes.control import Control
+from coordlfs.processes.stats import Stats
+from coordlfs.processes.supervisor_link import SupervisorLink
+from coordlfs.serving.data_loop import DataLoop
+from coordlfs.serving.entries import Entries
+from coordlfs.serving.listings import Listings
+from coordlfs.serving.namespace import Namespace
+from coordlfs.serving.namespace_loop import TASKS, NamespaceLoop
+from coordlfs.serving.reading import Reader
+from coordlfs.serving.revalidation import Revalidation
+from coordlfs.sources.directory import Source
+
+if TYPE_CHECKING:
+    from coordlfs.peers.sharing import Sharing
+
+log = logging.getLogger(__name__)
+
+_NAME_MESSAGE = 1 << 21
+_STASH_LEAST, _STASH_MOST = 8 * items.CHUNK, 16 * items.CHUNK
+
+
+def _attach_pyfuse3(names: NamespaceLoop, init: bytes) -> tuple[socket.socket, socket.socket]:
+    """Give pyfuse3 a socket in place of /dev/fuse; the data loop's end, and pyfuse3's.
+
+    The INIT that the supervisor answered is played to it, and its reply thrown away.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for sock in (ours, theirs):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _NAME_MESSAGE)
+    pyfuse3.init(names, f"/dev/fd/{theirs.fileno()}", {"fsname=coordlfs"})
+    ours.send(init)
+    return ours, theirs
+
+
+def _relay(names: socket.socket, device: int, answered: Callable[[int], None]) -> None:
+    """Carry the namespace loop's replies to the kernel, but for the first, which answers the INIT played to it."""
+    first = True
+    with suppress(OSError):
+        while reply := names.recv(_NAME_MESSAGE):
+            if first:
+                first = False
+                continue
+            answered(fuse.OUT_HEADER.unpack_from(reply)[2])
+            with suppress(OSError):  # ENOENT: the caller gave up waiting
+                os.write(device, reply)
+
+
+def serve(config: dict[str, Any]) -> None:
+    """Serve until unmounted. `config` is what `coordlfs.processes.supervisor` passes."""
+    device: int = config["device"]
+    catalog = Catalog(config["records"], config["names"])
+    counters = Counters(catalog.counters)
+    in_place = config["source"] == config["mountpoint"]
+    path = None if in_place else os.fsencode(config["source"])
+    fstype = None if config["fstype"] is None else os.fsencode(config["fstype"])
+    source = Source(config["root"], path, is_remote=config["is_remote"], fstype=fstype, since=config.get("mounted"))
+    epochs = Epochs(Epoch(counters["epochs_before"]))
+    policy = MinIO(config["capacity"] // pages.PAGE)
+    link = SupervisorLink(config["link"])
+    admission = _admission(config, catalog, policy, epochs, counters, link)
+    notifier = admission.notifier = Notifier(device)
+    reader = Reader(catalog, source, admission, counters, notifier)
+    memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
+    ahead = admission.ahead = FetchAhead(catalog, admission, epochs, counters, memory_watch)
+    stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source, ahead)
+    namespace = Namespace(catalog, source, reader, counters)
+    records = Records(catalog)
+    listings = Listings(source, namespace, Entries(records, namespace, counters))
+    names = NamespaceLoop(catalog, source, namespace)
+    revalidation = Revalidation(catalog, source, namespace, reader, notifier, counters)
+    control = Control(catalog, source, namespace, admission, revalidation, link.replace)
+    sharing = _share(config, catalog, admission, reader, counters) if config["peers"] else None
+    names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode, b"hint": lambda: PROTOCOL}
+
+    with ExitStack() as stack:
+        for keeper in config["keepers"]:
+            admission.add_keeper(keeper["index"], keeper["pid"], socket.socket(fileno=keeper["socket"]))
+        ours, _theirs = _attach_pyfuse3(names, bytes.fromhex(config["init"]))
+        if counters["server_starts"]:
+            admission.recover()
+            reader.recover()
+            if config["resend"]:
+                os.write(device, fuse.resend())
+        counters.add("server_starts")
+        loop = DataLoop(device, ours, records, reader, namespace, listings, ahead, counters)
+        admission.is_awaited = loop.is_awaited
+        threads = [
+            threading.Thread(target=_relay, args=(ours, device, loop.name_answered), name="relay"),
+            threading.Thread(target=admission.run, name="admission"),
+        ]
+        if sharing is not None:
+            threads.append(threading.Thread(target=sharing.run, name="sharing"))
+            threads.append(threading.Thread(target=sharing.watch, name="peer watch"))
+        for thread in threads:
+            thread.start()
+            stack.callback(thread.join)
+        stack.callback(admission.close)
+        if sharing is not None:
+            stack.callback(sharing.close)
+        notifier.start()
+        stack.callback(notifier.close)
+        background: list[Callable[[], Awaitable[None]]] = [
+            control.run,
+            memory_watch.run,
+            ahead.run,
+            partial(_tick, stats, loop, admission, epochs, counters),
+            partial(pyfuse3.main, max_tasks=TASKS),
+        ]
+        if config["revalidate"]:
+            background.append(partial(revalidation.run, config["revalidate"]))
+        if config["metrics"] is not None:
+            exporter.serve(config["metrics"], stats.collect)
+        _run_or_exit(_tasks, config["mountpoint"], config.get("mount_device"), loop, link, admission, background)
+        with suppress(OSError):
+            ours.shutdown(socket.SHUT_RDWR)
+
+
+def _admission(
+    config: dict[str, Any], catalog: Catalog, policy: MinIO, epochs: Epochs, counters: Counters, link: SupervisorLink
+) -> Admission:
+    if config["memory"] is not None:
+        from coordlfs.cache.store_admission import StoreAdmission  # here, since few mounts need it
+
+        return StoreAdmission(catalog, policy, config["memory"], epochs, counters, link.want_keeper)
+    stash = Stash(min(_STASH_MOST, max(_STASH_LEAST, config["capacity"] // 8)))
+    return Admission(catalog, policy, stash, epochs, counters, link.want_keeper)
+
+
+def _share(
+    config: dict[str, Any], catalog: Catalog, admission: Admission, reader: Reader, counters: Counters
+) -> Sharing:
+    from coordlfs.peers.sharing import Sharing  # here, since a node that stands alone needs none of it
+
+    sharing = Sharing(config, catalog, admission, counters)
+    admission.sharing = reader.sharing = sharing
+    sharing.attach(config["peer_server"]["pid"], socket.socket(fileno=config["peer_server"]["socket"]))
+    return sharing
+
+
+def _run_or_exit(*arguments: Any) -> None:
+    """`trio.run`, but a failure ends the process there and then: no thread is left to hang on to it."""
+    try:
+        trio.run(*arguments)
+    except BaseException:
+        log.exception("the server ends")
+        os._exit(1)
+
+
+def _exit_with_thread(failure: threading.ExceptHookArgs) -> None:
+    """A thread that ends by mistake takes the server with it: the next one begins anew."""
+    log.critical("a thread of the server ended", exc_info=failure.exc_value)
+    os._exit(1)
+
+
+async def _tasks(
+    mountpoint: str,
+    device: int | None,  # an older supervisor does not say
+    loop: DataLoop,
+    link: SupervisorLink,
+    admission: Admission,
+    background: list[Callable[[], Awaitable[None]]],
+) -> None:
+    token = trio.lowlevel.current_trio_token()
+    async with trio.open_nursery() as nursery:
+
+        def unmounted() -> None:
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(nursery.cancel_scope.cancel)
+
+        def orphaned() -> None:
+            log.error("the supervisor died: unmounting %s", mountpoint)
+            with suppress(OSError):
+                # Nobody is to wait any more for a process that cannot end: one with a thread that waits for the source.
+                attachment.detach(os.fsencode(mountpoint), lazy=True, abort=True, device=device)
+            nursery.cancel_scope.cancel()
+
+        loop.on_end = unmounted
+        loop.start()
+        nursery.start_soon(link.run, admission, orphaned)
+        for task in background:
+            nursery.start_soon(task)
+        try:
+            link.ready()
+        except OSError:
+            orphaned()
+
+
+async def _tick(stats: Stats, loop: DataLoop, admission: Admission, epochs: Epochs, counters: Counters) -> None:
+    while True:
+        stats.tick()
+        loop.look_at_waits()
+        admission.receive()  # should so many of the loop wait for the source that nobody listens to the keepers
+        counters.set("epochs_before", epochs.current.number)
+        await trio.sleep(0.5)
+
+
+def main() -> None:
+    """`python -m coordlfs.processes.server JSON`, started by the supervisor."""
+    config = json.loads(sys.argv[1])
+    process.set_name("coordlfs-server")
+    process.raise_limits()
+    process.keep_freed_memory(_STASH_MOST)
+    if config["memory"] is not None:
+        process.be_killed_first()  # as the keeper: between them they hold the cache
+    logs.configure(config["log"], "server", config["mountpoint"], config["source"])
+    os.chdir("/")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's to handle
+    threading.excepthook = _exit_with_thread
+    try:
+        serve(config)
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno == errno.ENODEV:
+            os._exit(0)  # it was unmounted while this server came up
+        log.exception("the server ends")
+        os._exit(1)
+    os._exit(0)  # data loop threads may wait for a source that never answers
+
+
+if __name__ == "__main__":
+    main()

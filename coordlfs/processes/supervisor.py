@@ -1,0 +1,503 @@
+"""The supervisor of a mount: owns the FUSE device, the mount and the catalogue's memory; restarts what dies.
+
+It does nothing else, so that it has nothing to die of. When the mountpoint is gone, by whichever way it was unmounted,
+it lets the keepers go; then the kernel ends the connection as soon as no file is open any more, and with it the server.
+A kernel that cannot repeat what was unanswered (before Linux 6.9) gets a new connection with every new server: it is
+mounted again, and what was open fails.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from coordlfs import logs
+from coordlfs.cache import keeper_protocol
+from coordlfs.cache.residence import Residence
+from coordlfs.catalogue import memfds
+from coordlfs.kernel import fuse, mounts, process
+from coordlfs.processes import attachment
+
+log = logging.getLogger(__name__)
+
+# What the source's device has, but enough to read large files fast through FUSE (measured: 128 KiB reads a file of
+# 400 MB at 0.4 of the disk's speed, 512 at 0.6, 4096 at all of it), and not so much that random faults read megabytes.
+_READAHEAD_KIB = (512, 4096)
+_LEAST_READAHEAD_KIB = 128  # what the kernel has unless it is told
+_RESTARTS = 5  # in a minute, by itself; what dies faster than that will not do better the next time
+
+_PAUSE = 5.0  # seconds
+_LOOK_EVERY = 1.0  # seconds
+_LEAVING = 1.0  # seconds after which a process whose main thread has ended is held up by another thread
+_END_WITHIN = 5.0  # seconds that what was killed is waited for
+NO_RESEND = "COORDLFS_NO_RESEND"  # set in the environment: do as on a kernel before 6.9 (for tests)
+
+
+@dataclass(slots=True)
+class _Keeper:
+    index: int
+    process: subprocess.Popen[bytes]
+    ours: socket.socket  # the server's end: it outlives servers
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """One mount. `config`: source, mountpoint, capacity (bytes), residence, log, …; see `coordlfs.commands.mount`."""
+
+    config: dict[str, Any]
+    root: int
+    device: int = -1
+    tree: int = -1
+    is_busy: bool = False  # whether the tree makes `umount` busy
+    readahead: int = _READAHEAD_KIB[0]  # KiB that the kernel reads ahead on the mount
+    mount_device: int = 0
+    memory_fds: dict[int, int] = field(default_factory=dict)  # of the cache's memory, by process
+    records: int = -1
+    names: int = -1
+    init: bytes = b""
+    resend: bool = True  # the kernel repeats what was unanswered
+    keepers: dict[int, _Keeper] = field(default_factory=dict)
+    next_index: int = 1
+    server: subprocess.Popen[bytes] | None = None
+    link: socket.socket | None = None
+    peer_server: _Keeper | None = None
+    leaving_since: float | None = None  # when the server's main thread was first seen to have ended
+    delayed: list[subprocess.Popen[bytes]] = field(default_factory=list)  # servers that a thread keeps from ending
+    ending: bool = False
+    keeper_deaths: list[float] = field(default_factory=list)  # of the last minute
+    replaced: set[int] = field(default_factory=set)  # processes that were ended to be replaced
+    keepers_missing: int = 0
+    keeper_pause: float = 0.0  # until when no more are started
+    peer_server_pause: float = 0.0
+
+    # -- beginning ----------------------------------------------------------------------------------------------
+
+    def mount(self) -> None:
+        """Mount, and settle with the kernel what both can do. Raises OSError, with nothing left mounted."""
+        mountpoint = os.fsencode(self.config["mountpoint"])
+        self.device = attachment.attach(self.config["source"], mountpoint)
+        try:
+            self._answer_init()
+            self.tree, self.is_busy = attachment.copy(mountpoint)
+            self.mount_device = next(
+                m.device
+                for m in reversed(list(mounts.table()))
+                if m.point == mountpoint and m.fstype == attachment.FSTYPE.encode()
+            )
+            self._set_readahead()
+            if self.records < 0:
+                self.records, self.names = memfds.allocate()
+        except BaseException:
+            self._unmount(lazy=True)
+            raise
+
+    def _set_readahead(self) -> None:
+        if self.records >= 0:  # mounted again: a source that went away since must not be asked by this process
+            mounts.set_readahead(self.mount_device, self.readahead)
+            return
+        least, most = _READAHEAD_KIB
+        wanted = min(most, max(least, mounts.readahead(os.fstat(self.root).st_dev) or 0))
+        if mounts.set_readahead(self.mount_device, wanted):
+            self.readahead = wanted
+        else:  # it is root's to set
+            self.readahead = mounts.readahead(self.mount_device) or _LEAST_READAHEAD_KIB
+            log.info(
+                "the kernel reads %d KiB ahead, and may be told so by root only: large files are read slower",
+                self.readahead,
+            )
+
+    def _answer_init(self) -> None:
+        self.init = os.read(self.device, fuse.REQUEST_BUFFER)
+        acl = self.config["acl"] and attachment.kernel_checks_access()
+        reply, features = fuse.init_reply(self.init, acl=acl)
+        self.resend = features.resend and NO_RESEND not in os.environ
+        if not (features.zero_message_open and features.zero_message_opendir):
+            raise OSError(38, "this kernel's FUSE is too old: Linux 5.1 or newer is needed")
+        os.write(self.device, reply)
+
+    def start(self) -> None:
+        """Start keeper and server."""
+        if self.config["capacity"]:
+            self._start_keeper()
+        if self.config["peers"]:
+            self._start_peer_server()
+        self._start_server()
+
+    def _spawn(self, module: str, config: dict[str, Any], fds: list[int]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", module, json.dumps(config)],
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # numpy's threads spin, and have nothing to do here
+            start_new_session=True,  # Ctrl-C is the supervisor's to handle
+        )
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the cache is in memory of its own."""
+        return bool(self.config["residence"] == Residence.MEMORY and self.config["capacity"])
+
+    @contextmanager
+    def _cache_memory(self) -> Iterator[list[int]]:
+        """The cache's memory, where it is memory of its own, as a descriptor to pass on; else nothing.
+
+        Server and keeper hold it, each for the other, and this process does not: if memory runs out the kernel ends
+        these two, and must have gained by it. So who is started gets it from who is left, or begins with nothing.
+        """
+        if not self.in_memory:
+            yield []
+            return
+        fd = -1
+        for child in [self.server, *(keeper.process for keeper in self.keepers.values())]:
+            with suppress(OSError):
+                if child is not None and child.poll() is None:
+                    fd = os.open(f"/proc/{child.pid}/fd/{self.memory_fds[child.pid]}", os.O_RDWR | os.O_CLOEXEC)
+                    break
+        if fd < 0:
+            fd = memfds.cache(self.config["capacity"])
+        try:
+            yield [fd]
+        finally:
+            os.close(fd)
+
+    def _start_keeper(self) -> _Keeper:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (ours, theirs):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        with theirs:
+            config = {
+                "parent": os.getpid(),
+                "socket": theirs.fileno(),
+                "tree": self.tree,
+                "readahead": self.readahead << 10,
+                "in_memory": self.in_memory,
+            }
+            with self._cache_memory() as memory:
+                child = self._spawn("coordlfs.cache.keeper", config, [theirs.fileno(), self.tree, *memory])
+                self.memory_fds.update((child.pid, fd) for fd in memory)
+        keeper = _Keeper(self.next_index, child, ours)
+        self.next_index += 1
+        self.keepers[keeper.index] = keeper
+        return keeper
+
+    @property
+    def _clients(self) -> list[_Keeper]:
+        """The processes that use the mount."""
+        return [*self.keepers.values(), *([self.peer_server] if self.peer_server else [])]
+
+    def _start_peer_server(self) -> _Keeper:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (ours, theirs):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        listener = self.config["peers"]["listener"]
+        with theirs:
+            config = self.config["peers"] | {
+                "parent": os.getpid(),
+                "capacity": self.config["capacity"],
+                "log": self.config["log"],
+                "socket": theirs.fileno(),
+                "tree": self.tree,
+            }
+            child = self._spawn("coordlfs.peers.server", config, [theirs.fileno(), self.tree, listener])
+        self.peer_server = _Keeper(0, child, ours)
+        return self.peer_server
+
+    def _start_server(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            config = self.config | {
+                "parent": os.getpid(),
+                "device": self.device,
+                "mount_device": self.mount_device,
+                "records": self.records,
+                "names": self.names,
+                "root": self.root,
+                "link": theirs.fileno(),
+                "init": self.init.hex(),
+                "resend": self.resend,
+                "keepers": [
+                    {"index": k.index, "pid": k.process.pid, "socket": k.ours.fileno()} for k in self.keepers.values()
+                ],
+                "is_busy": self.is_busy,
+            }
+            fds = [self.device, self.records, self.names, self.root, theirs.fileno()]
+            fds += [k.ours.fileno() for k in self.keepers.values()]
+            if self.config["metrics"] is not None:
+                fds.append(self.config["metrics"])
+            if self.peer_server is not None:
+                of_it = self.peer_server.ours.fileno()
+                config["peer_server"] = {"pid": self.peer_server.process.pid, "socket": of_it}
+                fds.append(of_it)
+            with self._cache_memory() as memory:
+                config["memory"] = next(iter(memory), None)
+                self.server = self._spawn("coordlfs.processes.server", config, fds + memory)
+                self.memory_fds.update((self.server.pid, fd) for fd in memory)
+        self.link = ours
+
+    # -- living -------------------------------------------------------------------------------------------------
+
+    def wait_ready(self, timeout: float) -> None:
+        """Wait until the server answers. Raises OSError if it does not."""
+        assert self.link is not None
+        if not select.select([self.link], [], [], timeout)[0]:
+            raise OSError(110, "the server did not come up in time")
+        if keeper_protocol.receive(self.link) is None:
+            raise OSError(5, "the server ended as soon as it was started")
+
+    def run(self, bound_to: int | None) -> None:
+        """Watch over the mount until it is gone; unmount when the parent `bound_to` ends, if there is one."""
+        restarts: list[float] = []
+        wake_in, wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake_out, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        if bound_to is not None:
+            process.end_with_parent(bound_to, signal.SIGTERM)
+        with open("/proc/self/mountinfo", "rb") as table:
+            while True:
+                assert self.server is not None
+                assert self.link is not None
+                poll = select.poll()
+                poll.register(table, select.POLLPRI | select.POLLERR)
+                poll.register(wake_in, select.POLLIN)
+                poll.register(self.link, select.POLLIN)
+                events = dict(poll.poll(int(_LOOK_EVERY * 1000)))
+                if wake_in in events:
+                    signals = os.read(wake_in, 512)
+                    if {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} & set(signals):
+                        self._unmount(lazy=True)
+                if not self.ending and not self._is_mounted():
+                    self._release()
+                if self.link.fileno() in events:
+                    self._hear()
+                self._replace_keepers()
+                self._replace_peer_server()
+                self.delayed = [server for server in self.delayed if server.poll() is None]
+                status = self._server_status()
+                if status == 0:
+                    return
+                if status is not None:
+                    now = time.monotonic()
+                    if self.server.pid in self.replaced:
+                        log.info("server %d is replaced", self.server.pid)
+                    else:
+                        log.error("the server ended with status %d", status)
+                    if status > 0:  # by a mistake of its own, which the next one may repeat
+                        restarts = [t for t in restarts if now - t < 60] + [now]
+                    if len(restarts) > _RESTARTS:
+                        log.critical("the server cannot be kept running: unmounting")
+                        self._unmount(lazy=True)
+                        return
+                    if not self.resend and not self.ending:
+                        self._mount_again()
+                    self._restart_server()
+
+    def _server_status(self) -> int | None:
+        """How the server ended; None while it runs.
+
+        One whose main thread has ended answers nobody, but is there as long as a thread of it waits for a source that
+        does not answer, and no signal ends that: its successor does not wait for it.
+        """
+        assert self.server is not None
+        left = process.exit_status(self.server.pid)  # before it is waited for, which takes it out of /proc
+        status = self.server.poll()
+        if status is not None or left is None:
+            self.leaving_since = None
+            return status
+        now = time.monotonic()
+        self.leaving_since = self.leaving_since or now
+        if now - self.leaving_since < _LEAVING:
+            return None
+        log.warning("server %d has ended, but a thread of it waits for the source", self.server.pid)
+        self.delayed.append(self.server)
+        self.leaving_since = None
+        return left if self.ending else left or -signal.SIGKILL  # before it is unmounted, none ends well
+
+    def _restart_server(self) -> None:
+        """Start another server; where that cannot be done, as for want of memory, it is tried until it can."""
+        old = self.link
+        assert old is not None
+        while True:
+            try:
+                self._start_server()
+                old.close()
+                return
+            except OSError as e:
+                log.error("no server can be started: %s; trying again", e)
+                time.sleep(_LOOK_EVERY)
+
+    def _mount_again(self) -> None:
+        """Give the next server a connection of its own; what is open on the old one fails. Raises OSError."""
+        log.warning("this kernel cannot repeat what was unanswered: mounting again; files that are open fail")
+        self._unmount(lazy=True, abort=True)
+        self.replaced |= {client.process.pid for client in self._clients}
+        self._end_clients()
+        os.close(self.tree)
+        os.close(self.device)
+        self.mount()
+
+    def _hear(self) -> None:
+        assert self.link is not None
+        try:
+            received = keeper_protocol.receive(self.link)
+        except OSError:  # it died with messages unread
+            return
+        if not received or self.ending:
+            return
+        if "want_keeper" in received[0]:
+            self.keepers_missing += 1  # started by `_replace_keepers`
+        if isinstance(pid := received[0].get("replace"), int):
+            self._replace(pid)
+
+    def _replace(self, pid: int) -> None:
+        """End a process as anything else may end it; its successor is of the version that is installed by now."""
+        for child in [self.server, *(client.process for client in self._clients)]:
+            if child is not None and child.pid == pid:
+                self.replaced.add(pid)
+                child.kill()
+
+    def _tell_keeper(self, keeper: _Keeper) -> None:
+        assert self.link is not None
+        message = {"keeper": {"index": keeper.index, "pid": keeper.process.pid}}
+        with suppress(OSError):  # a server that is gone is told by its successor's configuration
+            keeper_protocol.send(self.link, message, (keeper.ours.fileno(),))
+
+    def _replace_keepers(self) -> None:
+        for keeper in [k for k in self.keepers.values() if k.process.poll() is not None]:
+            del self.keepers[keeper.index]
+            keeper.ours.close()
+            if self.ending:
+                continue
+            now = time.monotonic()
+            if keeper.process.pid in self.replaced:
+                log.info("keeper %d is replaced", keeper.process.pid)
+            else:
+                log.error("keeper %d ended with status %s", keeper.process.pid, keeper.process.returncode)
+                self.keeper_deaths = [t for t in self.keeper_deaths if now - t < 60] + [now]
+            assert self.link is not None
+            with suppress(OSError):
+                keeper_protocol.send(self.link, {"lost": keeper.index})
+            self.keepers_missing += 1
+            if len(self.keeper_deaths) > _RESTARTS:
+                self.keeper_pause = now + _PAUSE
+                log.critical("keepers keep dying: is there too little memory? The next in %d s", _PAUSE)
+        while self.keepers_missing and not self.ending and time.monotonic() >= self.keeper_pause:
+            try:
+                self._tell_keeper(self._start_keeper())
+                self.keepers_missing -= 1
+            except OSError as e:
+                self.keeper_pause = time.monotonic() + _LOOK_EVERY
+                log.error("no keeper can be started: %s; trying again", e)
+
+    def _replace_peer_server(self) -> None:
+        old = self.peer_server
+        if old is None or self.ending or old.process.poll() is None:
+            return
+        now = time.monotonic()
+        if old.process.pid in self.replaced:
+            log.info("peer server %d is replaced", old.process.pid)
+        elif not self.peer_server_pause:
+            log.error("the peer server %d ended with status %s", old.process.pid, old.process.returncode)
+            self.peer_server_pause = now + 1.0
+        if now < self.peer_server_pause:
+            return
+        try:
+            new = self._start_peer_server()
+        except OSError as e:
+            self.peer_server_pause = now + _LOOK_EVERY
+            log.error("no peer server can be started: %s; trying again", e)
+            return
+        self.peer_server_pause = 0.0
+        old.ours.close()
+        assert self.link is not None
+        with suppress(OSError):
+            keeper_protocol.send(self.link, {"peer_server": new.process.pid}, (new.ours.fileno(),))
+
+    # -- ending -------------------------------------------------------------------------------------------------
+
+    def _is_mounted(self) -> bool:
+        return any(m.device == self.mount_device for m in mounts.table())
+
+    def _unmount(self, *, lazy: bool, abort: bool = False) -> None:
+        with suppress(OSError):
+            attachment.detach(
+                os.fsencode(self.config["mountpoint"]), lazy=lazy, abort=abort, device=self.mount_device or None
+            )
+
+    def _release(self) -> None:
+        """The mountpoint is gone: end the keepers, whose files are all that still holds the file system."""
+        self.ending = True
+        os.close(self.tree)
+        # Not waited for: one that waits for the server ends when that answers.
+        for client in self._clients:
+            client.process.kill()
+
+    def _end_clients(self) -> None:
+        """Kill keepers and peer server; what the kernel does not let go ends later, by itself."""
+        clients = self._clients
+        for client in clients:
+            client.process.kill()
+        for client in clients:
+            with suppress(subprocess.TimeoutExpired):
+                client.process.wait(_END_WITHIN)
+
+    def close(self) -> None:
+        """Leave nothing behind, whatever happened."""
+        self._end_clients()
+        if self.server is not None and self.server not in self.delayed:
+            self.server.kill()
+            with suppress(subprocess.TimeoutExpired):
+                self.server.wait(_END_WITHIN)
+        if self.mount_device and not self.ending and self._is_mounted():
+            self._unmount(lazy=True, abort=True)
+
+
+def main() -> None:
+    """`python -m coordlfs.processes.supervisor JSON`, for `coordlfs mount`; reports to the descriptor `report`."""
+    config = json.loads(sys.argv[1])
+    report, root, bound_to = config.pop("report"), config.pop("root"), config.pop("bound_to")
+    process.set_name("coordlfs-superv")
+    logs.configure(config["log"], "supervisor", config["mountpoint"], config["source"])
+    os.chdir("/")
+    supervisor = Supervisor(config, root)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(1))  # until `run`: what there is by then is closed below
+    try:
+        try:
+            supervisor.mount()
+            supervisor.start()
+            supervisor.wait_ready(30)
+        except OSError as e:
+            _tell(report, {"errno": e.errno, "error": e.strerror or str(e)})
+            sys.exit(1)
+        if not _tell(report, {"ready": True, "pid": os.getpid()}):
+            sys.exit(1)  # who asked for the mount was killed meanwhile
+        supervisor.run(bound_to)
+    finally:
+        supervisor.close()
+
+
+def _tell(report: int, message: dict[str, Any]) -> bool:
+    """Whether there is still somebody to be told."""
+    try:
+        os.write(report, json.dumps(message).encode())
+    except OSError:
+        return False
+    finally:
+        os.close(report)
+    return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Types of `fast_path.pyx`."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from coordlfs.catalogue.records import Records
+from coordlfs.kernel.pages import Buffer
+from coordlfs.serving.reading import Reader, Request
+
+class _ReadAnew(Protocol):
+    def __call__(self, unique: int, asked: Request, *, interrupted: bool) -> None: ...
+
+class Messages:
+    unlooked: int
+    wait: Any
+    @property
+    def awaited(self) -> int: ...
+    @property
+    def awaited_by(self) -> int: ...
+    @property
+    def awaited_since(self) -> float: ...
+    def __init__(self, request: bytearray, into: Buffer) -> None: ...
+
+class FastPath:
+    is_watched: bool
+    @property
+    def fd(self) -> int: ...
+    @property
+    def answers_reads(self) -> bool: ...
+    def __init__(
+        self,
+        device: int,
+        records: Records,
+        reader: Reader,
+        refuse: Callable[[int, Exception], None],
+        read_anew: _ReadAnew,
+        end_wait: Callable[[Any], None],
+        watch: int,
+        early: dict[int, float],
+    ) -> None: ...
+    def receive(self, messages: Messages, most: int) -> int | None: ...
+    def hear(self) -> None: ...
+    def is_reading(self, node: int) -> bool: ...
+    def interrupt(self, unique: int) -> bool: ...
+    def given_up(self, before: float) -> list[int]: ...

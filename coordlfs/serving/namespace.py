@@ -1,0 +1,107 @@
+"""Names and attributes as the source shows them now, and as the catalogue records that the kernel was shown them.
+
+Both loops answer from here. Methods raise OSError; what the source gives for a name that is not there, whatever the
+reason, is ENOENT. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+
+from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, SUPERSEDED, Catalog
+from coordlfs.catalogue.metrics import Counters
+from coordlfs.serving.reading import Reader
+from coordlfs.sources.directory import Source
+from coordlfs.sources.versions import Version
+
+_NO_NAMES = frozenset({b"", b".", b".."})
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV})
+
+
+class Namespace:
+    """Looks names up in the source, and enters them into the catalogue."""
+
+    def __init__(self, catalog: Catalog, source: Source, reader: Reader, counters: Counters) -> None:
+        self._catalog = catalog
+        self._source = source
+        self._reader = reader
+        self._counters = counters
+
+    def record_of(self, node: int) -> int:
+        """The record of a node; ESTALE if the kernel knows it and we do not."""
+        record = self._catalog.find(node)
+        if record is None:
+            raise OSError(errno.ESTALE, "unknown node")
+        return record
+
+    def node(self, record: int) -> int:
+        """The node id of a record."""
+        return self._catalog.node(record)
+
+    def directory_path(self, record: int) -> bytes:
+        """The path of a directory relative to the source; empty for the root."""
+        return self._catalog.directory_path(record)
+
+    def lookup(
+        self, parent: int, name: bytes, before_wait: Callable[[], None] | None = None, *, announce: bool = False
+    ) -> tuple[int, os.stat_result]:
+        """Record and attributes of a name in the directory whose record is `parent`.
+
+        `before_wait` is called if a disk has to be waited for.
+        """
+        if name in _NO_NAMES or b"/" in name or b"\0" in name:
+            raise OSError(errno.EINVAL, "no name of a directory's entry")
+        directory = self._catalog.directory_path(parent)
+        st = self._lstat(directory + b"/" + name if directory else name, before_wait)
+        return self.enter(parent, name, st, announce=announce), st
+
+    def attributes(self, record: int, before_wait: Callable[[], None] | None = None) -> os.stat_result:
+        """Attributes of a node that the kernel knows; ESTALE if its name leads to another file by now."""
+        try:
+            st = self._lstat(self._catalog.path(record), before_wait)
+        except FileNotFoundError:
+            if not self._reader.use_other_name(record):
+                raise
+            st = self._lstat(self._catalog.path(record), before_wait)
+        if self._catalog.shows(record, Version.of(st)):
+            return st
+        flags = self._catalog.flags(record)
+        kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
+        superseded = self._catalog.supersedes(record, st)
+        if superseded and not flags & SUPERSEDED:
+            self._reader.replaced(record)
+        if superseded or flags & (REGULAR | DIRECTORY) != kind:
+            raise OSError(errno.ESTALE, "replaced")
+        if flags & REGULAR:
+            self._reader.modified(record, st, announce=False)
+        else:
+            self._catalog.set_version(record, Version.of(st))
+        return st
+
+    def enter(self, parent: int, name: bytes, st: os.stat_result, *, announce: bool = False) -> int:
+        """The record of a directory entry that has the attributes `st`; `announce` where the kernel did not ask."""
+        record, changed, superseded = self._catalog.enter(parent, name, st)
+        if superseded is not None:
+            self._reader.replaced(superseded)
+        if changed and stat.S_ISREG(st.st_mode) and self._reader.supersedes(record, st):
+            self._reader.replaced(record)
+            record, changed, _ = self._catalog.enter(parent, name, st)
+        if changed and stat.S_ISREG(st.st_mode):
+            self._reader.modified(record, st, announce=announce)
+        elif changed:  # a directory, whose listing the kernel drops itself as soon as it is told the new time
+            if announce:
+                self._reader.drop_pages(record)
+            self._catalog.set_version(record, Version.of(st))
+        return record
+
+    def _lstat(self, path: bytes, before_wait: Callable[[], None] | None) -> os.stat_result:
+        try:
+            return self._source.lstat(path, before_wait)
+        except OSError as e:
+            if e.errno in _ABSENT:
+                raise FileNotFoundError(errno.ENOENT, "no such name") from e
+            self._counters.add("source_errors")
+            raise

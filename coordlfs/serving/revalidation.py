@@ -1,0 +1,182 @@
+"""Noticing what changed in the source where no reader would show it: cached files are read without a message.
+
+A pass compares every name and file that the kernel may believe with the source, at such a pace that each is looked
+at once in the time that was promised (`--revalidate`); `coordlfs refresh` has some or all of them looked at at once.
+Reads that hit are not slowed down; what changed is dropped, and comes back in its new version when it is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import closing, suppress
+
+import trio
+
+from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, SUPERSEDED, Catalog
+from coordlfs.catalogue.metrics import Counters
+from coordlfs.kernel import fuse
+from coordlfs.kernel.notifier import Notifier
+from coordlfs.serving.namespace import Namespace
+from coordlfs.serving.reading import Reader
+from coordlfs.sources.directory import Neighbours, Source
+from coordlfs.sources.versions import Version
+
+log = logging.getLogger(__name__)
+
+_BATCH = 1024
+_SHARE = 0.8  # of the promised time in which a pass is to be through
+_LONGEST_PAUSE = 0.01  # of that time, after which it is seen what else has become known
+_HANGS_AFTER = 30.0  # seconds that the source may take for a batch
+_THREADS = 16  # that may wait for a source which does not answer
+_KINDS = REGULAR | DIRECTORY
+
+
+class Revalidation:
+    """Compares records of the catalogue with the source. `check` may be called from any thread."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        source: Source,
+        namespace: Namespace,
+        reader: Reader,
+        notifier: Notifier,
+        counters: Counters,
+    ) -> None:
+        self._catalog = catalog
+        self._source = source
+        self._namespace = namespace
+        self._reader = reader
+        self._notifier = notifier
+        self._counters = counters
+        self._passes, self._refreshers = trio.CapacityLimiter(_THREADS), trio.CapacityLimiter(_THREADS)
+        self._gone: set[int] = set()  # what was missing already when it was last looked at
+
+    async def run(self, interval: float) -> None:
+        """Pass until cancelled, so that a change is noticed within `interval` seconds.
+
+        What becomes known during a pass is looked at in that pass: so nothing is looked at later than one after it
+        was, or after it became known.
+        """
+        late = False
+        while True:
+            checked, began = 0, time.monotonic()
+            looked = began
+            while (left := len(self._catalog) - checked) > 0:
+                pause = self._due(looked, began + interval * _SHARE, left) - time.monotonic()
+                if pause > (longest := interval * _LONGEST_PAUSE):
+                    await trio.sleep(longest)
+                    continue  # there may be more to look at by now
+                await trio.sleep(max(0.0, pause))
+                batch = range(checked, checked + min(left, _BATCH))
+                await self._within(_HANGS_AFTER, batch)
+                checked, looked = batch.stop, time.monotonic()
+            self._counters.add("passes")
+            took = time.monotonic() - began
+            if took > interval and not late:
+                late = True
+                log.warning("a pass of %d names took %.0f s, longer than --revalidate %.0f s", checked, took, interval)
+
+    @staticmethod
+    def _due(looked: float, end: float, left: int) -> float:
+        """When the batch after the one of `looked` is due, so that what is left is spread evenly until `end`."""
+        return looked + (end - looked) * min(left, _BATCH) / left
+
+    async def _within(self, seconds: float, batch: range) -> None:
+        """Look at a batch; one that hangs in the source is left to its thread, and the others go on."""
+        with trio.move_on_after(seconds) as scope:
+            await self._in_thread(batch, self._passes)
+        if scope.cancelled_caught:
+            path = os.fsdecode(self._catalog.path(batch.start))
+            log.warning("names from %s on are not looked at: the source does not answer", path or "the root")
+
+    async def refresh(self, paths: Collection[bytes]) -> tuple[int, int]:
+        """Look now at what is known of `paths` and below them; how many names there were, and how many had changed."""
+        wanted = await trio.to_thread.run_sync(self._below, paths)
+        changed = 0
+        for first in range(0, len(wanted), _BATCH):
+            changed += await self._in_thread(wanted[first : first + _BATCH], self._refreshers)
+        return len(wanted), changed
+
+    async def _in_thread(self, records: Iterable[int], limiter: trio.CapacityLimiter) -> int:
+        # Abandoned when the mount ends: a source that never answers must not hold that up.
+        return await trio.to_thread.run_sync(self._check_all, records, abandon_on_cancel=True, limiter=limiter)
+
+    def _check_all(self, records: Iterable[int]) -> int:
+        with closing(Neighbours(self._source)) as neighbours:
+            return sum(self.check(record, neighbours) for record in records)
+
+    def _below(self, paths: Collection[bytes]) -> list[int]:
+        """Records at and below `paths`, and of the directories that hold these, which show what is new."""
+        if b"" in paths:
+            return list(range(len(self._catalog)))
+        exact = {*paths, *(path.rpartition(b"/")[0] for path in paths)}
+        prefixes = tuple(path + b"/" for path in paths)
+
+        return [
+            record
+            for record in range(len(self._catalog))
+            if any(path in exact or path.startswith(prefixes) for path in self._paths(record))
+        ]
+
+    def _paths(self, record: int) -> Iterator[bytes]:
+        yield self._catalog.path(record)
+        for parent, name in self._catalog.other_names(record):  # hard links
+            yield self._catalog.path(parent) + b"/" + name if parent else name
+
+    def check(self, record: int, neighbours: Neighbours) -> bool:
+        """Compare a record with the source; whether it had changed. What the source fails at is left for later."""
+        if self._catalog.flags(record) & SUPERSEDED:
+            return False
+        self._counters.add("checked_files")
+        try:
+            parent, name = self._catalog.entry(record)
+            st = neighbours.lstat(self._catalog.directory_path(parent), name)
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return False
+            return self._lost(record)
+        self._gone.discard(record)
+        if self._catalog.shows(record, Version.of(st)):
+            return False
+        self._changed(record, st)
+        return True
+
+    def _lost(self, record: int) -> bool:
+        if record == 0 or record in self._gone or self._reader.use_other_name(record):
+            return False
+        self._gone.add(record)
+        self._lead_elsewhere(record)
+        return True
+
+    def _lead_elsewhere(self, record: int) -> None:
+        """Have the name looked up anew from now on; only then is what was cached let go, so that nobody misses it."""
+        parent, name = self._catalog.entry(record)
+        self._notifier.send_now(fuse.invalidate_entry(self._catalog.node(parent), name))
+        self._reader.vanished(record)
+
+    def _changed(self, record: int, st: os.stat_result) -> None:
+        kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
+        if self._catalog.flags(record) & _KINDS != kind:
+            self._lead_elsewhere(record)
+        elif kind == REGULAR:
+            parent, name = self._catalog.entry(record)
+            if st.st_ino != self._catalog.version(record).inode:
+                self._notifier.send_now(fuse.invalidate_entry(self._catalog.node(parent), name))
+            if self._catalog.shows_bytes(record, st):
+                # Only the mode or the owner: nothing but attributes is stale.
+                self._notifier.send_now(fuse.invalidate_inode(self._catalog.node(record), -1, 0))
+            with suppress(OSError):
+                self._namespace.enter(parent, name, st, announce=True)
+            if self._catalog.flags(record) & SUPERSEDED:
+                # One that is shown on needs no more than what drops its pages: a READ of its new end might miss it.
+                self._notifier.send(fuse.invalidate_inode(self._catalog.node(record), -1, 0))
+        else:
+            # With the attributes go the pages, which hold the listing of a directory, the target of a symbolic link.
+            self._reader.drop_pages(record)
+            self._catalog.set_version(record, Version.of(st))
