@@ -18,9 +18,9 @@ from mounts import Cgroup, MakeMount, Mount, coordlfs, unmount_lazily
 _ALONGSIDE = (
     *("analyze", "analyze_model", "catalog", "demo", "ends", "epochs", "examples", "exporter", "fuzz"),
     *("governor", "hinted_sampler", "hints", "items", "kernel_fuse", "kernel_paths", "loader", "loader_group"),
-    *("loader_jobs", "logs", "memory_cache", "metrics", "minio", "mount_errors", "mount_lifecycle", "mount_tree"),
+    *("loader_jobs", "logs", "store", "metrics", "minio", "mount_errors", "mount_lifecycle", "mount_tree"),
     *("ownership", "packaging", "peer_client", "peer_discovery", "peer_protocol", "services", "simulate", "sizes"),
-    *("stash", "versions", "wire"),
+    *("stash", "versions", "keeper_protocol"),
 )
 
 

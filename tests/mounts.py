@@ -364,3 +364,29 @@ class Cgroup:
             os.kill(int(pid), signal.SIGKILL)
         eventually(lambda: not (self.path / "cgroup.procs").read_text().split())
         self.path.rmdir()
+
+
+_HOLD = """
+import sys
+held = bytearray(int(sys.argv[1]))
+held[::4096] = b"x" * len(range(0, len(held), 4096))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def holding(nbytes: int, group: Cgroup | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A process that has written to so much memory."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(nbytes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=group.enter if group else None,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,8 +1,16 @@
 #!/bin/sh
-# Installs what is missing, then runs every test: those that mount or look at the whole machine one after the other, the
-# rest beside them. Arguments go to pytest, with paths as seen from the checkout.
+# Installs what is missing, then runs every test, or the layers that are named first:
+#   sh tools/test.sh                all of them
+#   sh tools/test.sh pure kernel    no mount, no root; what needs Linux
+# The layers are the folders of tests/. Whatever follows their names goes to pytest, with paths as seen from the checkout.
 set -eu
 cd "$(dirname "$0")/.."
 sh tools/setup.sh
 PATH=$(cd "${COORDLFS_VENV:-.venv}" && pwd)/bin:$PATH
-exec python -m pytest -n 2 --dist loadgroup "$@"
+layers=
+while [ $# -gt 0 ] && [ -d "tests/$1" ]; do
+    layers="$layers tests/$1"
+    shift
+done
+# shellcheck disable=SC2086
+exec python -m pytest -n 2 --dist loadgroup $layers "$@"

@@ -7,39 +7,13 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mounts import MIB, Cgroup, MakeMount, coordlfs, eventually, locked, read, write_files
+from mounts import MIB, Cgroup, MakeMount, coordlfs, eventually, holding, locked, read, write_files
 
 from coordlfs.kernel.memory import memory
-
-_HOLD = """
-import sys
-held = bytearray(int(sys.argv[1]))
-held[::4096] = b"x" * len(range(0, len(held), 4096))
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-@contextmanager
-def holding(nbytes: int, group: Cgroup | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A process that has written to so much memory."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(nbytes)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=group.enter if group else None,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.timeout(180)

@@ -30,13 +30,13 @@ from mounts import (
     coordlfs,
     drop_caches,
     eventually,
+    holding,
     is_alive,
     noise,
     read,
     unmount_lazily,
     write_files,
 )
-from test_mount_memory import holding
 from users import User
 
 from coordlfs.cache import items
@@ -921,7 +921,7 @@ def test_two_mounts_on_one_host_as_the_readme_shows_it(source: Path, place: Path
     """The lines as they are printed; only the directories are others."""
     (source / "train").mkdir()
     names = [f"train/{name}" for name in write_files(source / "train", 60, 100_000)]
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     [block] = [part for part in text.split("```") if part.startswith("sh\n") and "--peers" in part]
     lines = block.replace("/data/imagenet", str(source)).replace("/mnt/", f"{place}/").splitlines()[1:]
     assert len(lines) == 4

@@ -19,7 +19,7 @@ from mounts import COORDLFS, eventually, is_mounted, mentions, read, unmount_laz
 from coordlfs.commands import mount_helper
 from coordlfs.errors import UserError
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 HELPER = Path("/sbin/mount.coordlfs")
 
 # -- mount(8) -----------------------------------------------------------------------------------------------------

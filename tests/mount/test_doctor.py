@@ -113,5 +113,5 @@ def test_only_what_is_required_makes_it_fail() -> None:
 
 
 def test_the_documentation_lists_it() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
     assert "coordlfs doctor" in text

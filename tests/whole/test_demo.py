@@ -20,7 +20,7 @@ pytest.importorskip("torch", reason="the demonstration needs the extra `loader`"
 from coordlfs_tools.demo import photos
 from PIL import Image
 
-SCRIPT = Path(__file__).parent.parent / "tools" / "demo.sh"
+SCRIPT = Path(__file__).parents[2] / "tools" / "demo.sh"
 COMMAND = [sys.executable, "-m", "coordlfs_tools.demo", "--files", "120"]
 
 

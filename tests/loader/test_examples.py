@@ -17,7 +17,7 @@ from mounts import eventually, is_alive
 pytest.importorskip("torch", reason="the examples need the extra `loader`")
 pytestmark = pytest.mark.timeout(240)
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ["--samples", "480", "--epochs", "3"]
 
 Run = Callable[..., str]

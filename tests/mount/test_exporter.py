@@ -186,7 +186,7 @@ def test_run_serves_metrics_to_its_command(source: Path) -> None:
 
 
 def test_the_dashboard_shows_metrics_that_exist() -> None:
-    dashboard = json.loads((Path(__file__).parent.parent / "docs" / "grafana.json").read_text())
+    dashboard = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     shown = set(re.findall(r"coordlfs_\w+", " ".join(expressions)))
     named = {f"coordlfs_{written.partition('{')[0]}" for written, _ in [*exporter.GAUGES.values()]}

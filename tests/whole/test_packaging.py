@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mounts import COORDLFS, script
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 
 
