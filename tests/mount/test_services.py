@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mounts import COORDLFS, eventually, is_mounted, mentions, read, unmount_lazily, write_files
+from mounts import COORDLFS, PATIENCE, eventually, is_mounted, mentions, read, unmount_lazily, write_files
 
 from coordlfs.commands import mount_helper
 from coordlfs.errors import UserError
@@ -69,7 +69,7 @@ def mountpoint(place: Path, _may_mount: None) -> Iterator[Path]:
 
 
 def run(*command: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == status, f"{command} exited with {done.returncode}: {done.stdout}{done.stderr}"
     return done
 
