@@ -14,7 +14,7 @@ from coordlfs.cache.residence import Residence
 from coordlfs.commands import cli
 from coordlfs.processes import exporter
 
-_WIDTH = 90  # of a usage line, in characters
+_WIDTH = 78  # of a usage line, in characters
 
 
 def commands() -> str:
