@@ -94,6 +94,15 @@ def test_every_figure_is_in_the_reference(site: Path, source: Path, mount: MakeM
     assert {name for name in served if f"<code>{name}</code>" not in metrics} == set()
 
 
+def test_no_markdown_shows_through(site: Path) -> None:
+    """A list or a table that is not taken for one, as for want of an empty line, is text for `--strict`."""
+    pages = list(site.rglob("index.html"))
+    assert len(pages) > 20
+    for page in pages:
+        text = re.sub(r"<pre.*?</pre>", "", page.read_text(), flags=re.DOTALL)
+        assert re.findall(r"^(?:<p>)?(?:[*|] |```).*|--8&lt;--.*|\{\{ .*", text, re.MULTILINE) == [], page
+
+
 def _code(*folders: str) -> Iterator[Path]:
     for folder in folders:
         yield from (path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".pyx", ".sh"))
