@@ -7,6 +7,7 @@ import importlib
 import io
 import os
 import sys
+from collections.abc import Container
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,6 +16,8 @@ from coordlfs.errors import UserError
 
 if TYPE_CHECKING:
     from coordlfs.commands.mount import Options
+
+    Commands = argparse._SubParsersAction["_Parser"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,8 +44,8 @@ def _tool(name: str) -> ModuleType:
         raise UserError(f"{name} needs {e.name}, which is not installed: pip install 'coordlfs[tools]'") from None
 
 
-def _parser(asked: str | None = None) -> argparse.ArgumentParser:
-    """All commands; of the tools, only the command that is `asked` for is loaded, with its arguments."""
+def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
+    """The parser, and that of each command; of the tools only `tools` are loaded, with their arguments."""
     parser = _Parser(
         prog="coordlfs",
         description="A file system that is mounted over a dataset and keeps it in memory, never evicting.",
@@ -134,9 +137,16 @@ def _parser(asked: str | None = None) -> argparse.ArgumentParser:
 
     for name, (_, help_) in _TOOLS.items():
         tool = commands.add_parser(name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.")
-        if name == asked:
+        if name in tools:
             _tool(name).add_arguments(tool)
-    return parser
+    return parser, commands
+
+
+def commands() -> list[tuple[str, str, argparse.ArgumentParser]]:
+    """Name, purpose and arguments of every command, for the reference. Raises UserError without the extra `tools`."""
+    _, found = _parsers(_TOOLS)
+    # argparse has no public way to the words that it prints beside each command.
+    return [(purpose.dest, purpose.help or "", found.choices[purpose.dest]) for purpose in found._choices_actions]
 
 
 def _options(arguments: argparse.Namespace) -> Options:
@@ -278,7 +288,7 @@ _COMMANDS = {
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The arguments that `words` mean; exits with status 2 if they mean none."""
-    return _parser(words[0] if words else None).parse_args(words)
+    return _parsers(words[:1])[0].parse_args(words)
 
 
 def main(argv: list[str] | None = None) -> int:

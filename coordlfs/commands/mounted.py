@@ -35,7 +35,7 @@ def all_mounts() -> list[str]:
 
 
 def stats(mountpoint: str) -> dict[str, Any]:
-    """The figures of a mount (docs/operations.md). Raises UserError."""
+    """The figures of a mount (docs/reference/status.md). Raises UserError."""
     find(mountpoint)
     try:
         result: dict[str, Any] = json.loads(os.getxattr(mountpoint, "user.coordl.stats"))

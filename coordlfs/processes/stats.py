@@ -1,6 +1,6 @@
 """The figures of a mount, as `coordlfs status --json` and `user.coordl.stats` give them.
 
-The names are part of the interface: docs/operations.md lists them. Fields may be added, never renamed.
+The names are part of the interface: docs/reference/status.md lists them. Fields may be added, never renamed.
 """
 
 from __future__ import annotations
