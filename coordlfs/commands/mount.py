@@ -48,6 +48,7 @@ class Options:
     revalidate: float | None = 600.0  # seconds in which a change is noticed; None: the source never changes
     metrics: str | None = None  # where Prometheus may ask: HOST:PORT
     cluster: Cluster | None = None  # to share caches with
+    noexec: bool = False  # no program on the mount may be run
 
 
 def _check_source(source: str) -> int:
@@ -260,6 +261,7 @@ def mount(
                     "lockable": lockable,
                     "log": os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None,
                     "acl": _supports_acl(root),
+                    "noexec": options.noexec,
                     "is_remote": lies_elsewhere(root, os.fsencode(source)),
                     "fstype": None if (fstype := mounts.fstype(root)) is None else os.fsdecode(fstype),
                     "mounted": time.time_ns(),
@@ -334,8 +336,7 @@ def _start(config: dict[str, Any], foreground: bool) -> tuple[subprocess.Popen[b
         stdin=subprocess.DEVNULL,
         stdout=quiet,
         stderr=quiet,
-        start_new_session=True,
-    )
+    )  # in our process group: while an automounter waits for the mount, it lets no other one see the mountpoint
     os.close(report_out)
     return supervisor, report_in
 
