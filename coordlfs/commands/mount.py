@@ -28,6 +28,7 @@ from coordlfs.errors import UserError
 from coordlfs.kernel import fusermount, mounts, process, systemd
 from coordlfs.kernel.memory import Memory, memory
 from coordlfs.processes import attachment, exporter
+from coordlfs.sources import numbering
 from coordlfs.sources.directory import lies_elsewhere
 
 if TYPE_CHECKING:
@@ -279,6 +280,8 @@ def mount(
                 said = sys.stderr if bound else sys.stdout  # the output of `run` is the command's
                 cache = f"{sizes.text(capacity)} of cache ({how})"
                 print(f"{source} is mounted on {mountpoint} with {cache}", file=said, flush=True)
+                if numbering.are_made_up(mounts.fstype(root)):
+                    print(f"coordlfs: {source} ({config['fstype']}) {numbering.TEXT}", file=sys.stderr)
                 if metrics is not None:
                     print(f"metrics: {asked_at}", file=said, flush=True)
             except BaseException:
