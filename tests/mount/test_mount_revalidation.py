@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mounts import MIB, MakeMount, Mount, coordlfs, eventually, is_mounted, noise, read, write_files
@@ -119,7 +120,7 @@ def test_a_sweep_is_spread_over_its_time(source: Path, mount: MakeMount) -> None
     # By passes that are over, where the next one was seen to rest: at its beginning, and after each of its parts. The
     # first one began before there were names.
     rests: dict[int, set[int]] = {}
-    last = {}
+    last: dict[str, Any] = {}
 
     def is_seen_to_rest_on_its_way() -> bool:
         nonlocal last
