@@ -17,6 +17,7 @@ from mounts import (
     CHUNK,
     MIB,
     PAGE,
+    PATIENCE,
     Cgroup,
     MakeMount,
     Mount,
@@ -174,7 +175,7 @@ def test_four_readers_of_the_same_files_read_the_source_once(source: Path, mount
             subprocess.Popen([sys.executable, "-c", _EPOCH, "same", "1", *(str(mounted.path / n) for n in names)])
             for _ in range(4)
         ]
-        assert [job.wait(60) for job in jobs] == [0, 0, 0, 0]
+        assert [job.wait(PATIENCE) for job in jobs] == [0, 0, 0, 0]
         figures = mounted.settle()
         assert figures["source"]["bytes"] == total
         # What a keeper read, to complete an item, is what a reader missed.

@@ -83,5 +83,5 @@ def test_interrupted_it_leaves_nothing(place: Path, phase: str) -> None:
         assert any(phase in line for line in process.stdout)
         time.sleep(1)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(PATIENCE) == 130
     eventually(lambda: _nothing_is_left(place), what="the demonstration left something behind")
