@@ -100,7 +100,7 @@ def side_of(directory: Path, capacity: int = 0, *, id_bits: int = 63) -> Iterato
             stack.enter_context(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * LARGEST)
         device.setblocking(False)
-        theirs.settimeout(10)
+        theirs.settimeout(240)
         catalog = Catalog(*fds, id_bits=id_bits)
         counters = Counters(catalog.counters)
         source = Source(root, is_remote=False)

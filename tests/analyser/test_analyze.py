@@ -541,7 +541,7 @@ def test_interrupted_it_leaves_nothing(number: signal.Signals, data: Path, tmp_p
         time.sleep(0.3)
         pids = _hooked(temporary)
         process.send_signal(number)
-        assert process.wait(30) == (-number if number == signal.SIGKILL else 128 + number)
+        assert process.wait(PATIENCE) == (-number if number == signal.SIGKILL else 128 + number)
     finally:
         process.kill()
         process.wait()

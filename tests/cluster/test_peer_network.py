@@ -18,12 +18,12 @@ import liars
 import pytest
 from coordlfs_tools.bench.network import Host, network
 from liars import Liar, introduction
-from mounts import MIB, MakeMount, Mount, eventually, read, unmount_lazily, write_files
+from mounts import MIB, PATIENCE, MakeMount, Mount, eventually, read, unmount_lazily, write_files
 from test_peer_discovery import Etcd
 
 from coordlfs.peers.protocol import Request
 
-_STALL = 30.0  # seconds that one read may take, on a machine that is four times slower
+_STALL = PATIENCE / 2  # seconds that one read may take: more is a hang, on any machine
 
 
 _LIES = [liars.garbage, liars.wrong_bytes, liars.wrong_version, liars.half_a_frame, liars.nothing]

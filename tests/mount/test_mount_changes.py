@@ -201,13 +201,20 @@ def test_vanished_before_it_is_read(source: Path, mount: MakeMount) -> None:
     (source / "d" / "f").write_bytes(noise(10_000))
     mounted = mount(source)
     _know(mounted)
+    # It maps the file while that is there, since how soon its name goes as well is another matter.
+    program = "import mmap, os, sys\nfd = os.open(sys.argv[1], 0)\nm = mmap.mmap(fd, 0, prot=mmap.PROT_READ)\n"
+    program += "print(flush=True)\nsys.stdin.readline()\nm[:]"
+    job = subprocess.Popen(
+        [sys.executable, "-c", program, mounted.path / "mapped"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert job.stdout is not None
+    assert job.stdout.readline()
     for name in ("read", "mapped"):
         (source / name).unlink()
     shutil.rmtree(source / "d")
     raises(errno.ENOENT, lambda: read(mounted.path / "read"))
     raises(errno.ENOENT, lambda: read(mounted.path / "d" / "f"))
-    program = "import mmap, os, sys\nfd = os.open(sys.argv[1], 0)\nmmap.mmap(fd, 0, prot=mmap.PROT_READ)[:]"
-    job = subprocess.run([sys.executable, "-c", program, mounted.path / "mapped"], timeout=PATIENCE)
+    job.communicate(b"\n", timeout=PATIENCE)
     assert job.returncode == -signal.SIGBUS
     eventually(lambda: not any((mounted.path / name).exists() for name in ("read", "mapped", "d/f")))
     eventually(lambda: not (mounted.path / "d").exists() or os.listdir(mounted.path / "d") == [])

@@ -281,7 +281,7 @@ def test_warm_while_it_is_read(source: Path, mount: MakeMount) -> None:
     job = subprocess.Popen([*COORDLFS, "warm", mounted.path], stdout=subprocess.DEVNULL)
     for number, name in enumerate(names):
         assert read(mounted.path / name) == noise(60_000, number)
-    assert job.wait(30) == 0
+    assert job.wait(PATIENCE) == 0
     figures = mounted.settle()
     assert figures["pinned_items"] == 300
     assert figures["source"]["bytes"] == 300 * 60_000

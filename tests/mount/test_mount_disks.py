@@ -123,7 +123,7 @@ def test_a_slow_disk_holds_up_only_who_waits_for_it(source: Path, disk: Disk, mo
         assert sent["read"] == 0
         assert not any(slow.done() for slow in reading), "they waited for the slow ones"
         for number, data in enumerate(reading):
-            assert data.result(60) == noise(50_000, 2 + number)
+            assert data.result(PATIENCE) == noise(50_000, 2 + number)
     mounted.settle()
 
 
@@ -139,16 +139,14 @@ def test_a_page_that_is_on_its_way_holds_up_only_who_waits_for_it(source: Path, 
     with _warm(path / "warm"), ThreadPoolExecutor(2) as pool:
         os.stat(path / "awaited")
         forget(faulty.path / "disk")
-        faulty.set("read disk", delay=3)
+        faulty.set("read disk", delay=6)
         elsewhere = pool.submit(read, path / "awaited")  # from now on the page cache holds its pages, without the bytes
         time.sleep(0.3)
-        began = time.monotonic()
         reading = pool.submit(read, mounted.path / "awaited")
         time.sleep(0.2)
         assert read(mounted.path / "warm") == noise(100_000, 0)
-        assert time.monotonic() - began < 1, "it waited for the page"
-        assert not reading.done()
-        assert reading.result(60) == elsewhere.result(60) == noise(100_000, 1)
+        assert not reading.done(), "it waited for the page"
+        assert reading.result(PATIENCE) == elsewhere.result(PATIENCE) == noise(100_000, 1)
 
 
 def test_a_disk_that_fails_gives_its_error_and_later_the_bytes(source: Path, disk: Disk, mount: MakeMount) -> None:

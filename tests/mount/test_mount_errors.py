@@ -220,10 +220,9 @@ def test_a_source_that_takes_its_time_holds_up_nobody_else(
     mounted = mount(faulty.path)
     read(mounted.path / "pinned")
     mounted.settle()
-    faulty.set("read slow", delay=5)
+    faulty.set("read slow", delay=15)
     got: list[bytes] = []
     readers = [threading.Thread(target=lambda: got.append(read(mounted.path / "slow"))) for _ in range(4)]
-    started = time.monotonic()
     for thread in readers:
         thread.start()
     time.sleep(0.3)
@@ -231,7 +230,7 @@ def test_a_source_that_takes_its_time_holds_up_nobody_else(
         assert read(mounted.path / "pinned") == noise(50_000)
     assert sent["read"] == 0
     assert read(mounted.path / "other") == noise(50_000)
-    assert time.monotonic() - started < 4, "they waited for the slow one"
+    assert not got, "they waited for the slow one"
     for thread in readers:
         thread.join()
     assert got == [noise(50_000)] * 4
@@ -250,7 +249,7 @@ def test_unmounting_while_the_source_takes_its_time(
         time.sleep(0.5)
         pids = mounted.pids
         coordlfs("umount", "--lazy", mounted.path)
-        assert job.wait(20) == 0
+        assert job.wait(PATIENCE) == 0
     finally:
         job.kill()
         job.wait()
@@ -279,7 +278,7 @@ def _waiting(commands: list[list[str]]) -> Iterator[list[subprocess.Popen[bytes]
         for process in processes:
             process.kill()
         for process in processes:
-            process.wait(20)
+            process.wait(PATIENCE)
 
 
 def test_what_never_answers_holds_up_nobody_else(source: Path, faults: Callable[[], Faulty], mount: MakeMount) -> None:
@@ -347,7 +346,7 @@ def test_a_server_with_a_thread_that_never_returns_is_replaced(
         assert reader.poll() is None
         faulty.clear()
         faulty.kill()  # both servers' threads come back
-        assert reader.wait(20) == 1
+        assert reader.wait(PATIENCE) == 1
         eventually(lambda: not is_alive(mounted.processes["server"]))
         faulty.restart()
     assert read(mounted.path / "hung") == noise(50_000)
@@ -378,7 +377,7 @@ def test_unmounting_what_never_answers(source: Path, faults: Callable[[], Faulty
         refused = coordlfs("umount", mounted.path, status=1)
         assert f"{reader.pid} (cat)" in refused.stderr
         reader.kill()
-        assert reader.wait(20) == -signal.SIGKILL
+        assert reader.wait(PATIENCE) == -signal.SIGKILL
         coordlfs("umount", mounted.path)
         assert not is_mounted(mounted.path)
         assert not is_alive(mounted.supervisor)
@@ -415,7 +414,7 @@ def test_who_waits_for_names_can_be_interrupted(
     with _waiting([waits]) as [reader]:
         assert read(mounted.path / "pinned") == noise(50_000)
         reader.send_signal(signal.SIGINT)
-        assert reader.wait(10) == -signal.SIGINT
+        assert reader.wait(PATIENCE) == -signal.SIGINT
         assert mounted.stats()["requests"]["interrupted"] == 1
     faulty.kill()
 
@@ -437,7 +436,7 @@ def test_who_reads_around_the_page_cache_can_be_interrupted(
         assert reader.poll() is None
         assert mounted.stats()["requests"]["interrupted"] == 0
         reader.send_signal(number)
-        assert reader.wait(10) == -number
+        assert reader.wait(PATIENCE) == -number
         assert mounted.stats()["requests"]["interrupted"] == 3
     faulty.kill()
 
@@ -549,7 +548,7 @@ def test_nobody_waits_for_a_mount_whose_supervisor_died(
     """Not even for what a thread of the server, which cannot end, still asks of the source."""
     with _hanging(source, faults, mount) as (mounted, faulty, reader):
         os.kill(mounted.supervisor, signal.SIGKILL)
-        assert reader.wait(10) == 1
+        assert reader.wait(PATIENCE) == 1
         eventually(lambda: not is_mounted(mounted.path))
         again = mount(faulty.path, mountpoint=mounted.path)
         assert read(again.path / "pinned") == noise(50_000)
@@ -572,14 +571,14 @@ def test_a_mount_whose_processes_were_all_killed_while_the_source_hung(
         for number in (signal.SIGSTOP, signal.SIGKILL):  # so that none is left to notice that another is gone
             for pid in pids:
                 os.kill(pid, number)
-        assert warm.wait(20) == 1
+        assert warm.wait(PATIENCE) == 1
         with _waiting([["cat", str(mounted.path / "hung")]]) as [reader]:
             coordlfs("umount", "--lazy", mounted.path, timeout=30)
             assert not is_mounted(mounted.path)
             faulty.clear()
             faulty.kill()
             eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
-            assert reader.wait(10) == 1
+            assert reader.wait(PATIENCE) == 1
     finally:
         warm.kill()
         warm.wait()

@@ -164,7 +164,7 @@ def test_another_process_hits_as_well(source: Path, mount: MakeMount) -> None:
     command = [sys.executable, "-c", program, *(str(mounted.path / name) for name in contents)]
     with mounted.messages() as sent:
         jobs = [subprocess.Popen(command) for _ in range(3)]
-        assert [job.wait(30) for job in jobs] == [0, 0, 0]
+        assert [job.wait(PATIENCE) for job in jobs] == [0, 0, 0]
     assert sent == _NOTHING
 
 

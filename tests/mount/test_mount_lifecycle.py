@@ -83,7 +83,7 @@ def test_unmounting_while_it_is_read(source: Path, mount: MakeMount) -> None:
         eventually(lambda: mounted.stats()["requests"]["read"] > 60)
         pids = mounted.pids
         subprocess.run(["umount", "-l", mounted.path], check=True, timeout=PATIENCE)
-        assert job.wait(20) == 1  # its files are not there any more
+        assert job.wait(PATIENCE) == 1  # its files are not there any more
     finally:
         job.kill()
         job.wait()
@@ -201,7 +201,7 @@ def test_the_foreground_ends_when_it_is_unmounted(source: Path, place: Path) -> 
         eventually(lambda: is_mounted(mountpoint))
         time.sleep(0.5)
         coordlfs("umount", mountpoint)
-        assert job.wait(20) == 0
+        assert job.wait(PATIENCE) == 0
         assert mentions(source) == []
     finally:
         job.kill()
@@ -498,7 +498,7 @@ class TestRun:
             while "up" not in (line := job.stdout.readline()):
                 assert line
             job.send_signal(signal.SIGTERM)
-            assert job.wait(30) == 9
+            assert job.wait(PATIENCE) == 9
             job.stdout.close()
         finally:
             job.kill()

@@ -268,7 +268,7 @@ def test_many_readers_at_once(source: Path, mount: MakeMount, cache: str) -> Non
             for name in names[::10]:
                 forget(mounted.path / name)
             coordlfs("drop", mounted.path)
-        assert [job.wait(60) for job in jobs] == [0] * 6
+        assert [job.wait(PATIENCE) for job in jobs] == [0] * 6
     finally:
         for job in jobs:
             job.kill()

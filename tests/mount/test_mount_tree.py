@@ -90,7 +90,10 @@ _attributes = st.builds(
         st.text("abc.é", min_size=1, max_size=20).map("user.{}".format), st.binary(max_size=200), max_size=3
     ),
 )
-_sizes = st.one_of(st.sampled_from(_EDGES), st.integers(0, 300_000), st.sampled_from(_CHUNK_EDGES))
+_small = st.one_of(st.sampled_from(_EDGES), st.integers(0, 300_000))
+_sizes = st.one_of(
+    *[_small] * 7, st.sampled_from(_CHUNK_EDGES)
+)  # which take long to write, and have a test of their own
 _leaves = st.one_of(
     st.builds(File, _sizes, st.integers(0, 9), st.booleans(), _attributes),
     st.builds(Special, st.sampled_from(["fifo", "socket"]), _attributes),

@@ -205,7 +205,7 @@ def test_the_service_manager_is_told(source: Path, place: Path, abstract: bool) 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         address = f"@coordlfs-test-{os.getpid()}" if abstract else str(place / "notify")
         manager.bind(address.replace("@", "\0"))
-        manager.settimeout(30)
+        manager.settimeout(240)
 
         def told() -> dict[str, str]:
             return dict(line.split("=", 1) for line in manager.recv(1 << 12).decode().splitlines())
@@ -219,7 +219,7 @@ def test_the_service_manager_is_told(source: Path, place: Path, abstract: bool) 
             assert told()["STATUS"].startswith(f"{source}: ")
             job.send_signal(signal.SIGTERM)
             assert told() == {"STOPPING": "1", "STATUS": f"unmounting {path}"}
-            assert job.wait(30) == 0
+            assert job.wait(PATIENCE) == 0
             assert told() == {"STOPPING": "1", "STATUS": f"{path} is unmounted"}
         finally:
             with suppress(ProcessLookupError):

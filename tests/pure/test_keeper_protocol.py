@@ -21,7 +21,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     """Two ends, none of which waits for ever."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in ends:
-        end.settimeout(10)
+        end.settimeout(240)
     yield ends
     for end in ends:
         end.close()

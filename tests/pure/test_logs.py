@@ -84,7 +84,7 @@ def datagrams(tmp_path: Path) -> Iterator[socket.socket]:
     """What listens in place of systemd."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(tmp_path / "socket"))
-        sock.settimeout(20)
+        sock.settimeout(240)
         yield sock
 
 

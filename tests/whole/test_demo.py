@@ -77,11 +77,11 @@ def test_it_trains_on_both_sides_and_leaves_nothing(place: Path) -> None:
 @pytest.mark.parametrize("phase", ["writing", "Training on the mount"])
 def test_interrupted_it_leaves_nothing(place: Path, phase: str) -> None:
     """Ctrl-C goes to every process of the terminal's foreground."""
-    command = [*COMMAND, "--dir", str(place)]
+    command = [*COMMAND, "--files", "48", "--dir", str(place)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as process:
         assert process.stdout
         assert any(phase in line for line in process.stdout)
         time.sleep(1)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(PATIENCE) == 130
     eventually(lambda: _nothing_is_left(place), what="the demonstration left something behind")
