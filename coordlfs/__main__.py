@@ -2,7 +2,7 @@
 
 import sys
 
-from coordlfs.commands.cli import main
+from coordlfs.commands.entry import coordlfs
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(coordlfs())

@@ -13,11 +13,13 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from coordlfs.kernel import systemd
 
 LIMIT, INTERVAL = 10, 60.0  # messages of one kind, in so many seconds
+_LATE = 1.0  # seconds after the end of an interval by which its timer has told of it, if there is one
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 _BARE = re.compile(r"[^\s\"=\\\x00-\x1f\x7f]+")  # a value that needs no quotes
 
@@ -138,6 +140,7 @@ class RateLimit(logging.Filter):
             return True
         key = (record.name, record.levelno, str(record.msg))
         now = self._clock()
+        self._summarize_late(now)
         with self._lock:
             window = self._windows.get(key)
             if window is None or (window.ends <= now and not window.suppressed):
@@ -151,8 +154,16 @@ class RateLimit(logging.Filter):
         if first:
             timer = threading.Timer(max(0.0, window.ends - now), self.summarize, (key,))
             timer.daemon = True
-            timer.start()
+            # Where there is no thread to be had, the next record that comes once the interval is over tells of it.
+            with suppress(RuntimeError):
+                timer.start()
         return False
+
+    def _summarize_late(self, now: float) -> None:
+        with self._lock:
+            late = [key for key, window in self._windows.items() if window.suppressed and window.ends + _LATE < now]
+        for key in late:
+            self.summarize(key)
 
     def summarize(self, key: tuple[str, int, str]) -> None:
         """End the interval of a template, and tell how many of it were suppressed."""

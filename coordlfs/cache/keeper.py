@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import queue
 import select
 import signal
 import socket
@@ -23,7 +24,6 @@ import sys
 import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from math import ceil
 
@@ -72,7 +72,7 @@ class Keeper:
         self.limit = limit
         self.readahead = readahead
         self.lockable = lockable
-        self.fillers: ThreadPoolExecutor | None = None  # where the cache is memory of its own
+        self.fillers: Fillers | None = None  # where the cache is memory of its own
         self.threads: set[int] = set()  # of the fillers
         self.nowhere = memoryview(pages.buffer(_FILL))  # where they all put what only the server is to have
         self.pins: dict[int, tuple[int, int]] = {}
@@ -124,7 +124,7 @@ class Keeper:
             elif request.verb == Verb.DROP:
                 self._drop(request)
             elif request.verb == Verb.FILL and self.fillers is not None:
-                self.fillers.submit(self._fill, request)
+                self.fillers.submit(request)
             elif request.verb == Verb.WATCH:
                 self._look(request)
             elif request.verb == Verb.PURGE:
@@ -217,7 +217,7 @@ class Keeper:
         finally:
             os.close(request.fd)
 
-    def _fill(self, request: _Request) -> None:
+    def fill(self, request: _Request) -> None:
         """Read an item, and so have the server read it; by a filler.
 
         By way of the page cache, so that a job which wants the same just now waits for the same READ; the pages stay
@@ -311,6 +311,32 @@ class Keeper:
         self.sock.send(REPLY.pack(Outcome.LISTED, 0, 0, 0))  # an empty part is the end
 
 
+class Fillers:
+    """The threads of a keeper that read items: started as they are needed, as many as there may be."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+        self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
+        self._count = 0
+
+    def submit(self, request: _Request) -> None:
+        """Have an item read: by this thread, where there is no other to be had."""
+        if self._count < _FILLERS:
+            try:
+                threading.Thread(target=self._run, name="filler", daemon=True).start()
+                self._count += 1
+            except RuntimeError:
+                if not self._count:
+                    self._keeper.fill(request)
+                    return
+        self._requests.put(request)
+
+    def _run(self) -> None:
+        self._keeper.introduce()
+        while True:
+            self._keeper.fill(self._requests.get())
+
+
 def main() -> None:
     """`python -m coordlfs.cache.keeper JSON`, started by the supervisor, with the descriptors that the JSON names."""
     config = json.loads(sys.argv[1])
@@ -326,8 +352,8 @@ def main() -> None:
     if not config["in_memory"]:
         keeper.run()
         return
-    with ThreadPoolExecutor(_FILLERS, "filler", keeper.introduce) as keeper.fillers:
-        keeper.run()
+    keeper.fillers = Fillers(keeper)
+    keeper.run()
 
 
 if __name__ == "__main__":

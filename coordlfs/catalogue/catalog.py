@@ -25,7 +25,6 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import xxhash
 
-from coordlfs.catalogue import memfds
 from coordlfs.kernel.fuse import ROOT_NODE
 from coordlfs.sources.numbering import Numbering
 from coordlfs.sources.versions import Version, access
@@ -38,8 +37,6 @@ COUNTERS = 128  # words of the header that are free for counters
 COUNT, NAMES_USED, _STALE = 0, 1, 2
 _RECORD = struct.Struct("=QQQQqQQQ")  # node, entry and flags, name, then as below
 _VERSION = struct.Struct("=24xQqQ8xQ")  # of a record's words: size, mtime, inode, and above 32 bits the access
-
-_FEW = 1 << 16  # records that are indexed one by one, in 20 ms
 
 _NO_VERSION = Version(0, 0, 0)
 
@@ -72,10 +69,10 @@ class Catalog:
     """The records of one mount. Record numbers are small integers that stay valid for the life of the mount."""
 
     def __init__(self, records: int, names: int, *, id_bits: int = 63, numbering: Numbering | None = None) -> None:
-        self._map = mmap.mmap(records, memfds.RECORDS)
+        self._map = mmap.mmap(records, os.fstat(records).st_size)
         # Read as they lie here by `coordlfs.catalogue.records` as well.
         self.words = memoryview(self._map).cast("Q")
-        self.names = mmap.mmap(names, memfds.NAMES)
+        self.names = mmap.mmap(names, os.fstat(names).st_size)
         self.id_mask = (1 << id_bits) - 1
         self.lock = threading.RLock()
         self._numbering = numbering
@@ -425,7 +422,7 @@ class Catalog:
 
     def _append(self, node: int, parent: int, name: bytes, flags: int, version: Version = _NO_VERSION) -> int:
         record = self.words[COUNT]
-        if record >= (memfds.RECORDS - _HEADER) // (RECORD_WORDS * 8) - 1:
+        if record >= (len(self._map) - _HEADER) // (RECORD_WORDS * 8) - 1:
             raise OSError(28, "the catalogue is full")
         entry, at = parent << 32 | len(name) << 16 | flags, _HEADER + record * _RECORD.size
         size, mtime_ns, inode, access_ = version
@@ -435,7 +432,7 @@ class Catalog:
 
     def _store_name(self, name: bytes) -> int:
         offset = self.words[NAMES_USED]
-        if offset + len(name) > memfds.NAMES:
+        if offset + len(name) > len(self.names):
             raise OSError(28, "the catalogue's names are full")
         self.names[offset : offset + len(name)] = name
         self.words[NAMES_USED] = offset + len(name)
@@ -453,31 +450,10 @@ class Catalog:
 
     def _build_index(self, capacity: int) -> tuple[memoryview, int]:
         """Open addressing with linear probing, at most half full; a slot holds a record number plus one."""
+        from coordlfs.catalogue.records import fill_index  # which imports this module
+
         size = 1 << max(12, (2 * capacity - 1).bit_length())
         mask = size - 1
-        if len(self) > _FEW:
-            return memoryview(self._index_many(size, mask)), mask
         slots = array("I", bytes(4 * size))
-        nodes = self.words[HEADER_WORDS : HEADER_WORDS + len(self) * RECORD_WORDS : RECORD_WORDS]
-        for record, node in enumerate(nodes, 1):
-            at = node & mask
-            while slots[at]:
-                at = (at + 1) & mask
-            slots[at] = record
+        fill_index(slots, self.words, len(self))
         return memoryview(slots), mask
-
-    def _index_many(self, size: int, mask: int) -> array[int]:
-        import numpy as np  # here, since it takes longer to import than a mount to come up, or to read many files
-
-        slots = np.zeros(size, np.uint32)
-        ids = np.frombuffer(self._map, np.uint64, len(self) * RECORD_WORDS, _HEADER)[::RECORD_WORDS]
-        records = np.arange(1, len(ids) + 1, dtype=np.uint32)
-        at = (ids & np.uint64(mask)).astype(np.int64)
-        while len(records):
-            free = slots[at] == 0
-            slots[at[free]] = records[free]  # of several for one slot, the last wins
-            homeless = slots[at] != records
-            records, at = records[homeless], (at[homeless] + 1) & mask
-        packed = array("I")
-        packed.frombytes(slots.tobytes())
-        return packed

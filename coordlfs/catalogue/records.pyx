@@ -58,6 +58,18 @@ cdef void put_entry(fuse_entry_out *entry, uint64_t node, const statx *st) noexc
     attr.mode, attr.nlink, attr.uid, attr.gid = st.stx_mode, st.stx_nlink, st.stx_uid, st.stx_gid
 
 
+def fill_index(uint32_t[::1] slots, const uint64_t[::1] words, Py_ssize_t count):
+    """Enter `count` records into a hash index that is empty and large enough: open addressing with linear probing."""
+    cdef uint64_t mask = slots.shape[0] - 1, at
+    cdef Py_ssize_t record, stride = RECORD_WORDS, first = HEADER_WORDS
+    with nogil:
+        for record in range(count):
+            at = words[first + record * stride] & mask
+            while slots[at]:
+                at = (at + 1) & mask
+            slots[at] = record + 1
+
+
 cdef class Index:
     def __init__(self):
         self._source = None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from coordlfs import __version__
 from coordlfs.errors import UserError
+from coordlfs.kernel import limits, process
 
 if TYPE_CHECKING:
     from coordlfs.commands.mount import Options
@@ -268,7 +269,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if not arguments.job:
         raise UserError("run needs a command: coordlfs run SRC -- python train.py", 2)
-    return run(arguments.source, arguments.job, _options(arguments))
+    return run(arguments.source, arguments.job, _options(arguments), arguments.inherited)
 
 
 _COMMANDS = {
@@ -292,6 +293,18 @@ def parse(words: list[str]) -> argparse.Namespace:
     return _parsers(words[:1])[0].parse_args(words)
 
 
+def _of_environment(error: BaseException) -> str | None:
+    """What is wrong with the process's surroundings, where that explains an error."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the working directory is gone: change into one that exists"
+    what = "not enough memory" if isinstance(error, MemoryError) else str(error)
+    if (hint := limits.hint()) or isinstance(error, MemoryError):
+        return f"{what}{hint}"
+    return None
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command `coordlfs`; the exit status: 2 for usage, 1 for what else went wrong."""
     for stream in (sys.stdout, sys.stderr):
@@ -306,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         if asked in _TOOLS:
             status: int = _tool(asked).command(arguments)
             return status
+        arguments.inherited = process.settle()
         return _COMMANDS[arguments.command](arguments)
     except UserError as e:
         print(f"coordlfs: {e}", file=sys.stderr)
@@ -314,4 +328,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, RuntimeError, MemoryError) as e:
+        if (said := _of_environment(e)) is None:
+            raise
+        print(f"coordlfs: {said}", file=sys.stderr)
         return 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import socket
 import stat
 import struct
@@ -52,7 +51,7 @@ class Client:
 
         It may not be told by the connection: a thread that waits for the source keeps a dead server's sockets open.
         """
-        while not select.select([self._sock], [], [], _LOOK_EVERY)[0]:
+        while not process.is_readable(self._sock.fileno(), _LOOK_EVERY):
             if self._server and process.exit_status(self._server) is not None:
                 raise ConnectionError
 

@@ -21,7 +21,7 @@ from importlib import metadata
 from coordlfs import sizes
 from coordlfs.cache import residence
 from coordlfs.cache.residence import Residence
-from coordlfs.kernel import fuse, fusermount, memory, mounts, pages, paths, process
+from coordlfs.kernel import fuse, fusermount, limits, memory, mounts, pages, paths, process
 from coordlfs.processes import attachment
 
 _MAPPINGS_USUAL = 65530
@@ -327,6 +327,14 @@ def _open_files() -> Check:
     )
 
 
+def _limits() -> Iterator[Check]:
+    found = [limit for limit in limits.tight() if limit.name != "ulimit -n"]
+    if not found:
+        yield _good("limits", "of processes, threads, memory and file sizes: wide enough")
+    for limit in found:
+        yield Check(limit.name, State.WARNING, limit.found, limit.cost, limit.remedy)
+
+
 def _mappings() -> Check:
     with open("/proc/sys/vm/max_map_count") as f:
         most = int(f.read())
@@ -416,6 +424,7 @@ CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
     *map(_one, (_device, _mounting, _allow_other, _namespaces)),
     _features,
     *map(_one, (_kernel, _detached_copies, _populate, _cachestat, _pressure)),
+    _limits,
     *map(_one, (_lockable, _open_files, _mappings, _cgroup, _available, _pyfuse3, _compiled, _prometheus)),
 )
 

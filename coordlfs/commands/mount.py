@@ -7,7 +7,6 @@ import fcntl
 import importlib.util
 import json
 import os
-import select
 import signal
 import socket
 import stat
@@ -25,9 +24,9 @@ from coordlfs.cache import residence
 from coordlfs.cache.residence import Residence
 from coordlfs.commands.mounted import FSTYPE, clear_dead, stats
 from coordlfs.errors import UserError
-from coordlfs.kernel import fusermount, mounts, process, systemd
+from coordlfs.kernel import fusermount, limits, mounts, process, systemd
 from coordlfs.kernel.memory import Memory, memory
-from coordlfs.processes import attachment, exporter
+from coordlfs.processes import attachment, exporter, interpreter
 from coordlfs.sources import numbering
 from coordlfs.sources.directory import lies_elsewhere
 
@@ -214,7 +213,7 @@ def _explain(source: str, mountpoint: str, failure: dict[str, Any]) -> UserError
         return UserError(f"mounting on {mountpoint} is not permitted ({text}): run as root (CAP_SYS_ADMIN is needed)")
     if code == errno.ENODEV:
         return UserError("this kernel has no FUSE: load it (`modprobe fuse`) or use one that has")
-    return UserError(f"{source} could not be mounted on {mountpoint}: {text}")
+    return UserError(f"{source} could not be mounted on {mountpoint}: {text}{limits.hint()}")
 
 
 def _supports_acl(source_fd: int) -> bool:
@@ -334,9 +333,10 @@ def _start(config: dict[str, Any], foreground: bool) -> tuple[subprocess.Popen[b
         fds.append(config["peers"]["listener"])
     quiet = None if foreground else subprocess.DEVNULL
     supervisor = subprocess.Popen(
-        [sys.executable, "-P", "-m", "coordlfs.processes.supervisor", json.dumps(config | {"report": report_out})],
+        [*interpreter.command("coordlfs.processes.supervisor"), json.dumps(config | {"report": report_out})],
         pass_fds=fds,
         stdin=subprocess.DEVNULL,
+        cwd="/",
         stdout=quiet,
         stderr=quiet,
     )  # in our process group: while an automounter waits for the mount, it lets no other one see the mountpoint
@@ -347,9 +347,9 @@ def _start(config: dict[str, Any], foreground: bool) -> tuple[subprocess.Popen[b
 def _await_ready(report_in: int, config: dict[str, Any]) -> None:
     """Wait until the supervisor serves. Raises UserError if it does not."""
     try:
-        ready = select.select([report_in], [], [], _START_TIMEOUT)[0]
+        ready = process.is_readable(report_in, _START_TIMEOUT)
         report = os.read(report_in, 1 << 16) if ready else b""
-        failure = json.loads(report) if report else {"error": "the supervisor did not report"}
+        failure = json.loads(report) if report else {"error": "its processes ended before they could say why"}
         if not failure.get("ready"):
             raise _explain(config["source"], config["mountpoint"], failure)
     finally:

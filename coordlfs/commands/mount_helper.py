@@ -103,3 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         except SystemExit as e:
             status = 2 if e.code else 0
     return {0: 0, 2: _USAGE}.get(status, _FAILURE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from contextlib import suppress
 from typing import Any
 
+from coordlfs.commands import job
 from coordlfs.commands.mount import Options, mount
-from coordlfs.commands.mounted import stats
+from coordlfs.commands.mounted import find, stats
 from coordlfs.commands.status import epochs_table, summary
-from coordlfs.commands.umount import umount
+from coordlfs.commands.umount import holders, umount
 from coordlfs.errors import UserError
 from coordlfs.kernel import process
 from coordlfs.processes import attachment
 
-_END_TIMEOUT = 30.0
+_END_TIMEOUT = 30.0  # seconds that the mount's processes are waited for
+_LOOK_EVERY = 1.0  # seconds between looks for who holds the mount
 
 
-def run(source: str, command: list[str], options: Options) -> int:
-    """Run `command` with `source` mounted in place, seen by it alone; its exit status (128 + signal if killed)."""
+def run(source: str, command: list[str], options: Options, inherited: process.Inherited) -> int:
+    """Run `command` with `source` mounted in place, seen by it alone; its exit status (128 + signal if killed).
+
+    `inherited`: what the command is to be given, as if nobody had been in between.
+    """
+    job.block_signals()
     _unshare()
+    source = os.path.realpath(source) if source else source  # the working directory is left below
     supervisor = mount(source, source, options, bound=True)
+    job.block_all_signals()
     try:
         # The directory was entered before it was mounted over: enter it again.
         with suppress(OSError):
             os.chdir(os.getcwd())
-        status = _call(command)
+        process.forbid_mounting()
+        status = job.call(command, inherited)
         with suppress(UserError):
             report(stats(source))
         return status
     finally:
         os.chdir("/")  # or this process would be the one that holds the mount
-        with suppress(UserError):
-            umount(source, lazy=True)
-        try:
-            supervisor.wait(_END_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            supervisor.terminate()
+        _end(source, supervisor)
+
+
+def _end(source: str, supervisor: subprocess.Popen[bytes]) -> None:
+    """Unmount; what the command left running, with files of the mount open, keeps these, and is not waited for."""
+    device = None
+    with suppress(UserError):
+        device = find(source).device
+        umount(source, lazy=True)
+    deadline = time.monotonic() + _END_TIMEOUT
+    while time.monotonic() < deadline:
+        with suppress(subprocess.TimeoutExpired):
+            supervisor.wait(_LOOK_EVERY)
+            return
+        if device is not None and holders(device):
+            supervisor.returncode = 0  # it lives on: do not let Popen warn of it
+            return
+    supervisor.terminate()
 
 
 def _unshare() -> None:
@@ -57,33 +75,6 @@ def _unshare() -> None:
             f"a mount that only the command sees needs a namespace, which cannot be made ({e.strerror}):"
             " run as root, or `coordlfs mount` before the command and `coordlfs umount` after it"
         ) from None
-
-
-def _call(command: list[str]) -> int:
-    """Run a command and pass signals on to it; its exit status."""
-    process.forbid_mounting()
-    early: list[int] = []  # signals that came before there was anybody to pass them on to
-    pass_on: Callable[[int], object] = early.append
-    ways: dict[int, Callable[[int, object], object]] = {
-        signal.SIGINT: lambda *_: None,  # a terminal sends it to the child as well
-        signal.SIGTERM: lambda number, _: pass_on(number),
-        signal.SIGHUP: lambda number, _: pass_on(number),
-    }
-    for number, way in ways.items():
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup: the command is to ignore it, too
-            signal.signal(number, way)
-    try:
-        child = subprocess.Popen(command)
-    except OSError as e:
-        # EACCES may be of a directory of PATH only.
-        absent = e.errno == errno.ENOENT or ("/" not in command[0] and shutil.which(command[0]) is None)
-        why = os.strerror(errno.ENOENT) if absent else e.strerror
-        raise UserError(f"{command[0]} cannot be run: {why}", 127 if absent else 126) from None
-    pass_on = child.send_signal
-    for number in early:
-        pass_on(number)
-    status = child.wait()
-    return status if status >= 0 else 128 - status
 
 
 def report(figures: dict[str, Any]) -> None:

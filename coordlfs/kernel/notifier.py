@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from coordlfs.kernel import threads
+
 log = logging.getLogger(__name__)
 
 _DELAY = 0.02  # seconds
@@ -54,7 +56,7 @@ class Notifier:
     def send_alone(self, message: bytes, then: Callable[[], None]) -> bool:
         """Have a notification written now and `then` called, by a thread that may be held up for ever by a hung source.
 
-        False if too many are held up already.
+        False if too many are held up already, or there is no thread to be had.
         """
         if not self._alone.acquire(blocking=False):
             return False
@@ -64,8 +66,10 @@ class Notifier:
             self._alone.release()
             then()
 
-        threading.Thread(target=run, name="notification", daemon=True).start()
-        return True
+        if threads.start(threading.Thread(target=run, name="notification", daemon=True)):
+            return True
+        self._alone.release()
+        return False
 
     def close(self) -> None:
         """End the thread, unless the kernel holds it."""

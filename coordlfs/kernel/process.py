@@ -8,6 +8,7 @@ import resource
 import select
 import signal
 from contextlib import suppress
+from dataclasses import dataclass
 
 from coordlfs.kernel.libc import check, libc
 
@@ -18,10 +19,13 @@ CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 CAP_FOWNER, CAP_IPC_LOCK, CAP_SYS_ADMIN = 3, 14, 21
 _INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # its inode number (PROC_USER_INIT_INO)
 _CAPABILITY_VERSION = 0x20080522
-_FLAGS, _EXIT_CODE = 6, 49  # among the fields of /proc/PID/stat that follow the name
+_FLAGS, _ARGUMENTS, _EXIT_CODE = 6, 45, 49  # among the fields of /proc/PID/stat that follow the name
 _PF_EXITING = 4
 _STOPS = signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT
 _GOES_ON_AFTER = sum(1 << number - 1 for number in (*_STOPS, 32, 33))  # and the C library's own
+_STACK = 8 << 20  # bytes
+_UNLIMITED = (resource.RLIMIT_FSIZE, resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_CPU)  # root lifts them
+_LIMITS = (*_UNLIMITED, resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_SIGPENDING)
 _HEADLESS = 1.0  # seconds after which a process without a main thread is held up by another one
 
 
@@ -38,6 +42,85 @@ def end_with_parent(parent: int, number: signal.Signals) -> None:
 def set_name(name: str) -> None:
     """The name that `ps -o comm` and `top` show, at most 15 bytes."""
     libc.prctl(PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]), 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """What a process was given by who started it, and does not depend on any more."""
+
+    mask: frozenset[int]  # signals that it blocked
+    ignored: frozenset[int]  # signals
+    umask: int
+    limits: dict[int, tuple[int, int]]
+
+    def restore(self) -> None:
+        """Give it to the program that this process is about to become."""
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            signal.signal(number, signal.SIG_IGN if number in self.ignored else signal.SIG_DFL)
+        for limit, values in self.limits.items():
+            resource.setrlimit(limit, values)
+        os.umask(self.umask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+
+def settle(*, is_service: bool = False) -> Inherited:
+    """Depend on nothing inherited: signals, umask, limits; a service neither on niceness. What was inherited.
+
+    Soft limits are raised to the hard ones. Who started the command may have it ignore signals, as nohup does.
+    """
+    mask = frozenset(signal.pthread_sigmask(signal.SIG_SETMASK, ()))
+    settable = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+    # The interpreter itself ignores these two.
+    ours = {signal.SIGPIPE, signal.SIGXFSZ}
+    ignored = frozenset(n for n in settable - ours if signal.getsignal(n) is signal.SIG_IGN)
+    for number in ignored if is_service else ignored & {signal.SIGCHLD}:
+        signal.signal(number, signal.SIG_DFL)
+    umask = os.umask(0o077)
+    os.umask(umask & 0o077)  # what this process makes it may use
+    limits = {limit: resource.getrlimit(limit) for limit in (*_LIMITS, resource.RLIMIT_STACK)}
+    for limit in _LIMITS:
+        _raise(limit)
+    soft, most = limits[resource.RLIMIT_STACK]
+    if 0 <= soft < _STACK:  # of the programs that it starts; without a limit, mappings lie in another order
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_STACK, (_STACK if most < 0 else min(_STACK, most), most))
+    if is_service:
+        with suppress(OSError):
+            if os.sched_getscheduler(0) in (os.SCHED_BATCH, os.SCHED_IDLE):
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        with suppress(OSError):  # to be less nice is root's
+            if os.getpriority(os.PRIO_PROCESS, 0) > 0:
+                os.setpriority(os.PRIO_PROCESS, 0, 0)
+    return Inherited(mask, ignored, umask, limits)
+
+
+def _raise(limit: int) -> None:
+    """Raise a soft limit to the hard one, and that as well where this process may."""
+    _, most = resource.getrlimit(limit)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(limit, (most, most))
+    if limit in _UNLIMITED and most != resource.RLIM_INFINITY:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(limit, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def disguise(name: str) -> None:
+    """Have `ps` and `pkill` find a process by this name, and not by the command line that it has of its parent."""
+    set_name(name)
+    with suppress(OSError, ValueError):
+        with open("/proc/self/stat", "rb") as f:
+            fields = f.read().rpartition(b")")[2].split()
+        start, end = int(fields[_ARGUMENTS]), int(fields[_ARGUMENTS + 1])
+        if 0 < start < end:
+            ctypes.memset(start, 0, end - start)
+            ctypes.memmove(start, name.encode(), min(len(name), end - start - 1))
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal; one that is gone is not."""
+    with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as f:
+        return f.read().rpartition(b")")[2].split()[0] == b"T"
+    return False
 
 
 def raise_limits() -> None:
@@ -137,6 +220,13 @@ def forbid_mounting() -> None:
     check(libc.prctl(PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL, ctypes.c_ulong(0), 0, 0), "prctl")
 
 
+def is_readable(fd: int, timeout: float) -> bool:
+    """Whether a descriptor, of any number, is readable within so many seconds."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(max(0.0, timeout) * 1000))
+
+
 def wait_gone(pids: list[int], timeout: float) -> bool:
     """Wait until none of `pids` runs any more; False if one still does after `timeout` seconds.
 
@@ -152,7 +242,7 @@ def wait_gone(pids: list[int], timeout: float) -> bool:
             continue
         try:
             headless = False
-            while not select.select([pidfd], [], [], min(_HEADLESS, max(0.0, deadline - time.monotonic())))[0]:
+            while not is_readable(pidfd, min(_HEADLESS, deadline - time.monotonic())):
                 if headless:
                     break
                 if time.monotonic() >= deadline:
@@ -186,7 +276,7 @@ def open_of_thread(tid: int) -> int:
 
 def has_ended(pidfd: int) -> bool:
     """Whether the process of a pidfd has ended."""
-    return bool(select.select([pidfd], [], [], 0)[0])
+    return is_readable(pidfd, 0)
 
 
 def be_killed_first() -> None:

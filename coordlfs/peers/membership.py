@@ -20,6 +20,7 @@ from typing import Any
 
 import trio
 
+from coordlfs.kernel import threads
 from coordlfs.peers import connection, discovery, link, protocol, settings
 from coordlfs.peers.connection import Credentials
 from coordlfs.peers.protocol import ProtocolError, Request, Status, Verb
@@ -96,7 +97,7 @@ class Membership:
                     async with trio.open_nursery() as round_:
                         for known in self._in_order():
                             round_.start_soon(self._greet, known)
-                await trio.to_thread.run_sync(self._report)
+                await threads.run(self._report)
                 await trio.sleep(_ROUND)
 
     def _set_addresses(self, addresses: set[tuple[str, int]]) -> None:
@@ -117,7 +118,7 @@ class Membership:
 
     async def _greet(self, known: _Known) -> None:
         limiter = self._unreached if known.is_sought else self._reached
-        await trio.to_thread.run_sync(self._ask, known, limiter=limiter, abandon_on_cancel=True)
+        await threads.run(lambda: self._ask(known), limiter=limiter, abandon_on_cancel=True)
 
     def _ask(self, known: _Known) -> None:
         """Greet one address; on a thread, which is not waited for if that takes too long."""

@@ -23,6 +23,7 @@ from coordlfs.cache import items
 from coordlfs.cache.admission import Admission
 from coordlfs.cache.minio import State
 from coordlfs.catalogue.catalog import REGULAR, Catalog
+from coordlfs.kernel import threads
 from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.revalidation import Revalidation
 from coordlfs.sources.directory import Source
@@ -105,7 +106,7 @@ class Control:
 
         From a thread: the source may take its time, or never answer, and all else goes on.
         """
-        return await trio.to_thread.run_sync(self._look_up, paths, abandon_on_cancel=True)
+        return await threads.run(lambda: self._look_up(paths), abandon_on_cancel=True)
 
     def _look_up(self, paths: list[str]) -> list[int]:
         found: list[int] = []

@@ -257,7 +257,11 @@ def _http_server(sock: socket.socket, app: Any) -> Any:
 
         def process_request(self, request: Any, client_address: Any) -> None:
             self._free.acquire()
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except RuntimeError:  # there is no thread to be had
+                self._free.release()
+                raise
 
         def process_request_thread(self, request: Any, client_address: Any) -> None:
             try:

@@ -34,7 +34,7 @@ from coordlfs.cache.stash import Stash
 from coordlfs.catalogue.catalog import Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.catalogue.records import Records
-from coordlfs.kernel import fuse, pages, process
+from coordlfs.kernel import fuse, pages, process, threads
 from coordlfs.kernel.notifier import Notifier
 from coordlfs.processes import attachment, exporter
 from coordlfs.processes.control import Control
@@ -149,7 +149,7 @@ def serve(config: dict[str, Any]) -> None:
             background.append(partial(revalidation.run, config["revalidate"]))
         if config["metrics"] is not None:
             exporter.serve(config["metrics"], stats.collect)
-        _run_or_exit(_tasks, config["mountpoint"], config.get("mount_device"), loop, link, admission, background)
+        _run_or_exit(link, _tasks, config["mountpoint"], config.get("mount_device"), loop, link, admission, background)
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
 
@@ -168,6 +168,7 @@ def _admission(
 def _share(
     config: dict[str, Any], catalog: Catalog, admission: Admission, reader: Reader, counters: Counters
 ) -> Sharing:
+
     from coordlfs.peers.sharing import Sharing  # here, since a node that stands alone needs none of it
 
     sharing = Sharing(config, catalog, admission, counters)
@@ -176,12 +177,13 @@ def _share(
     return sharing
 
 
-def _run_or_exit(*arguments: Any) -> None:
+def _run_or_exit(link: SupervisorLink, *arguments: Any) -> None:
     """`trio.run`, but a failure ends the process there and then: no thread is left to hang on to it."""
     try:
         trio.run(*arguments)
-    except BaseException:
+    except BaseException as e:
         log.exception("the server ends")
+        link.failed(e)
         os._exit(1)
 
 
@@ -222,6 +224,16 @@ async def _tasks(
             link.ready()
         except OSError:
             orphaned()
+        sys.meta_path.insert(0, _LateImports())
+
+
+class _LateImports:
+    """Says so where something is imported while the server serves: where that fails, requests do."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        """Leave it to the others."""
+        log.error("%s is imported only now: it belongs to what is imported before the server serves", name)
 
 
 async def _tick(stats: Stats, loop: DataLoop, admission: Admission, epochs: Epochs, counters: Counters) -> None:
@@ -239,6 +251,7 @@ def main() -> None:
     process.set_name("coordlfs-server")
     process.raise_limits()
     process.keep_freed_memory(_STASH_MOST)
+    threading.stack_size(threads.STACK)
     if config["memory"] is not None:
         process.be_killed_first()  # as the keeper: between them they hold the cache
     logs.configure(config["log"], "server", config["mountpoint"], config["source"])
@@ -251,6 +264,7 @@ def main() -> None:
         if isinstance(e, OSError) and e.errno == errno.ENODEV:
             os._exit(0)  # it was unmounted while this server came up
         log.exception("the server ends")
+        SupervisorLink(config["link"]).failed(e)
         os._exit(1)
     os._exit(0)  # data loop threads may wait for a source that never answers
 

@@ -3,7 +3,8 @@
 It does nothing else, so that it has nothing to die of. When the mountpoint is gone, by whichever way it was unmounted,
 it lets the keepers go; then the kernel ends the connection as soon as no file is open any more, and with it the server.
 A kernel that cannot repeat what was unanswered (before Linux 6.9) gets a new connection with every new server: it is
-mounted again, and what was open fails.
+mounted again, and what was open fails. A process that cannot be kept running is started again and again, ever more
+slowly: those who read wait meanwhile, and nothing is unmounted under them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from coordlfs.cache import keeper_protocol
 from coordlfs.cache.residence import Residence
 from coordlfs.catalogue import memfds
 from coordlfs.kernel import fuse, mounts, process
-from coordlfs.processes import attachment
+from coordlfs.processes import attachment, interpreter
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +36,36 @@ log = logging.getLogger(__name__)
 # 400 MB at 0.4 of the disk's speed, 512 at 0.6, 4096 at all of it), and not so much that random faults read megabytes.
 _READAHEAD_KIB = (512, 4096)
 _LEAST_READAHEAD_KIB = 128  # what the kernel has unless it is told
-_RESTARTS = 5  # in a minute, by itself; what dies faster than that will not do better the next time
-
-_PAUSE = 5.0  # seconds
+_AT_ONCE = 4  # failures in a row after which the next process is started at once
+_SOON, _LATEST = 0.25, 30.0  # seconds until the one after that is started, and at most
+_PROVEN = 10.0  # seconds after which a process that works is taken to go on doing so
+# How somebody else, or the kernel for want of memory, ends a process: no mistake of its own.
+_ENDED_BY_OTHERS = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, -signal.SIGQUIT})
 _LOOK_EVERY = 1.0  # seconds
 _LEAVING = 1.0  # seconds after which a process whose main thread has ended is held up by another thread
 _END_WITHIN = 5.0  # seconds that what was killed is waited for
 _ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 NO_RESEND = "COORDLFS_NO_RESEND"  # set in the environment: do as on a kernel before 6.9 (for tests)
+
+
+@dataclass(slots=True)
+class Backoff:
+    """When to start the next of a kind of process: at once, then ever later while they fail one after the other."""
+
+    failures: int = 0  # in a row
+    due: float = 0.0
+
+    def failed(self, now: float) -> float:
+        """One more has failed; in how many seconds the next one is due."""
+        self.failures += 1
+        late = min(self.failures - _AT_ONCE, 30)
+        pause = min(_LATEST, _SOON * 2**late) if late > 0 else 0.0
+        self.due = now + pause
+        return pause
+
+    def works(self) -> None:
+        """One has proved that it works."""
+        self.failures, self.due = 0, 0.0
 
 
 @dataclass(slots=True)
@@ -76,10 +99,13 @@ class Supervisor:
     leaving_since: float | None = None  # when the server's main thread was first seen to have ended
     delayed: list[subprocess.Popen[bytes]] = field(default_factory=list)  # servers that a thread keeps from ending
     ending: bool = False
-    keeper_deaths: list[float] = field(default_factory=list)  # of the last minute
+    ready_since: float | None = None  # when the server said that it serves
+    servers: Backoff = field(default_factory=Backoff)
+    mounts_again: bool = False  # before the next server can be started
+    keeper_backoff: Backoff = field(default_factory=Backoff)
+    keeper_since: float = 0.0  # when the last one was started
     replaced: set[int] = field(default_factory=set)  # processes that were ended to be replaced
     keepers_missing: int = 0
-    keeper_pause: float = 0.0  # until when no more are started
     peer_server_pause: float = 0.0
 
     # -- beginning ----------------------------------------------------------------------------------------------
@@ -101,6 +127,8 @@ class Supervisor:
                 self.records, self.names = memfds.allocate()
         except BaseException:
             self._unmount(lazy=True)
+            os.close(self.device)
+            self.device = -1
             raise
 
     def _set_readahead(self) -> None:
@@ -137,9 +165,10 @@ class Supervisor:
 
     def _spawn(self, module: str, config: dict[str, Any], fds: list[int]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", module, json.dumps(config)],
+            [*interpreter.command(module), json.dumps(config)],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
+            cwd="/",
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # numpy's threads spin, and have nothing to do here
             start_new_session=True,  # Ctrl-C is the supervisor's to handle
         )
@@ -190,6 +219,7 @@ class Supervisor:
         keeper = _Keeper(self.next_index, child, ours)
         self.next_index += 1
         self.keepers[keeper.index] = keeper
+        self.keeper_since = time.monotonic()
         return keeper
 
     @property
@@ -244,21 +274,26 @@ class Supervisor:
                 config["memory"] = next(iter(memory), None)
                 self.server = self._spawn("coordlfs.processes.server", config, fds + memory)
                 self.memory_fds.update((self.server.pid, fd) for fd in memory)
-        self.link = ours
+        if self.link is not None:
+            self.link.close()
+        self.link, self.ready_since = ours, None
 
     # -- living -------------------------------------------------------------------------------------------------
 
     def wait_ready(self, timeout: float) -> None:
         """Wait until the server answers. Raises OSError if it does not."""
         assert self.link is not None
-        if not select.select([self.link], [], [], timeout)[0]:
+        if not process.is_readable(self.link.fileno(), timeout):
             raise OSError(110, "the server did not come up in time")
-        if keeper_protocol.receive(self.link) is None:
-            raise OSError(5, "the server ended as soon as it was started")
+        said = keeper_protocol.receive(self.link)
+        if said is None:
+            raise OSError(0, "the server ended as soon as it was started")
+        if "failed" in said[0]:
+            raise OSError(said[0].get("errno"), said[0]["failed"])
+        self.ready_since = time.monotonic()
 
     def run(self, bound_to: int | None) -> None:
         """Watch over the mount until it is gone; unmount when the parent `bound_to` ends, if there is one."""
-        restarts: list[float] = []
         wake_in, wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_out, warn_on_full_buffer=False)
         for number in (*_ENDING, signal.SIGCHLD):
@@ -267,42 +302,76 @@ class Supervisor:
             process.end_with_parent(bound_to, signal.SIGTERM)
         with open("/proc/self/mountinfo", "rb") as table:
             while True:
-                assert self.server is not None
-                assert self.link is not None
-                poll = select.poll()
-                poll.register(table, select.POLLPRI | select.POLLERR)
-                poll.register(wake_in, select.POLLIN)
-                poll.register(self.link, select.POLLIN)
-                events = dict(poll.poll(int(_LOOK_EVERY * 1000)))
-                if wake_in in events:
-                    signals = os.read(wake_in, 512)
-                    if set(_ENDING) & set(signals):
-                        self._unmount(lazy=True)
-                if not self.ending and not self._is_mounted():
-                    self._release()
-                if self.link.fileno() in events:
-                    self._hear()
-                self._replace_keepers()
-                self._replace_peer_server()
-                self.delayed = [server for server in self.delayed if server.poll() is None]
-                status = self._server_status()
-                if status == 0:
-                    return
-                if status is not None:
-                    now = time.monotonic()
-                    if self.server.pid in self.replaced:
-                        log.info("server %d is replaced", self.server.pid)
-                    else:
-                        log.error("the server ended with status %d", status)
-                    if status > 0:  # by a mistake of its own, which the next one may repeat
-                        restarts = [t for t in restarts if now - t < 60] + [now]
-                    if len(restarts) > _RESTARTS:
-                        log.critical("the server cannot be kept running: unmounting")
-                        self._unmount(lazy=True)
+                try:
+                    if self._watch(table.fileno(), wake_in):
                         return
-                    if not self.resend and not self.ending:
-                        self._mount_again()
-                    self._restart_server()
+                except OSError as e:  # no descriptor, no memory: that passes, and must not take the mount away
+                    log.error("the supervisor is held up: %s", e)
+                    time.sleep(_LOOK_EVERY)
+
+    def _watch(self, table: int, wake: int) -> bool:
+        """Wait until something happens, and see to it; whether the mount is gone. Raises OSError."""
+        poll = select.poll()
+        poll.register(table, select.POLLPRI | select.POLLERR)
+        poll.register(wake, select.POLLIN)
+        if self.server is not None:
+            assert self.link is not None
+            poll.register(self.link, select.POLLIN)
+        elif self.device >= 0:
+            poll.register(self.device, 0)  # nobody else notices that the connection has ended
+        now = time.monotonic()
+        due = self.servers.due if self.server is None else now + _LOOK_EVERY
+        events = dict(poll.poll(max(0, int(min(due - now, _LOOK_EVERY) * 1000) + 1)))
+        if wake in events and set(_ENDING) & set(os.read(wake, 512)):
+            if self.mounts_again:
+                return True  # it is not mounted just now
+            self._unmount(lazy=True)
+        if not self.ending and not self.mounts_again and not self._is_mounted():
+            self._release()
+        if self.link is not None and self.link.fileno() in events:
+            self._hear()
+        self._replace_keepers()
+        self._replace_peer_server()
+        self.delayed = [server for server in self.delayed if server.poll() is None]
+        if self.server is None:
+            if self.device in events:
+                return True
+            self._start_server_if_due()
+            return False
+        status = self._server_status()
+        if status is not None and status != 0:
+            self._bury_server(status)
+        return status == 0
+
+    def _bury_server(self, status: int) -> None:
+        """A server has ended: settle when the next one is started."""
+        assert self.server is not None
+        now = time.monotonic()
+        if self.server.pid in self.replaced:
+            log.info("server %d is replaced", self.server.pid)
+        else:
+            log.error("the server ended with status %d", status)
+        if self.ready_since is not None and (status in _ENDED_BY_OTHERS or now - self.ready_since > _PROVEN):
+            self.servers.works()
+        if self.ready_since is None or status not in _ENDED_BY_OTHERS:
+            pause = self.servers.failed(now)
+            if pause >= 1:
+                log.critical("the server cannot be kept running: the next one in %.0f s; who reads waits", pause)
+        self.server = None
+        self.mounts_again = not self.resend and not self.ending
+        self._start_server_if_due()
+
+    def _start_server_if_due(self) -> None:
+        """Start a server, unless it is too early; where that cannot be done, as for want of memory, it is put off."""
+        now = time.monotonic()
+        if now < self.servers.due:
+            return
+        try:
+            if self.mounts_again:
+                self._mount_again()
+            self._start_server()
+        except OSError as e:
+            log.error("no server can be started: %s; trying again in %.1f s", e, self.servers.failed(now))
 
     def _server_status(self) -> int | None:
         """How the server ended; None while it runs.
@@ -325,28 +394,18 @@ class Supervisor:
         self.leaving_since = None
         return left if self.ending else left or -signal.SIGKILL  # before it is unmounted, none ends well
 
-    def _restart_server(self) -> None:
-        """Start another server; where that cannot be done, as for want of memory, it is tried until it can."""
-        old = self.link
-        assert old is not None
-        while True:
-            try:
-                self._start_server()
-                old.close()
-                return
-            except OSError as e:
-                log.error("no server can be started: %s; trying again", e)
-                time.sleep(_LOOK_EVERY)
-
     def _mount_again(self) -> None:
         """Give the next server a connection of its own; what is open on the old one fails. Raises OSError."""
-        log.warning("this kernel cannot repeat what was unanswered: mounting again; files that are open fail")
-        self._unmount(lazy=True, abort=True)
-        self.replaced |= {client.process.pid for client in self._clients}
-        self._end_clients()
-        os.close(self.tree)
-        os.close(self.device)
+        if self.device >= 0:
+            log.warning("this kernel cannot repeat what was unanswered: mounting again; files that are open fail")
+            self._unmount(lazy=True, abort=True)
+            self.replaced |= {client.process.pid for client in self._clients}
+            self._end_clients()
+            os.close(self.tree)
+            os.close(self.device)
+            self.device = -1
         self.mount()
+        self.mounts_again = False
 
     def _hear(self) -> None:
         assert self.link is not None
@@ -354,7 +413,11 @@ class Supervisor:
             received = keeper_protocol.receive(self.link)
         except OSError:  # it died with messages unread
             return
-        if not received or self.ending:
+        if not received:
+            return
+        if "ready" in received[0]:
+            self.ready_since = time.monotonic()
+        if self.ending:
             return
         if "want_keeper" in received[0]:
             self.keepers_missing += 1  # started by `_replace_keepers`
@@ -385,21 +448,23 @@ class Supervisor:
                 log.info("keeper %d is replaced", keeper.process.pid)
             else:
                 log.error("keeper %d ended with status %s", keeper.process.pid, keeper.process.returncode)
-                self.keeper_deaths = [t for t in self.keeper_deaths if now - t < 60] + [now]
+                if now - self.keeper_since > _PROVEN:
+                    self.keeper_backoff.works()
+                pause = self.keeper_backoff.failed(now)
+                if pause >= 1:
+                    log.critical("keepers keep dying: is there too little memory? The next in %.0f s", pause)
             assert self.link is not None
             with suppress(OSError):
                 keeper_protocol.send(self.link, {"lost": keeper.index})
             self.keepers_missing += 1
-            if len(self.keeper_deaths) > _RESTARTS:
-                self.keeper_pause = now + _PAUSE
-                log.critical("keepers keep dying: is there too little memory? The next in %d s", _PAUSE)
-        while self.keepers_missing and not self.ending and time.monotonic() >= self.keeper_pause:
+        while self.keepers_missing and not self.ending and time.monotonic() >= self.keeper_backoff.due:
             try:
                 self._tell_keeper(self._start_keeper())
                 self.keepers_missing -= 1
             except OSError as e:
-                self.keeper_pause = time.monotonic() + _LOOK_EVERY
                 log.error("no keeper can be started: %s; trying again", e)
+                self.keeper_backoff.failed(time.monotonic())
+                break
 
     def _replace_peer_server(self) -> None:
         old = self.peer_server
@@ -469,6 +534,7 @@ def main() -> None:
     config = json.loads(sys.argv[1])
     report, root, bound_to = config.pop("report"), config.pop("root"), config.pop("bound_to")
     process.set_name("coordlfs-superv")
+    process.settle(is_service=True)  # those that it starts inherit it
     logs.configure(config["log"], "supervisor", config["mountpoint"], config["source"])
     os.chdir("/")
     supervisor = Supervisor(config, root)

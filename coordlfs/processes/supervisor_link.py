@@ -34,6 +34,11 @@ class SupervisorLink:
         """Tell that messages of the kernel are being answered."""
         send(self._sock, {"ready": True})
 
+    def failed(self, error: BaseException) -> None:
+        """Tell why no message will be answered."""
+        with suppress(OSError):
+            send(self._sock, {"failed": str(error) or type(error).__name__, "errno": getattr(error, "errno", None)})
+
     def want_keeper(self) -> None:
         """Ask for another keeper: the others hold as many mappings as one process may, or there is none."""
         with suppress(OSError):  # a supervisor that died: `run` sees to it

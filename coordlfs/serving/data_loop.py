@@ -25,7 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from coordlfs.cache import hints, items
@@ -33,7 +33,7 @@ from coordlfs.cache.fetch_ahead import FetchAhead
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.catalogue.records import Records
 from coordlfs.catalogue.timeouts import NAME_TIMEOUT, attr_timeout
-from coordlfs.kernel import aio, fuse, pages
+from coordlfs.kernel import aio, fuse, pages, threads
 from coordlfs.kernel.libc import quick_write
 from coordlfs.kernel.process import is_called_off
 from coordlfs.serving.fast_path import FastPath, Messages
@@ -57,6 +57,7 @@ _LOOK_EVERY = 8  # messages after which that and ended reads are looked for, eve
 # taken long of late, since who looks takes the interpreter from those who serve.
 _BRIEF, _LONGEST_BRIEF = 0.001, 0.008
 _RESTS_AFTER = 1.0  # seconds without a wait after which nobody looks for those that take longer
+_NO_THREAD_FOR = 0.1  # seconds until a thread that was not to be had is tried again
 _THREADS = 1024  # so many may wait for a source, be it for ever
 _EARLY_FOR = 10.0  # seconds that an interrupt waits for its request to be seen to wait
 _GIVEN_UP_AFTER = 1.0  # seconds that a request waits before a caller who gave up is told so
@@ -163,6 +164,8 @@ class DataLoop:
         self._hung: set[tuple[int, int] | None] = set()  # what a keeper was told in place of the source
         self._returned: deque[tuple[int, Request, bool]] = deque()  # READs that are to hold a thread; interrupted?
         self._disk = None if reader.source.is_remote else _disk()
+        self._called = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
+        self._no_thread_until = 0.0
         self._watch = os.eventfd(0, os.EFD_CLOEXEC)  # written to when somebody is to look for long waits
         self._early: dict[int, float] = {}  # requests that were interrupted before they were seen to wait, and when
         self._fast_path = FastPath(
@@ -173,7 +176,10 @@ class DataLoop:
         self._running = _RUNNING_ON_FAST_PATH if is_fast else _RUNNING
         self._begun: dict[int, tuple[int, Begun, _Wait]] = {}  # READs that the disk works on, by slot
         # What to call when a descriptor is readable: READs that nobody waits for can be answered, or a keeper has.
-        self._finishers: dict[int, Callable[[], None]] = {reader.admission.fd: reader.admission.receive}
+        self._finishers: dict[int, Callable[[], None]] = {
+            reader.admission.fd: reader.admission.receive,
+            self._called: self._hear_call,
+        }
         if self._disk is not None:
             self._finishers[self._disk.fd] = self._finish_begun
         if self._fast_path.fd >= 0:
@@ -186,19 +192,27 @@ class DataLoop:
     def start(self) -> None:
         """Start the first threads."""
         for _ in range(self._running):
-            self._spawn()
+            if not self._spawn() and not self._total:
+                raise OSError(errno.EAGAIN, "no thread to be had")
         if not self._reader.source.is_remote:
             threading.Thread(target=self._watch_waits, name="loop watch", daemon=True).start()
 
-    def _spawn(self) -> None:
-        self._total += 1
-        hears_all = self._total <= _LOOKING
-        # Daemons: one that waits for a source which never answers must not keep the process.
+    def _spawn(self) -> bool:
+        """Start a thread; False if there is none to be had: `look_at_waits` tries again."""
+        if time.monotonic() < self._no_thread_until:
+            return False
+        hears_all = self._total < _LOOKING
         try:
-            threading.Thread(target=self._run, args=(hears_all,), name="data loop", daemon=True).start()
-        except RuntimeError:  # there are too many
-            self._total -= 1
-            raise
+            into = pages.buffer(2 * fuse.MAX_READ + pages.PAGE)
+        except (OSError, MemoryError):
+            into = None
+        # Daemons: one that waits for a source which never answers must not keep the process.
+        thread = threading.Thread(target=self._run, args=(hears_all, into), name="data loop", daemon=True)
+        if into is None or not threads.start(thread):
+            self._no_thread_until = time.monotonic() + _NO_THREAD_FOR
+            return False
+        self._total += 1
+        return True
 
     # -- how many threads run -----------------------------------------------------------------------------------
 
@@ -214,8 +228,9 @@ class DataLoop:
             if self._parked:
                 self._parked -= 1
                 os.eventfd_write(self._parking, 1)
-            elif self._total < _THREADS:
-                self._spawn()
+            elif self._total < _THREADS and not self._spawn():
+                wait.is_replaced = False  # it is tried again while it waits
+                self._waiting -= 1
 
     def _hold_no_thread(self, wait: _Wait) -> None:
         """What is waited for goes on without this thread."""
@@ -298,15 +313,14 @@ class DataLoop:
             if self._parked:
                 self._parked -= 1
                 os.eventfd_write(self._parking, 1)
-            elif self._total < _THREADS:
-                self._spawn()
+            elif self._total >= _THREADS or not self._spawn():
+                os.eventfd_write(self._called, 1)  # whoever serves does it, and all else waits
 
     # -- serving ------------------------------------------------------------------------------------------------
 
-    def _run(self, hears_all: bool) -> None:
+    def _run(self, hears_all: bool, into: pages.Buffer) -> None:
         request = bytearray(fuse.REQUEST_BUFFER)
         view = memoryview(request)
-        into = pages.buffer(2 * fuse.MAX_READ + pages.PAGE)
         messages, receive = Messages(request, into), self._fast_path.receive
         self._messages.append(messages)
         others = list(self._finishers if hears_all else self._disk_fds)
@@ -354,6 +368,10 @@ class DataLoop:
         for fd in self._finishers:
             if fd not in self._disk_fds or (self._begun and fd != self._fast_path.fd):
                 self._finish(fd)
+
+    def _hear_call(self) -> None:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._called)
 
     def _finish(self, fd: int) -> None:
         try:
@@ -461,7 +479,7 @@ class DataLoop:
 
     def _refuse(self, unique: int, error: Exception) -> None:
         """Answer with an error: that of the source, or for a mistake of our own, which is logged, EIO."""
-        code = error.errno if isinstance(error, OSError) else None
+        code = error.errno if isinstance(error, OSError) else errno.ENOMEM if isinstance(error, MemoryError) else None
         if not isinstance(error, OSError):
             log.exception("a request failed")
         self._reply(fuse.error_reply(unique, code or errno.EIO))

@@ -18,7 +18,7 @@ import trio
 
 from coordlfs.cache import items
 from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, Catalog
-from coordlfs.kernel import pages
+from coordlfs.kernel import pages, threads
 from coordlfs.serving.namespace import Namespace
 from coordlfs.sources.directory import Source
 
@@ -70,7 +70,7 @@ class NamespaceLoop(pyfuse3.Operations):
         """Ask the source something, from a thread if it may never answer."""
         if not self._source.is_remote:
             return question()
-        return await trio.to_thread.run_sync(question, abandon_on_cancel=True, limiter=self._threads)
+        return await threads.run(question, abandon_on_cancel=True, limiter=self._threads)
 
     @_errno
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:

@@ -19,7 +19,7 @@ import trio
 
 from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, SUPERSEDED, Catalog
 from coordlfs.catalogue.metrics import Counters
-from coordlfs.kernel import fuse
+from coordlfs.kernel import fuse, threads
 from coordlfs.kernel.notifier import Notifier
 from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.reading import Reader
@@ -97,7 +97,7 @@ class Revalidation:
 
     async def refresh(self, paths: Collection[bytes]) -> tuple[int, int]:
         """Look now at what is known of `paths` and below them; how many names there were, and how many had changed."""
-        wanted = await trio.to_thread.run_sync(self._below, paths)
+        wanted = await threads.run(lambda: self._below(paths))
         changed = 0
         for first in range(0, len(wanted), _BATCH):
             changed += await self._in_thread(wanted[first : first + _BATCH], self._refreshers)
@@ -105,7 +105,7 @@ class Revalidation:
 
     async def _in_thread(self, records: Iterable[int], limiter: trio.CapacityLimiter) -> int:
         # Abandoned when the mount ends: a source that never answers must not hold that up.
-        return await trio.to_thread.run_sync(self._check_all, records, abandon_on_cancel=True, limiter=limiter)
+        return await threads.run(lambda: self._check_all(records), abandon_on_cancel=True, limiter=limiter)
 
     def _check_all(self, records: Iterable[int]) -> int:
         with closing(Neighbours(self._source)) as neighbours:

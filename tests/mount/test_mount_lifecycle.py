@@ -508,17 +508,20 @@ class TestRun:
     def test_a_signal_comes_as_the_command_starts(self) -> None:
         early = """
 import os, signal, subprocess, sys
-from coordlfs.commands import run
+from coordlfs.commands import job
+from coordlfs.kernel import process
 
 start = subprocess.Popen
 
-def start_and_be_ended(command):
-    child = start(command)
+def start_and_be_ended(command, **options):
+    child = start(command, **options)
     os.kill(os.getpid(), signal.SIGTERM)
     return child
 
 subprocess.Popen = start_and_be_ended
-sys.exit(run._call(["sleep", "60"]))
+inherited = process.settle()
+job.block_all_signals()
+sys.exit(job.call(["sleep", "60"], inherited))
 """
         done = subprocess.run([sys.executable, "-c", early], timeout=PATIENCE)
         assert done.returncode == 128 + signal.SIGTERM  # the command's status, and not our own end

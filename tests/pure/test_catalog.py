@@ -208,11 +208,7 @@ def test_node_ids_are_made_of_the_path(tree: list[tuple[int, bytes]]) -> None:
             assert catalog.node(record) == node_of_path(catalog.path(record))
 
 
-@pytest.mark.parametrize("few", [0, 1 << 16], ids=["at once", "one by one"])
-def test_every_record_is_found_however_many_are_indexed(
-    fds: tuple[int, int], monkeypatch: pytest.MonkeyPatch, few: int
-) -> None:
-    monkeypatch.setattr("coordlfs.catalogue.catalog._FEW", few)
+def test_every_record_is_found_in_a_crowded_index(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds, id_bits=16)  # as crowded as it may be, and wrapping around its end
     for number in range(10_000):
         catalog.enter(0, b"%d" % number, attributes(number + 2))
