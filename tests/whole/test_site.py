@@ -100,7 +100,7 @@ def test_no_markdown_shows_through(site: Path) -> None:
     assert len(pages) > 20
     for page in pages:
         text = re.sub(r"<pre.*?</pre>", "", page.read_text(), flags=re.DOTALL)
-        assert re.findall(r"^(?:<p>)?(?:[*|] |```).*|--8&lt;--.*|\{\{ .*", text, re.MULTILINE) == [], page
+        assert re.findall(r"^(?:<p>)?(?:[*|] |\d\. |```).*|--8&lt;--.*|\{\{ .*", text, re.MULTILINE) == [], page
 
 
 def _code(*folders: str) -> Iterator[Path]:
