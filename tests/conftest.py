@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,29 +14,45 @@ import idle_reclaim
 import pytest
 from mounts import Cgroup, MakeMount, Mount, coordlfs, unmount_lazily
 
-# What may run beside any other: it passes while the page cache is emptied all the time, and does nothing to the machine
-# that another would notice; but for what is marked `alone`.
-_ALONGSIDE = (
-    *("analyze", "analyze_model", "catalog", "demo", "ends", "epochs", "examples", "exporter", "fuzz"),
-    *("governor", "hinted_sampler", "hints", "items", "kernel_fuse", "kernel_paths", "loader", "loader_group"),
-    *("loader_jobs", "logs", "store", "metrics", "minio", "mount_errors", "mount_lifecycle", "mount_tree"),
-    *("ownership", "packaging", "peer_client", "peer_discovery", "peer_protocol", "services", "simulate", "sizes"),
-    *("stash", "versions", "keeper_protocol"),
-)
+from coordlfs.kernel import process
+
+# Those that take long come first, so that no worker has one left when the others are done.
+_LAYERS = ("whole", "loader", "analyser", "cluster", "mount", "kernel", "pure")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(idle_reclaim)
+    if os.geteuid() == 0:
+        # Each worker has mounts of its own: nobody else sees them, or keeps them by making a namespace of his own.
+        process.unshare_mounts()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that empty the page cache, count pages or need much memory take turns in one process."""
-    for item in items:
-        file = item.path.stem.removeprefix("test_")
-        alongside = file in _ALONGSIDE and item.get_closest_marker("alone") is None
-        # The others of a file stay together for what they share.
-        item.add_marker(pytest.mark.xdist_group(file if alongside else "machine"))
+    """By layer, and those that have to be alone at the end, in one worker."""
+
+    def order(item: pytest.Item) -> tuple[bool, int]:
+        layer = item.path.parent.name
+        return _is_alone(item), _LAYERS.index(layer) if layer in _LAYERS else 0
+
+    items.sort(key=order)
+    for item in filter(_is_alone, items):
+        item.add_marker(pytest.mark.xdist_group("alone"))
+
+
+def _is_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around the limit of pytest-timeout
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Whoever has to be alone waits until no other test of this checkout runs; the others run beside each other."""
+    lock = os.open(Path(__file__).parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX if _is_alone(item) else fcntl.LOCK_SH)
+        return (yield)
+    finally:
+        os.close(lock)
 
 
 @pytest.fixture(scope="module")

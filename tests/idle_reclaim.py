@@ -108,8 +108,6 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         return (yield)
     except AssertionError as e:
         watch = item.config.stash.get(_WATCH, None)
-        group = item.get_closest_marker("xdist_group")
-        counts = group is not None and group.args == ("machine",)
-        if watch and counts and (taken := watch.taken_from(_fuse_devices())):
+        if watch and (taken := watch.taken_from(_fuse_devices())):
             raise PagesTaken(f"the machine took pages of mounts {taken} times while this ran") from e
         raise

@@ -151,7 +151,7 @@ def broker_pid(group: str) -> int | None:
         return wire.peer(sock)[0]
 
 
-def eventually(true: Callable[[], Any], seconds: float = 20) -> Any:
+def eventually(true: Callable[[], Any], seconds: float = 240) -> Any:
     """Wait for something to become true; what it then is."""
     deadline = time.monotonic() + seconds
     while not (value := true()):

@@ -11,16 +11,18 @@ import os
 import pickle
 import pwd
 import resource
+import stat
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mounts import children, eventually, is_alive, is_mounted, unmount_lazily
+from mounts import PATIENCE, children, eventually, is_alive, is_mounted, unmount_lazily
 
 T = TypeVar("T")
 
@@ -63,13 +65,17 @@ def installation(place: Path) -> Iterator[Path]:
 
 @contextmanager
 def open_device(mode: int = 0o666) -> Iterator[None]:
-    """/dev/fuse with a mode: with udev's own, by which everybody may open it."""
-    before = os.stat("/dev/fuse").st_mode & 0o777
-    os.chmod("/dev/fuse", mode)
-    try:
+    """/dev/fuse with a mode, by default udev's own, by which everybody may open it: for this mount namespace only."""
+    number = os.stat("/dev/fuse").st_rdev
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coordlfs-device-")))
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", place], check=True)
+        stack.callback(unmount_lazily, place)
+        os.mknod(place / "fuse", stat.S_IFCHR, number)
+        os.chmod(place / "fuse", mode)
+        subprocess.run(["mount", "--bind", place / "fuse", "/dev/fuse"], check=True)
+        stack.callback(subprocess.run, ["umount", "--lazy", "/dev/fuse"], check=True)
         yield
-    finally:
-        os.chmod("/dev/fuse", before)
 
 
 @dataclass
@@ -105,7 +111,7 @@ class User:
             resource.setrlimit(resource.RLIMIT_MEMLOCK, (self.memlock, self.memlock))
 
     def run(
-        self, *command: object, status: int | None = 0, timeout: float = 60, **environment: str
+        self, *command: object, status: int | None = 0, timeout: float = PATIENCE, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as this user; the test fails if it exits with another status (None: any)."""
         words = [os.fsdecode(str(word)) for word in command]
@@ -217,7 +223,7 @@ class UserMount:
         return [pid for pid in [self.supervisor, *children(self.supervisor)] if is_alive(pid)]
 
     def gone(self, pids: list[int]) -> bool:
-        """Whether nothing of the mount, with processes `pids`, is left, within 20 seconds."""
+        """Whether nothing of the mount, with processes `pids`, is left, once its processes have ended."""
         eventually(lambda: not any(map(is_alive, pids)))
         return not is_mounted(self.path)
 

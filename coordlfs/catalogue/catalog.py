@@ -27,6 +27,7 @@ import xxhash
 
 from coordlfs.catalogue import memfds
 from coordlfs.kernel.fuse import ROOT_NODE
+from coordlfs.sources.numbering import Numbering
 from coordlfs.sources.versions import Version, access
 
 _HEADER = 4096
@@ -45,7 +46,7 @@ _NO_VERSION = Version(0, 0, 0)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-REGULAR, SERVED, LINKED, DIRECTORY, SUPERSEDED, OTHER_CGROUP, STALE = 1, 2, 4, 8, 16, 32, 64
+REGULAR, SERVED, LINKED, DIRECTORY, SUPERSEDED, OTHER_CGROUP, STALE, RENUMBERED = 1, 2, 4, 8, 16, 32, 64, 128
 
 
 def node_of_path(path: bytes, seed: int = 0) -> int:
@@ -70,13 +71,14 @@ def _locked(method: Callable[Concatenate[Catalog, P], T]) -> Callable[Concatenat
 class Catalog:
     """The records of one mount. Record numbers are small integers that stay valid for the life of the mount."""
 
-    def __init__(self, records: int, names: int, *, id_bits: int = 63) -> None:
+    def __init__(self, records: int, names: int, *, id_bits: int = 63, numbering: Numbering | None = None) -> None:
         self._map = mmap.mmap(records, memfds.RECORDS)
         # Read as they lie here by `coordlfs.catalogue.records` as well.
         self.words = memoryview(self._map).cast("Q")
         self.names = mmap.mmap(names, memfds.NAMES)
         self.id_mask = (1 << id_bits) - 1
         self.lock = threading.RLock()
+        self._numbering = numbering
         self._other_names: dict[int, set[tuple[int, bytes]]] = {}  # of files with several hard links
         self._directories: dict[int, bytes] = {0: b""}
         self.counters = self.words[HEADER_WORDS - COUNTERS : HEADER_WORDS]
@@ -157,11 +159,44 @@ class Catalog:
     def shows(self, record: int, version: Version) -> bool:
         """Whether `version` is the one that the kernel was last told of."""
         size, mtime_ns, inode, last = _VERSION.unpack_from(self._map, _HEADER + record * RECORD_WORDS * 8)
+        if inode != version.inode and self.flags(record) & RENUMBERED:
+            inode = version.inode
         return (size, mtime_ns, inode, last >> 32) == version
+
+    def shows_file(self, record: int, st: os.stat_result) -> bool:
+        """Whether these attributes are of the version that the kernel was last told of. May ask the source."""
+        version = Version.of(st)
+        return self.shows(record, version) or (self.settle(record, st) and self.shows(record, version))
+
+    def settle(self, record: int, st: os.stat_result) -> bool:
+        """See whether nothing but the inode's number differs, and that says nothing: then it is ignored from now on.
+
+        The number that was recorded stays, so that all else that was recorded with it still holds.
+        """
+        if self._numbering is None or self.flags(record) & RENUMBERED or not self._numbering.may_change(st.st_dev):
+            return False
+        if self.version(record)[:2] != Version.of(st)[:2] or not self._numbering.is_made_up(self.path(record), st):
+            return False
+        with self.lock:
+            self.words[HEADER_WORDS + record * RECORD_WORDS + 1] |= RENUMBERED
+        return True
+
+    def settle_entry(self, parent: int, name: bytes, st: os.stat_result) -> None:
+        """`settle` for what is recorded of a directory entry, if anything is."""
+        if self._numbering is None or not self._numbering.may_change(st.st_dev):
+            return
+        directory, seed = self.directory_path(parent), 0
+        path = directory + b"/" + name if directory else name
+        while (record := self.find(max(_node(path, seed) & self.id_mask, 2))) is not None:
+            if not self.flags(record) & (LINKED | SUPERSEDED) and self.entry(record) == (parent, name):
+                self.shows_file(record, st)
+                return
+            seed += 1
 
     def shows_bytes(self, record: int, st: os.stat_result) -> bool:
         """Whether the bytes are those of that version, whoever may read them now."""
-        return self.version(record)[:3] == Version.of(st)[:3]
+        of = 2 if self.flags(record) & RENUMBERED else 3
+        return self.version(record)[:of] == Version.of(st)[:of]
 
     def stamp(self, record: int) -> int:
         """64 bits for what tells the bytes of that version from those of any other."""
@@ -189,7 +224,10 @@ class Catalog:
         `is_another`: it is another file, though the inode's number may be the same.
         """
         flags = self.flags(record)
-        another = is_another or st.st_ino != self.words[HEADER_WORDS + record * RECORD_WORDS + 5]
+        if flags & RENUMBERED:
+            another = is_another or not self.shows_bytes(record, st)
+        else:
+            another = is_another or st.st_ino != self.words[HEADER_WORDS + record * RECORD_WORDS + 5]
         if stat.S_ISLNK(st.st_mode) and not flags & (REGULAR | DIRECTORY):
             # The kernel keeps where a link leads with the node, and new attributes do not have it look again.
             another, flags = not self.shows_bytes(record, st), flags | SERVED
@@ -210,7 +248,10 @@ class Catalog:
         return self.words[HEADER_WORDS + record * RECORD_WORDS + 3]
 
     def flags(self, record: int) -> int:
-        """REGULAR, DIRECTORY, LINKED, SUPERSEDED, OTHER_CGROUP, STALE: see below; SERVED: bytes of it went out."""
+        """REGULAR, DIRECTORY, LINKED, SUPERSEDED, OTHER_CGROUP, STALE: see below; SERVED: bytes of it went out.
+
+        RENUMBERED: the inode's number says nothing.
+        """
         return self.words[HEADER_WORDS + record * RECORD_WORDS + 1] & 0xFFFF
 
     # -- writing ------------------------------------------------------------------------------------------------
@@ -223,6 +264,8 @@ class Catalog:
         A version that differs is NOT recorded: the pages of the old one have to go first; then call `change_version`.
         """
         linked = st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode)
+        if linked and self._numbering is not None and self._numbering.says_nothing(st.st_dev):
+            linked = False  # which names are one file is not known
         if linked:
             key = struct.pack("=cQQ", b"\0", st.st_dev & _MASK, st.st_ino)  # no path begins with a NUL
         else:

@@ -67,6 +67,7 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
             help="within which a change of the source is noticed though nobody reads it: 30s, 10m (default), 6h",
         )
         command.add_argument("--immutable", action="store_true", help="the source never changes: do not look")
+        command.add_argument("--noexec", action="store_true", help="no program on the mount may be run")
         command.add_argument("--log-file", metavar="FILE", help="where messages go (default: the journal, or syslog)")
         command.add_argument(
             "--metrics",
@@ -161,7 +162,7 @@ def _options(arguments: argparse.Namespace) -> Options:
 
         cluster = Cluster(*given)
     revalidate = None if a.immutable else seconds(a.revalidate)
-    return Options(a.cache_size, a.log_file, revalidate, a.metrics, cluster)
+    return Options(a.cache_size, a.log_file, revalidate, a.metrics, cluster, a.noexec)
 
 
 def _mount(arguments: argparse.Namespace) -> int:

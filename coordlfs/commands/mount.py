@@ -28,6 +28,7 @@ from coordlfs.errors import UserError
 from coordlfs.kernel import fusermount, mounts, process, systemd
 from coordlfs.kernel.memory import Memory, memory
 from coordlfs.processes import attachment, exporter
+from coordlfs.sources import numbering
 from coordlfs.sources.directory import lies_elsewhere
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Options:
     revalidate: float | None = 600.0  # seconds in which a change is noticed; None: the source never changes
     metrics: str | None = None  # where Prometheus may ask: HOST:PORT
     cluster: Cluster | None = None  # to share caches with
+    noexec: bool = False  # no program on the mount may be run
 
 
 def _check_source(source: str) -> int:
@@ -260,6 +262,7 @@ def mount(
                     "lockable": lockable,
                     "log": os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None,
                     "acl": _supports_acl(root),
+                    "noexec": options.noexec,
                     "is_remote": lies_elsewhere(root, os.fsencode(source)),
                     "fstype": None if (fstype := mounts.fstype(root)) is None else os.fsdecode(fstype),
                     "mounted": time.time_ns(),
@@ -277,6 +280,8 @@ def mount(
                 said = sys.stderr if bound else sys.stdout  # the output of `run` is the command's
                 cache = f"{sizes.text(capacity)} of cache ({how})"
                 print(f"{source} is mounted on {mountpoint} with {cache}", file=said, flush=True)
+                if numbering.are_made_up(mounts.fstype(root)):
+                    print(f"coordlfs: {source} ({config['fstype']}) {numbering.TEXT}", file=sys.stderr)
                 if metrics is not None:
                     print(f"metrics: {asked_at}", file=said, flush=True)
             except BaseException:
@@ -334,8 +339,7 @@ def _start(config: dict[str, Any], foreground: bool) -> tuple[subprocess.Popen[b
         stdin=subprocess.DEVNULL,
         stdout=quiet,
         stderr=quiet,
-        start_new_session=True,
-    )
+    )  # in our process group: while an automounter waits for the mount, it lets no other one see the mountpoint
     os.close(report_out)
     return supervisor, report_in
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from coordlfs.kernel.libc import check, libc, syscall
 
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOATIME, MS_REC, MS_SLAVE = 1, 2, 4, 1024, 16384, 1 << 19
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_NOATIME, MS_REC, MS_SLAVE = 1, 2, 4, 8, 1024, 16384, 1 << 19
 MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 1, 2, 8
 SYS_OPEN_TREE = 428
 AT_FDCWD, OPEN_TREE_CLONE = -100, 1

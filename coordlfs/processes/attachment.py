@@ -30,8 +30,11 @@ def kernel_checks_access() -> bool:
     return not process.knows_one_user()
 
 
-def attach(source: str, mountpoint: bytes) -> int:
-    """Mount; the descriptor of /dev/fuse, from which the kernel's first message can be read. Raises OSError."""
+def attach(source: str, mountpoint: bytes, *, noexec: bool = False) -> int:
+    """Mount; the descriptor of /dev/fuse, from which the kernel's first message can be read. Raises OSError.
+
+    `noexec`: no program on the mount may be run.
+    """
     options = [f"max_read={fuse.MAX_READ}"]
     if kernel_checks_access():
         options.append("default_permissions")
@@ -39,10 +42,12 @@ def attach(source: str, mountpoint: bytes) -> int:
         if fusermount.allows_others():
             options.append("allow_other")
         options += ["ro", "nosuid", "nodev", f"fsname={fusermount.escape(source)}", f"subtype={SUBTYPE}"]
+        if noexec:
+            options.append("noexec")
         return fusermount.mount(mountpoint, options)
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options += [f"fd={device}", "rootmode=40000", f"user_id={os.getuid()}", f"group_id={os.getgid()}", "allow_other"]
-    flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV
+    flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV | (mounts.MS_NOEXEC if noexec else 0)
     try:
         mounts.mount(source, mountpoint, FSTYPE, flags, ",".join(options))
     except BaseException:

@@ -87,12 +87,12 @@ def _relay(names: socket.socket, device: int, answered: Callable[[int], None]) -
 def serve(config: dict[str, Any]) -> None:
     """Serve until unmounted. `config` is what `coordlfs.processes.supervisor` passes."""
     device: int = config["device"]
-    catalog = Catalog(config["records"], config["names"])
-    counters = Counters(catalog.counters)
     in_place = config["source"] == config["mountpoint"]
     path = None if in_place else os.fsencode(config["source"])
     fstype = None if config["fstype"] is None else os.fsencode(config["fstype"])
     source = Source(config["root"], path, is_remote=config["is_remote"], fstype=fstype, since=config.get("mounted"))
+    catalog = Catalog(config["records"], config["names"], numbering=source.numbering)
+    counters = Counters(catalog.counters)
     epochs = Epochs(Epoch(counters["epochs_before"]))
     policy = MinIO(config["capacity"] // pages.PAGE)
     link = SupervisorLink(config["link"])

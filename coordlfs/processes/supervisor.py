@@ -41,6 +41,7 @@ _PAUSE = 5.0  # seconds
 _LOOK_EVERY = 1.0  # seconds
 _LEAVING = 1.0  # seconds after which a process whose main thread has ended is held up by another thread
 _END_WITHIN = 5.0  # seconds that what was killed is waited for
+_ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 NO_RESEND = "COORDLFS_NO_RESEND"  # set in the environment: do as on a kernel before 6.9 (for tests)
 
 
@@ -86,7 +87,7 @@ class Supervisor:
     def mount(self) -> None:
         """Mount, and settle with the kernel what both can do. Raises OSError, with nothing left mounted."""
         mountpoint = os.fsencode(self.config["mountpoint"])
-        self.device = attachment.attach(self.config["source"], mountpoint)
+        self.device = attachment.attach(self.config["source"], mountpoint, noexec=self.config["noexec"])
         try:
             self._answer_init()
             self.tree, self.is_busy = attachment.copy(mountpoint)
@@ -260,7 +261,7 @@ class Supervisor:
         restarts: list[float] = []
         wake_in, wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_out, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        for number in (*_ENDING, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
         if bound_to is not None:
             process.end_with_parent(bound_to, signal.SIGTERM)
@@ -275,7 +276,7 @@ class Supervisor:
                 events = dict(poll.poll(int(_LOOK_EVERY * 1000)))
                 if wake_in in events:
                     signals = os.read(wake_in, 512)
-                    if {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} & set(signals):
+                    if set(_ENDING) & set(signals):
                         self._unmount(lazy=True)
                 if not self.ending and not self._is_mounted():
                     self._release()
@@ -471,11 +472,13 @@ def main() -> None:
     logs.configure(config["log"], "supervisor", config["mountpoint"], config["source"])
     os.chdir("/")
     supervisor = Supervisor(config, root)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(1))  # until `run`: what there is by then is closed below
+    for number in _ENDING:  # until `run`: what there is by then is closed below
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
+            signal.signal(number, _exit_once)
     try:
         try:
             supervisor.mount()
+            os.setsid()  # only now: see `coordlfs.commands.mount`
             supervisor.start()
             supervisor.wait_ready(30)
         except OSError as e:
@@ -486,6 +489,13 @@ def main() -> None:
         supervisor.run(bound_to)
     finally:
         supervisor.close()
+
+
+def _exit_once(*_: object) -> None:
+    """End, and let no other signal disturb that: a terminal sends it here and to who mounts, who then sends another."""
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def _tell(report: int, message: dict[str, Any]) -> bool:

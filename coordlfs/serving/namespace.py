@@ -66,7 +66,7 @@ class Namespace:
             if not self._reader.use_other_name(record):
                 raise
             st = self._lstat(self._catalog.path(record), before_wait)
-        if self._catalog.shows(record, Version.of(st)):
+        if self._catalog.shows_file(record, st):
             return st
         flags = self._catalog.flags(record)
         kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
@@ -83,6 +83,7 @@ class Namespace:
 
     def enter(self, parent: int, name: bytes, st: os.stat_result, *, announce: bool = False) -> int:
         """The record of a directory entry that has the attributes `st`; `announce` where the kernel did not ask."""
+        self._catalog.settle_entry(parent, name, st)
         record, changed, superseded = self._catalog.enter(parent, name, st)
         if superseded is not None:
             self._reader.replaced(superseded)

@@ -271,7 +271,7 @@ class Reader:
         """The source gave `n` bytes of a file that has attributes `st`."""
         self.counters.count_read(n)
         version = Version.of(st)
-        if self.catalog.serves(answer.record, version):
+        if self.catalog.serves_if(answer.record, lambda: self.catalog.shows_file(answer.record, st)):
             if n:
                 answer.fetched.append(Fetched(item, offset, data, version))
         else:

@@ -142,7 +142,7 @@ class Revalidation:
                 return False
             return self._lost(record)
         self._gone.discard(record)
-        if self._catalog.shows(record, Version.of(st)):
+        if self._catalog.shows_file(record, st):
             return False
         self._changed(record, st)
         return True

@@ -21,6 +21,7 @@ from mmap import mmap
 from typing import TypeVar
 
 from coordlfs.kernel import mounts, pages, paths
+from coordlfs.sources.numbering import Numbering
 from coordlfs.sources.versions import Version
 
 T = TypeVar("T")
@@ -165,6 +166,7 @@ class Source:
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, list[tuple[int, float]]] = OrderedDict()
         self._direct_refused = False
+        self.numbering = Numbering(self.lstat_once, self._since)
         self.is_remote = lies_elsewhere(root) if is_remote is None else is_remote
 
     # -- names --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from coordlfs_tools.analyze.hook.coordlfs_stall_hook.config import Section
 from coordlfs_tools.analyze.runs import run
 from coordlfs_tools.storage.files import drop, listed, resident_share
 from coordlfs_tools.storage.measure import latency, measure, parts, rate
-from mounts import NOBODY, coordlfs, eventually
+from mounts import NOBODY, PATIENCE, coordlfs, eventually
 from PIL import Image
 
 FILES, SIZE, BATCH = 960, 20_480, 8
@@ -95,7 +95,7 @@ def _hooked(temporary: Path) -> list[str]:
 
 def _analyse(job: list[str], *options: str) -> dict[str, Any]:
     """What `coordlfs analyze` finds."""
-    found: dict[str, Any] = json.loads(coordlfs("analyze", *options, "--json=-", "--", *job, timeout=110).stdout)
+    found: dict[str, Any] = json.loads(coordlfs("analyze", *options, "--json=-", "--", *job).stdout)
     return found
 
 
@@ -108,7 +108,7 @@ def analysed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict
     command = [sys.executable, "-m", "coordlfs", "analyze", f"--data={data}", "--rounds=2", "--iterations=10"]
     command += [f"--json={out / 'out.json'}", f"--report={out / 'report.html'}", "--", *job]
     environment = {**os.environ, "TMPDIR": str(temporary)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment)
     assert done.returncode == 0, done.stderr
     assert "2 rounds of 10 iterations" in done.stderr
     assert "waiting for prep" in done.stdout
@@ -118,6 +118,7 @@ def analysed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict
     return json.loads((out / "out.json").read_text()), out / "report.html"
 
 
+@pytest.mark.xdist_group("analysed")  # which takes its time
 def test_it_finds_what_is_known(analysed: tuple[dict[str, Any], Path]) -> None:
     """A busy machine makes everything slower, and nothing faster; the benchmark asks for 3 % and 2 points."""
     found, _ = analysed
@@ -180,7 +181,6 @@ for epoch in range(9):
     assert chosen.measured[0]["sections"]["cold"]["samples"] == 5 * 4
 
 
-@pytest.mark.alone
 def test_what_a_sample_is_read_as_is_exact(data: Path, script: Callable[[str], list[str]]) -> None:
     """Two files for each sample, one of them opened by C code, which the interpreter does not see."""
     job = script(
@@ -221,7 +221,6 @@ def test_where_the_data_lies_is_seen(tmp_path: Path) -> None:
     assert "--data" in notes[-1]
 
 
-@pytest.mark.alone
 def test_an_iterable_dataset_is_run_again_on_warm_data(data: Path, script: Callable[[str], list[str]]) -> None:
     job = script(
         TRAINING
@@ -405,7 +404,7 @@ print(torch.get_rng_state().sum(), generator.get_state().sum(), random.random(),
 """
     )
     job.append(str(data))
-    plain = subprocess.run(job, capture_output=True, text=True, timeout=60, check=True).stdout
+    plain = subprocess.run(job, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
     assert len(plain.splitlines()) == 2 * (3 * 31 + 16) + 1
     trace = tmp_path / "trace"
     done = coordlfs("analyze", f"--data={data}", f"--trace={trace}", "--", *job)
@@ -562,7 +561,7 @@ def test_it_needs_no_root(data: Path) -> None:
     setpriv += [f"--{kind}={caps}" for kind in ("inh-caps", "ambient-caps", "bounding-set")]
     command = [*setpriv, sys.executable, "-m", "coordlfs", "analyze", f"--data={data}", "--rounds=1", "--iterations=5"]
     command += ["--json=-", "--", *SYNTHETIC, str(data), "--prep=1", "--step=10"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env={**os.environ, "HOME": "/"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "HOME": "/"})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["rates"]["storage"] > 0
@@ -583,7 +582,7 @@ def _chromium(directory: Path, *arguments: str) -> str:
     """What it prints; with a profile of its own, and no name that could be resolved."""
     profile = directory / "profile"
     command = ["chromium", *CHROMIUM, "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     shutil.rmtree(profile)
     return done.stdout
@@ -599,6 +598,7 @@ def _asked_by_the_page(log: Path) -> set[str]:
     }
 
 
+@pytest.mark.xdist_group("analysed")  # which takes its time
 @pytest.mark.parametrize("width", [1280, 500])
 def test_the_report_fits(width: int, analysed: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
@@ -612,6 +612,7 @@ def test_the_report_fits(width: int, analysed: tuple[dict[str, Any], Path], tmp_
         assert height > 10
 
 
+@pytest.mark.xdist_group("analysed")  # which takes its time
 def test_the_report_draws_and_prints(analysed: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     found, report = analysed
     shot, pdf = tmp_path / "shot.png", tmp_path / "page.pdf"
@@ -629,6 +630,7 @@ def test_the_report_draws_and_prints(analysed: tuple[dict[str, Any], Path], tmp_
     assert " ".join(found["verdict"][0].split()[:6]) in printed
 
 
+@pytest.mark.xdist_group("analysed")  # which takes its time
 def test_the_report_asks_the_network_for_nothing(analysed: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     page, log = tmp_path / "page.html", tmp_path / "net.json"
     _chromium(tmp_path, "--dump-dom", f"--log-net-log={log}", analysed[1].as_uri())
@@ -641,7 +643,6 @@ def test_the_report_asks_the_network_for_nothing(analysed: tuple[dict[str, Any],
 # -- storage --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.alone
 def test_storage_is_read_cold_then_warm(data: Path) -> None:
     files = listed(data)
     assert sum(part.length for part in parts(files, 4096)) == FILES * SIZE

@@ -17,7 +17,7 @@ import trio
 from coordlfs_tools.bench.network import Host
 from hypothesis import given
 from hypothesis import strategies as st
-from mounts import MakeMount, Mount, coordlfs, eventually, read, write_files
+from mounts import PATIENCE, MakeMount, Mount, coordlfs, eventually, read, write_files
 from test_peers import free_ports
 
 from coordlfs.peers import discovery, hostlist
@@ -113,20 +113,17 @@ def test_the_hosts_of_a_job_that_grows_and_ends(place: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("nodelist", ["localhost", "127.0.0.[1-1]"])
-@pytest.mark.timeout(60)
 def test_nodes_of_a_slurm_job(source: Path, mount: MakeMount, monkeypatch: pytest.MonkeyPatch, nodelist: str) -> None:
     monkeypatch.setenv("SLURM_JOB_NODELIST", nodelist)
     _two_find_each_other(source, mount, "slurm:{}")
 
 
-@pytest.mark.timeout(60)
 def test_slurm_outside_of_a_job(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     options = ["--listen", "127.0.0.1:0", "--peers", "slurm:7070"]
     assert "within the job" in coordlfs("mount", source, place / "mnt", *options, status=1).stderr
 
 
-@pytest.mark.timeout(60)
 def test_nodes_behind_a_name(source: Path, mount: MakeMount) -> None:
     _two_find_each_other(source, mount, "dns:localhost:{}")
 
@@ -147,7 +144,7 @@ def _two_find_each_other(source: Path, mount: MakeMount, peers: str) -> None:
 
 
 def _alive(nodes: list[Mount], count: int) -> None:
-    eventually(lambda: all(node.stats()["peers"]["alive"] == count for node in nodes), 40, f"{count} peers alive")
+    eventually(lambda: all(node.stats()["peers"]["alive"] == count for node in nodes), what=f"{count} peers alive")
 
 
 # -- etcd -----------------------------------------------------------------------------------------------------------
@@ -178,14 +175,14 @@ class Etcd:
         self._process = subprocess.Popen(
             self._inside(self._command), stdout=quiet, stderr=quiet, start_new_session=True
         )
-        eventually(self._answers, 40, "etcd answers")
+        eventually(self._answers, what="etcd answers")
 
     def _answers(self) -> bool:
         return b"true" in self._get("health")
 
     def _get(self, path: str, body: str | None = None) -> bytes:
         command = [sys.executable, "-c", _GET, f"{self.url}/{path}", *([body] if body else [])]
-        return subprocess.run(self._inside(command), capture_output=True, timeout=20).stdout
+        return subprocess.run(self._inside(command), capture_output=True, timeout=PATIENCE).stdout
 
     def put(self, key: str) -> None:
         """Write an empty key, which is there for good."""
@@ -212,7 +209,6 @@ def etcd(place: Path) -> Iterator[Etcd]:
         server.stop()
 
 
-@pytest.mark.timeout(180)
 def test_nodes_find_each_other_through_etcd_which_may_stop(
     source: Path, mount: MakeMount, etcd: Etcd, make_node: Callable[..., Mount]
 ) -> None:
@@ -236,7 +232,7 @@ def test_nodes_find_each_other_through_etcd_which_may_stop(
     assert all(node.stats()["peers"]["bytes"] > 0 for node in made)
     etcd.start()
     third.end()
-    eventually(lambda: all(node.stats()["peers"]["known"] == 1 for node in made[:2]), 60, "its lease has run out")
+    eventually(lambda: all(node.stats()["peers"]["known"] == 1 for node in made[:2]), what="its lease has run out")
     fourth = make_node(peers)
     _alive([*made[:2], fourth], 2)
     check(fourth)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mounts import Cgroup, script
+from mounts import PATIENCE, Cgroup, script
 
 from coordlfs.kernel import cgroups
 from coordlfs.kernel.memory import memory
@@ -96,5 +96,5 @@ def test_processes_of_one_memory_cgroup_are_told_from_others(cgroup: Callable[[i
         assert outside == cgroups.of_memory(os.getpid()) != first
     finally:
         for process in others:
-            process.communicate(b"\n", timeout=30)
+            process.communicate(b"\n", timeout=PATIENCE)
     assert cgroups.of_memory(others[0].pid) is None, "it is gone"

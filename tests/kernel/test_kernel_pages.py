@@ -133,7 +133,7 @@ def test_drop_leaves_the_rest(fd: int) -> None:
 
 def test_prefetch_reads_everything_in_steps(fd: int) -> None:
     pages.prefetch(fd, PAGE, COUNT * PAGE - PAGE - 1, 2 * PAGE)
-    eventually(lambda: pages.resident(fd, PAGE, COUNT * PAGE - PAGE) == COUNT - 1, 10)
+    eventually(lambda: pages.resident(fd, PAGE, COUNT * PAGE - PAGE) == COUNT - 1)
 
 
 def test_a_buffer_begins_at_a_page() -> None:

@@ -12,10 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from mounts import eventually, is_alive
+from mounts import PATIENCE, eventually, is_alive
 
 pytest.importorskip("torch", reason="the examples need the extra `loader`")
-pytestmark = pytest.mark.timeout(240)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ["--samples", "480", "--epochs", "3"]
@@ -52,7 +51,7 @@ def run(place: Path) -> Iterator[Run]:
             [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=PATIENCE,
             cwd=place,
             env={
                 **os.environ,

@@ -505,7 +505,6 @@ def test_a_stranger_ends_only_its_own_connection(make: MakeLoader) -> None:
     assert broker_pid("test") is not None
 
 
-@pytest.mark.timeout(300)
 def test_ten_thousand_batches_leave_nothing_behind(make: MakeLoader) -> None:
     """Memory, descriptors and mappings of the job and of the broker are at the end what they were after a tenth."""
     loader = make(Noise(1000, side=16), 2, shuffle=True, num_workers=1, stage_bytes=1 << 20)

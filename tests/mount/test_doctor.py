@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mounts import COORDLFS, NOBODY, coordlfs
+from mounts import COORDLFS, NOBODY, PATIENCE, coordlfs
 from users import open_device
 
 from coordlfs.commands import doctor
@@ -20,7 +20,7 @@ from coordlfs.kernel import memory, mounts, pages
 def examine(*prefix: object, status: int = 0) -> dict[str, dict[str, Any]]:
     """What the doctor says of a machine as `prefix` leaves it, by the checks' names."""
     command = [*map(str, prefix), *COORDLFS, "doctor", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == status, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["works"] is (status == 0)
@@ -75,7 +75,7 @@ def test_for_an_ordinary_user() -> None:
 def test_a_limit_of_a_memory_cgroup_is_seen(cgroup: Any) -> None:
     group = cgroup(1 << 30)
     command = [*COORDLFS, "doctor", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=group.enter)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, preexec_fn=group.enter)
     (found,) = [c for c in json.loads(done.stdout)["checks"] if c["name"] == "memory cgroup"]
     assert found["state"] == "warning"
     assert "1.0 GiB" in found["found"]

@@ -103,7 +103,6 @@ def leaves(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, obj
             yield f"{prefix}{key}", value
 
 
-@pytest.mark.alone
 def test_everything_that_status_knows_is_exported(scraped: tuple[Mount, str]) -> None:
     mounted, url = scraped
     for _ in range(2):
@@ -132,7 +131,6 @@ def test_everything_that_status_knows_is_exported(scraped: tuple[Mount, str]) ->
         assert missing <= {"coordlfs_hit_ratio", "coordlfs_locked_memory_limit_bytes"}
 
 
-@pytest.mark.alone
 def test_the_next_server_answers_at_the_same_port(scraped: tuple[Mount, str]) -> None:
     mounted, url = scraped
     mounted.expect_errors = True

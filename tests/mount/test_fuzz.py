@@ -242,7 +242,6 @@ NOISE = st.binary(min_size=1, max_size=60)
 LENGTHS = st.one_of(st.none(), st.none(), SHORT, st.integers(0, 200))
 
 
-@pytest.mark.timeout(300)
 def test_messages_of_a_kernel_gone_mad(kernel: FakeKernel, source: Path) -> None:
     content = read(source / "item-00000")
     kernel.assert_serves(content)
@@ -280,7 +279,6 @@ def test_messages_that_are_cut_off_are_refused(kernel: FakeKernel) -> None:
         assert kernel.ask(opcode, fuse.ROOT_NODE, bytes(8)) == (errno.ENOSYS, b"")
 
 
-@pytest.mark.timeout(300)
 def test_a_keeper_gone_mad(kernel: FakeKernel, source: Path) -> None:
     content = read(source / "item-00000")
     kernel.assert_serves(content)
@@ -299,7 +297,6 @@ def test_a_keeper_gone_mad(kernel: FakeKernel, source: Path) -> None:
     kernel.assert_serves(content)
 
 
-@pytest.mark.timeout(300)
 def test_a_supervisor_gone_mad(kernel: FakeKernel, source: Path) -> None:
     content = read(source / "item-00000")
     known = st.fixed_dictionaries({}, optional={"lost": JSON, "keeper": JSON, "index": JSON, "x": JSON})
@@ -321,7 +318,6 @@ def test_a_supervisor_gone_mad(kernel: FakeKernel, source: Path) -> None:
         assert keeper_protocol.receive(kernel.sockets["link"]) is not None
 
 
-@pytest.mark.timeout(300)
 def test_requests_to_a_keeper(source: Path) -> None:
     write_files(source, 2, 1000)
     tree = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
@@ -376,7 +372,6 @@ REQUESTS = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.timeout(300)
 def test_the_control_socket(source: Path, mount: MakeMount) -> None:
     write_files(source, 3, 1000)
     mounted = mount(source)
@@ -402,7 +397,6 @@ def test_the_control_socket(source: Path, mount: MakeMount) -> None:
     assert mounted.stats()["processes"]["server"] == mounted.processes["server"]
 
 
-@pytest.mark.timeout(300)
 def test_names_of_extended_attributes(source: Path, mount: MakeMount) -> None:
     write_files(source, 2, 1000)
     mounted = mount(source)

@@ -23,10 +23,10 @@ from mounts import (
     CHUNK,
     MIB,
     PAGE,
+    PATIENCE,
     MakeMount,
     Mount,
     coordlfs,
-    drop_caches,
     eventually,
     forget,
     noise,
@@ -103,7 +103,7 @@ def _or_error(action: Callable[[], bytes], *codes: int) -> bytes | None:
 
 def _assert_soon(path: Path, data: bytes) -> None:
     """Whoever opens the file anew gets `data`, if not at once; until then an error, if anything else than `data`."""
-    eventually(lambda: _or_error(lambda: read(path), errno.ESTALE, errno.ENOENT) == data, 10, f"{path} is new")
+    eventually(lambda: _or_error(lambda: read(path), errno.ESTALE, errno.ENOENT) == data, what=f"{path} is new")
 
 
 # -- known, but not read ------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_changed_before_it_is_read(source: Path, mount: MakeMount, change: Chang
     for before in known:  # attributes follow in a moment
         ours, theirs = mounted.path / f"{before}", source / f"{before}"
         assert os.stat(ours).st_size == after
-        eventually(lambda a=ours, b=theirs: os.stat(a).st_mtime_ns == os.stat(b).st_mtime_ns, 3)  # type: ignore[misc]
+        eventually(lambda a=ours, b=theirs: os.stat(a).st_mtime_ns == os.stat(b).st_mtime_ns)  # type: ignore[misc]
     for before in known:
         assert read(mounted.path / f"{before}") == noise(after, 2), f"{before} → {after}, again"
 
@@ -207,7 +207,7 @@ def test_vanished_before_it_is_read(source: Path, mount: MakeMount) -> None:
     raises(errno.ENOENT, lambda: read(mounted.path / "read"))
     raises(errno.ENOENT, lambda: read(mounted.path / "d" / "f"))
     program = "import mmap, os, sys\nfd = os.open(sys.argv[1], 0)\nmmap.mmap(fd, 0, prot=mmap.PROT_READ)[:]"
-    job = subprocess.run([sys.executable, "-c", program, mounted.path / "mapped"], timeout=20)
+    job = subprocess.run([sys.executable, "-c", program, mounted.path / "mapped"], timeout=PATIENCE)
     assert job.returncode == -signal.SIGBUS
     eventually(lambda: not any((mounted.path / name).exists() for name in ("read", "mapped", "d/f")))
     eventually(lambda: not (mounted.path / "d").exists() or os.listdir(mounted.path / "d") == [])
@@ -249,7 +249,7 @@ def test_what_takes_the_place_of_a_small_file_is_not_read(source: Path, mount: M
         (source / name).write_bytes(noise(5000))
     mounted = mount(source, "0")
     _know(mounted)
-    subprocess.run(["sync", "-f", source], check=True, timeout=60)
+    subprocess.run(["sync", "-f", source], check=True, timeout=PATIENCE)
     forget(source / "g")
     (source / "f").unlink()
     written = b""
@@ -281,7 +281,7 @@ def test_a_link_that_leads_elsewhere_when_its_directory_is_listed(source: Path, 
         os.lstat(mounted.path / "link")
         assert os.readlink(mounted.path / "link") in ("releases/v10", target)
         coordlfs("refresh", mounted.path)
-        eventually(lambda target=target: os.readlink(mounted.path / "link") == target, 5)  # type: ignore[misc]
+        eventually(lambda target=target: os.readlink(mounted.path / "link") == target)  # type: ignore[misc]
 
 
 def test_a_new_file_in_a_directory_that_a_command_has_looked_at(source: Path, mount: MakeMount) -> None:
@@ -291,7 +291,7 @@ def test_a_new_file_in_a_directory_that_a_command_has_looked_at(source: Path, mo
     assert os.listdir(mounted.path / "d") == ["old"]
     (source / "d" / "new").write_bytes(noise(6000))
     coordlfs("warm", mounted.path, mounted.path / "d" / "old")
-    eventually(lambda: sorted(os.listdir(mounted.path / "d")) == ["new", "old"], 5)
+    eventually(lambda: sorted(os.listdir(mounted.path / "d")) == ["new", "old"])
 
 
 # -- read in part -------------------------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ def test_a_mapping_follows_a_change_in_place(source: Path, mount: MakeMount) -> 
         assert mapped[:5000] == old[:5000]
         _overwrite(source / "f", new)
         assert mapped[-5000:] == new[-5000:]  # here the server learns of it
-        eventually(lambda: mapped[:5000] == new[:5000], 5)
+        eventually(lambda: mapped[:5000] == new[:5000])
         assert mapped[:] == new
     os.close(fd)
 
@@ -451,7 +451,7 @@ def test_shrunk_and_read_around_the_page_cache_while_keepers_keep_dying(source: 
             for keeper in mounted.stats()["processes"]["keepers"]:
                 with suppress(ProcessLookupError):
                     os.kill(keeper, signal.SIGKILL)
-        eventually(lambda: not mounted.stats()["processes"]["keepers"], timeout=2)
+        eventually(lambda: not mounted.stats()["processes"]["keepers"])
         _overwrite(source / "f", new)
         assert _read_direct(fd, MIB) == new
     finally:
@@ -541,12 +541,12 @@ def test_after_a_storm_of_changes_all_is_as_in_the_source(source: Path, mount: M
     assert mounted.stats()["source"]["changed_files"] > 2, "the readers saw nothing change"
     time.sleep(1.1)  # longer than it takes to notice
     coordlfs("drop", mounted.path)
-    drop_caches()
+    mounted.forget()
     for name in names:
         if (source / name).exists():
             _assert_soon(mounted.path / name, (source / name).read_bytes())
         else:
-            eventually(lambda name=name: not _exists(mounted.path / name), 3)  # type: ignore[misc]
+            eventually(lambda name=name: not _exists(mounted.path / name))  # type: ignore[misc]
     mounted.settle()
     for name in names:
         if (source / name).exists():

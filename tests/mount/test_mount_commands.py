@@ -19,6 +19,7 @@ from mounts import (
     MIB,
     NOBODY,
     PAGE,
+    PATIENCE,
     MakeMount,
     Mount,
     coordlfs,
@@ -64,7 +65,7 @@ def test_the_figures(source: Path, mount: MakeMount) -> None:
         ["getfattr", "--only-values", "-n", "user.coordl.stats", mounted.path],
         check=True,
         capture_output=True,
-        timeout=20,
+        timeout=PATIENCE,
     )
     by_xattr = json.loads(shown.stdout)
     for changing in ("requests",):
@@ -93,7 +94,7 @@ def _status_of_all(mounts: list[Mount], *arguments: str) -> str:
     ours = [str(mounted.path) for mounted in mounts]
     hide = 'findmnt -rno TARGET -t fuse.coordlfs | grep -vxF -e $0 -e $1 | xargs -r umount -l; shift; exec "$@"'
     command = ["unshare", "-m", "sh", "-c", hide, *ours, *COORDLFS, "status", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE).stdout
 
 
 def test_the_table(source: Path, mount: MakeMount) -> None:
@@ -117,7 +118,7 @@ def test_the_table_that_lives(source: Path, mount: MakeMount) -> None:
         time.sleep(2)
         assert job.poll() is None
         job.send_signal(signal.SIGINT)
-        out, _ = job.communicate(timeout=10)
+        out, _ = job.communicate(timeout=PATIENCE)
     finally:
         job.kill()
         job.wait()
@@ -131,7 +132,7 @@ def test_status_ends_with_its_mount(source: Path, mount: MakeMount) -> None:
     ) as job:
         time.sleep(1)
         coordlfs("umount", mounted.path)
-        _, errors = job.communicate(timeout=20)
+        _, errors = job.communicate(timeout=PATIENCE)
     assert job.returncode == 1
     assert "Traceback" not in errors
     assert "not mounted" in errors
@@ -293,7 +294,7 @@ def test_names_of_any_bytes_are_warmed_and_dropped(source: Path, mount: MakeMoun
     mounted = mount(source)
     path = os.fsencode(mounted.path) + b"/" + name
     for command, state in (("warm", b"pinned"), ("drop", b"no"), ("warm", b"pinned")):
-        subprocess.run([*COORDLFS, command, mounted.path, path], check=True, timeout=30)
+        subprocess.run([*COORDLFS, command, mounted.path, path], check=True, timeout=PATIENCE)
         assert os.getxattr(path, "user.coordl.cached") == state
 
 

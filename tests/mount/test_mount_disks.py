@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from coordlfs_tools.faulty_fs import Faulty, served
-from mounts import MIB, PAGE, MakeMount, drop_caches, forget, noise, raises, read, resident
+from mounts import MIB, PAGE, PATIENCE, MakeMount, drop_caches, forget, noise, raises, read, resident
 
 from coordlfs.kernel import pages
 
@@ -28,10 +28,10 @@ def test_cold_files_read_by_many_at_once(source: Path, mount: MakeMount, cache: 
     names = [f"{size}-{copy}" for size in SIZES for copy in range(3 if size <= MIB else 1)]
     for name in names:
         (source / name).write_bytes(noise(int(name.split("-")[0])))
-    subprocess.run(["sync", "-f", source], check=True, timeout=60)
+    subprocess.run(["sync", "-f", source], check=True, timeout=PATIENCE)
     mounted = mount(source, cache)
     for _ in range(2):
-        drop_caches()
+        mounted.forget()
         order = random.Random(1).sample(names, len(names))
         with ThreadPoolExecutor(12) as pool:
             for name, data in zip(order, pool.map(lambda name: read(mounted.path / name), order), strict=True):
@@ -43,7 +43,7 @@ def test_cold_files_read_by_many_at_once(source: Path, mount: MakeMount, cache: 
 def test_files_that_are_warm_and_cold_in_parts(source: Path, mount: MakeMount) -> None:
     data = noise(3 * MIB)
     (source / "f").write_bytes(data)
-    subprocess.run(["sync", "-f", source], check=True, timeout=60)
+    subprocess.run(["sync", "-f", source], check=True, timeout=PATIENCE)
     mounted = mount(source, "0")
     for at, length in ((0, 5), (2 * MIB, 1), (MIB, MIB)):
         forget(source / "f")
@@ -78,19 +78,19 @@ def _attached(source: Path, place: Path) -> Iterator[tuple[Faulty, Path]]:
     images.mkdir()
     image, point = images / "disk", place / "disk"
     point.mkdir()
-    subprocess.run(["mkfs.ext4", "-q", "-d", source, image, "64M"], check=True, timeout=60)
+    subprocess.run(["mkfs.ext4", "-q", "-d", source, image, "64M"], check=True, timeout=PATIENCE)
     with served(images, place) as faulty:
         command = ["losetup", "--show", "-r", "-f", str(faulty.path / "disk")]
-        loop = subprocess.run(command, check=True, timeout=20, capture_output=True, text=True).stdout.strip()
+        loop = subprocess.run(command, check=True, timeout=PATIENCE, capture_output=True, text=True).stdout.strip()
         try:
-            subprocess.run(["mount", "-o", "ro,noload", loop, point], check=True, timeout=20)
+            subprocess.run(["mount", "-o", "ro,noload", loop, point], check=True, timeout=PATIENCE)
             try:
                 yield faulty, point
             finally:
                 faulty.clear()
-                subprocess.run(["umount", point], check=True, timeout=60)
+                subprocess.run(["umount", point], check=True, timeout=PATIENCE)
         finally:
-            subprocess.run(["losetup", "-d", loop], check=True, timeout=60)
+            subprocess.run(["losetup", "-d", loop], check=True, timeout=PATIENCE)
 
 
 @pytest.fixture
@@ -100,6 +100,7 @@ def disk(source: Path, place: Path, _may_mount: None) -> Iterator[Disk]:
         yield lambda: stack.enter_context(_attached(source, place))
 
 
+@pytest.mark.alone  # the disk's names have to be forgotten, which only the kernel can do for all at once
 def test_a_slow_disk_holds_up_only_who_waits_for_it(source: Path, disk: Disk, mount: MakeMount) -> None:
     cold = [f"d{number}/cold" for number in range(4)]  # in a directory each: their names have to be read from the disk
     for name in cold:
@@ -126,6 +127,7 @@ def test_a_slow_disk_holds_up_only_who_waits_for_it(source: Path, disk: Disk, mo
     mounted.settle()
 
 
+@pytest.mark.alone
 def test_a_page_that_is_on_its_way_holds_up_only_who_waits_for_it(source: Path, disk: Disk, mount: MakeMount) -> None:
     for number, name in enumerate(("warm", "awaited")):
         (source / name).write_bytes(noise(100_000, number))

@@ -18,6 +18,7 @@ from mounts import (
     CHUNK,
     MIB,
     PAGE,
+    PATIENCE,
     MakeMount,
     Mount,
     drop_caches,
@@ -96,6 +97,7 @@ def _pinned(source: Path, mount: MakeMount) -> tuple[Mount, dict[str, bytes]]:
     return mounted, contents
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("way", _WAYS)
 def test_a_hit_sends_nothing(source: Path, mount: MakeMount, way: Callable[[Path], bytes]) -> None:
     mounted, contents = _pinned(source, mount)
@@ -133,13 +135,13 @@ def test_python_open_asks_for_nothing_but_a_terminal(source: Path, mount: MakeMo
 def test_programs_read_without_messages(source: Path, mount: MakeMount, place: Path) -> None:
     mounted, contents = _pinned(source, mount)
     for name in contents:  # cat and cp ask where holes are, once for all
-        subprocess.run(["cat", mounted.path / name], check=True, stdout=subprocess.DEVNULL, timeout=20)
-        subprocess.run(["cp", mounted.path / name, place / "copy"], check=True, timeout=20)
+        subprocess.run(["cat", mounted.path / name], check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE)
+        subprocess.run(["cp", mounted.path / name, place / "copy"], check=True, timeout=PATIENCE)
     with mounted.messages() as sent:
         for name, data in contents.items():
-            cat = subprocess.run(["cat", mounted.path / name], check=True, stdout=subprocess.PIPE, timeout=20)
+            cat = subprocess.run(["cat", mounted.path / name], check=True, stdout=subprocess.PIPE, timeout=PATIENCE)
             assert cat.stdout == data
-            subprocess.run(["cp", mounted.path / name, place / "copy"], check=True, timeout=20)
+            subprocess.run(["cp", mounted.path / name, place / "copy"], check=True, timeout=PATIENCE)
             assert read(place / "copy") == data
     assert (sent["read"], sent["name"]) == (0, 0)
 
@@ -147,7 +149,7 @@ def test_programs_read_without_messages(source: Path, mount: MakeMount, place: P
 def test_tar_reads_what_is_there(source: Path, mount: MakeMount, place: Path) -> None:
     mounted, contents = _pinned(source, mount)
     before = mounted.source_bytes()
-    subprocess.run(["tar", "-C", mounted.path, "-cf", place / "a.tar", "."], check=True, timeout=30)
+    subprocess.run(["tar", "-C", mounted.path, "-cf", place / "a.tar", "."], check=True, timeout=PATIENCE)
     with tarfile.open(place / "a.tar") as archive:
         for name, data in contents.items():
             member = archive.extractfile(f"./{name}")

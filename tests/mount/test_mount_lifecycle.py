@@ -20,11 +20,11 @@ import pytest
 from mounts import (
     COORDLFS,
     MIB,
+    PATIENCE,
     MakeMount,
     Mount,
     children,
     coordlfs,
-    drop_caches,
     eventually,
     is_alive,
     is_mounted,
@@ -44,7 +44,7 @@ def _pin_some(mounted: Mount) -> None:
 
 
 def _assert_ended(mounted: Mount, pids: list[int]) -> None:
-    eventually(lambda: not any(map(is_alive, pids)), 10, f"all of {pids} end")
+    eventually(lambda: not any(map(is_alive, pids)), what=f"all of {pids} end")
     assert not is_mounted(mounted.path)
     assert mentions(mounted.source) == []
 
@@ -65,7 +65,7 @@ def test_unmounting_with_pins_held(source: Path, mount: MakeMount, way: str) -> 
     elif way.startswith("SIG"):
         os.kill(mounted.supervisor, signal.Signals[way])
     else:
-        subprocess.run([*way.split(), mounted.path], check=True, timeout=20)
+        subprocess.run([*way.split(), mounted.path], check=True, timeout=PATIENCE)
     _assert_ended(mounted, pids)
     assert os.listdir(mounted.path) == []
 
@@ -82,7 +82,7 @@ def test_unmounting_while_it_is_read(source: Path, mount: MakeMount) -> None:
     try:
         eventually(lambda: mounted.stats()["requests"]["read"] > 60)
         pids = mounted.pids
-        subprocess.run(["umount", "-l", mounted.path], check=True, timeout=20)
+        subprocess.run(["umount", "-l", mounted.path], check=True, timeout=PATIENCE)
         assert job.wait(20) == 1  # its files are not there any more
     finally:
         job.kill()
@@ -135,7 +135,6 @@ def test_a_busy_mount(source: Path, mount: MakeMount, how: str, pinned: bool) ->
 # -- in the foreground --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.alone
 def test_a_mount_that_another_namespace_has(source: Path, mount: MakeMount) -> None:
     """Whoever makes a mount namespace gets a mount of his own; `umount` says at once who that is."""
     (source / "f").write_bytes(b"here")
@@ -159,10 +158,10 @@ def test_a_mount_that_another_namespace_has(source: Path, mount: MakeMount) -> N
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == b"\n"
-        said = coordlfs("umount", mounted.path, status=1, timeout=10).stderr
+        said = coordlfs("umount", mounted.path, status=1, timeout=30).stderr
         assert f"namespace of process {other.pid} (sh)" in said
         assert not is_mounted(mounted.path)
-        assert other.communicate(b"\n", timeout=20)[0] == b"here"
+        assert other.communicate(b"\n", timeout=PATIENCE)[0] == b"here"
     finally:
         other.kill()
         other.communicate()
@@ -182,7 +181,7 @@ def test_the_foreground(source: Path, place: Path, number: signal.Signals) -> No
         _pin_some(mounted)
         pids = mounted.pids
         job.send_signal(number)
-        out, err = job.communicate(timeout=20)
+        out, err = job.communicate(timeout=PATIENCE)
         assert job.returncode == 0, err
         assert "10.0 MiB of cache" in out
         assert "Traceback" not in err
@@ -231,7 +230,6 @@ def test_mounted_in_place(source: Path, mount: MakeMount) -> None:
     assert os.stat(source / names[0]).st_dev == before[names[0]].st_dev
 
 
-@pytest.mark.alone
 def test_mounted_on_a_mount(source: Path, mount: MakeMount) -> None:
     names = write_files(source, 20, 150_000)
     below = mount(source, "2M")
@@ -245,7 +243,6 @@ def test_mounted_on_a_mount(source: Path, mount: MakeMount) -> None:
     assert above.source_bytes() == below.source_bytes()  # it reads around the page cache, which keeps no second copy
 
 
-@pytest.mark.alone
 def test_two_mounts_of_one_source(source: Path, mount: MakeMount) -> None:
     names = write_files(source, 10, 50_000)
     first, second = mount(source), mount(source)
@@ -286,7 +283,7 @@ def test_mounting_by_relative_paths_and_links(source: Path, place: Path) -> None
     (place / "to-mnt").symlink_to("mnt")
     try:
         for arguments in (["mount", "link", "to-mnt", "--cache-size", "1M"], ["umount", "to-mnt/"]):
-            subprocess.run([*COORDLFS, *arguments], cwd=place, check=True, timeout=30)
+            subprocess.run([*COORDLFS, *arguments], cwd=place, check=True, timeout=PATIENCE)
             if arguments[0] == "mount":
                 assert is_mounted(place / "mnt")
                 assert read(place / "mnt" / "item-00000") == noise(100)
@@ -301,7 +298,7 @@ def test_mounting_by_relative_paths_and_links(source: Path, place: Path) -> None
 def _refused(*arguments: object, status: int, says: str, before: list[str] | None = None) -> None:
     """One line that says what to do, the status, and nothing left behind."""
     command = [*(before or []), *COORDLFS, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == status, done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert says in done.stderr
@@ -355,11 +352,19 @@ class TestRefused:
         weak = ["setpriv", "--bounding-set", "-sys_admin"]
         _refused("mount", source, place / "mnt", status=1, says="not permitted", before=weak)
 
-    @pytest.mark.alone
     def test_without_fuse(self, source: Path, place: Path) -> None:
         devices = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod /dev/urandom c 1 9"
         for device, says in (("true", "modprobe fuse"), ("mknod /dev/fuse c 10 250", "modprobe fuse")):
-            hidden = ["unshare", "-m", "sh", "-c", f'{devices} && {device} && exec "$@"', "sh"]
+            hidden = [
+                "unshare",
+                "-m",
+                "--propagation",
+                "slave",
+                "sh",
+                "-c",
+                f'{devices} && {device} && exec "$@"',
+                "sh",
+            ]
             _refused("mount", source, place / "mnt", status=1, says=says, before=hidden)
 
     def test_a_log_that_cannot_be_written(self, source: Path, place: Path) -> None:
@@ -382,7 +387,7 @@ class TestRefused:
         """It takes a user namespace, where these are allowed."""
         (source / "f").write_bytes(b"here")
         weak = ["setpriv", "--bounding-set", "-sys_admin", *COORDLFS, "run", str(source), "--cache-size", "1M"]
-        done = subprocess.run([*weak, "--", "cat", source / "f"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*weak, "--", "cat", source / "f"], capture_output=True, text=True, timeout=PATIENCE)
         assert (done.returncode, done.stdout) == (0, "here"), done.stderr
 
 
@@ -404,7 +409,7 @@ def test_without_leave_to_lock_memory(source: Path, place: Path) -> None:
     weak = ["setpriv", "--bounding-set", "-ipc_lock,-sys_resource", "sh", "-c", 'ulimit -l 8192; exec "$@"', "sh"]
     command = [*weak, *COORDLFS, "mount", str(source), str(place / "mnt"), "--cache-size", "64M"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         assert len(done.stderr.splitlines()) == 1
         assert "ulimit -l" in done.stderr
@@ -423,7 +428,7 @@ def _run(source: Path, *command: str, status: int = 0, cwd: Path | None = None) 
         [*COORDLFS, "run", source, "--cache-size", "50M", "--", *command],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         cwd=cwd,
     )
     assert done.returncode == status, done.stderr
@@ -436,7 +441,6 @@ _PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subproc
 
 
 @pytest.mark.usefixtures("_may_mount")
-@pytest.mark.alone
 class TestRun:
     """`coordlfs run SRC -- COMMAND`."""
 
@@ -475,7 +479,7 @@ class TestRun:
             assert not is_mounted(source)
             assert mentions(source) != []
             (source / "g").write_bytes(b"written beside it")
-            _, errors = job.communicate("go on\n", timeout=30)
+            _, errors = job.communicate("go on\n", timeout=PATIENCE)
             assert job.returncode == 7, errors
         finally:
             job.kill()
@@ -516,7 +520,7 @@ def start_and_be_ended(command):
 subprocess.Popen = start_and_be_ended
 sys.exit(run._call(["sleep", "60"]))
 """
-        done = subprocess.run([sys.executable, "-c", early], timeout=30)
+        done = subprocess.run([sys.executable, "-c", early], timeout=PATIENCE)
         assert done.returncode == 128 + signal.SIGTERM  # the command's status, and not our own end
 
 
@@ -555,7 +559,7 @@ def test_readers_survive_a_kill(source: Path, mount: MakeMount, victim: str) -> 
             os.kill(pid, signal.SIGKILL)
             eventually(lambda pid=pid: not is_alive(pid))  # type: ignore[misc]
         for job in jobs:
-            out, _ = job.communicate(timeout=40)
+            out, _ = job.communicate(timeout=PATIENCE)
             assert job.returncode == 0
             assert [int(s) for s in out.split()] == [zlib.crc32(noise(60_000, i)) for i in range(200)]
     finally:
@@ -576,7 +580,6 @@ def test_readers_survive_a_kill(source: Path, mount: MakeMount, victim: str) -> 
     assert sent["read"] == 0
 
 
-@pytest.mark.alone
 def test_figures_survive_the_server(source: Path, mount: MakeMount) -> None:
     names = write_files(source, 50, 60_000)
     mounted = mount(source)
@@ -593,7 +596,6 @@ def test_figures_survive_the_server(source: Path, mount: MakeMount) -> None:
     assert {mounted.cached(name) for name in names} == {"pinned"}
 
 
-@pytest.mark.alone
 def test_server_and_keeper_are_killed_at_once(source: Path, mount: MakeMount) -> None:
     # What the keeper held is pinned again, and not read again: its pages are still there.
     names = write_files(source, 50, 60_000)
@@ -634,14 +636,14 @@ def test_what_is_mounted_on_top_stays(source: Path, mount: MakeMount) -> None:
     mounted = mount(source)
     mounted.expect_errors = True
     pids = mounted.pids
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", mounted.path], check=True, timeout=20)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", mounted.path], check=True, timeout=PATIENCE)
     try:
         (mounted.path / "mine").write_text("mine")
         os.kill(mounted.supervisor, signal.SIGKILL)
         eventually(lambda: not any(map(is_alive, pids)))
         assert (mounted.path / "mine").read_text() == "mine"
     finally:
-        subprocess.run(["umount", mounted.path], check=True, timeout=20)
+        subprocess.run(["umount", mounted.path], check=True, timeout=PATIENCE)
     if is_mounted(mounted.path):  # it was out of reach
         assert _is_dead(mounted.path)
         coordlfs("umount", mounted.path)
@@ -683,11 +685,11 @@ def test_the_supervisor_is_killed_while_it_mounts(source: Path, place: Path, see
         [supervisor] = children(job.pid)
         time.sleep(random.Random(seed).uniform(0, 0.8))
         os.kill(supervisor, signal.SIGKILL)
-        _, errors = job.communicate(timeout=20)
+        _, errors = job.communicate(timeout=PATIENCE)
         if job.returncode:
             assert len(errors.splitlines()) == 1
             assert not is_mounted(mountpoint)
-        eventually(lambda: not is_mounted(mountpoint) and not mentions(source), 10, "it ends")
+        eventually(lambda: not is_mounted(mountpoint) and not mentions(source), what="it ends")
         coordlfs("mount", source, mountpoint, "--cache-size", "10M")
         assert read(mountpoint / "f") == noise(5000)
         coordlfs("umount", mountpoint)
@@ -705,13 +707,13 @@ def test_who_mounts_is_ended_before_it_serves(source: Path, place: Path, number:
         eventually(lambda: children(job.pid))
         time.sleep(random.Random(seed).uniform(0, 0.2 if number == signal.SIGKILL else 0.5))
         job.send_signal(number)
-        said, errors = job.communicate(timeout=20)
+        said, errors = job.communicate(timeout=PATIENCE)
         if "is mounted on" in said:
             coordlfs("umount", mountpoint)
         else:
             assert job.returncode == -number
             assert not errors
-            eventually(lambda: not is_mounted(mountpoint) and not mentions(source), 10, "it ends")
+            eventually(lambda: not is_mounted(mountpoint) and not mentions(source), what="it ends")
             assert number == signal.SIGKILL or not mountpoint.exists()
 
 
@@ -719,7 +721,7 @@ def test_who_mounts_is_ended_before_it_serves(source: Path, place: Path, number:
 def test_of_several_who_mount_at_once_one_does(source: Path, place: Path) -> None:
     mountpoint = place / "mnt"
     with _who_mount(source, mountpoint, 4) as jobs:
-        told = [job.communicate(timeout=40)[1] for job in jobs]
+        told = [job.communicate(timeout=PATIENCE)[1] for job in jobs]
         assert sorted(job.returncode for job in jobs) == [0, 1, 1, 1]
         assert sum("is a coordlfs mount already" in errors for errors in told) == 3
         assert mountpoints().count(os.fsencode(mountpoint)) == 1
@@ -750,7 +752,7 @@ def test_the_supervisor_is_killed_at_a_bad_moment(source: Path, mount: MakeMount
         eventually(lambda: set(children(mounted.supervisor)) - set(pids))
         pids += children(mounted.supervisor)
     elif moment == "unmounting":
-        subprocess.run(["umount", mounted.path], check=True, timeout=20)
+        subprocess.run(["umount", mounted.path], check=True, timeout=PATIENCE)
     os.kill(mounted.supervisor, signal.SIGKILL)
     eventually(lambda: not is_mounted(mounted.path))
     if held >= 0:
@@ -791,7 +793,6 @@ def test_no_keeper_is_started_that_is_not_needed(source: Path, mount: MakeMount)
         assert len(mounted.pids) == 3
 
 
-@pytest.mark.alone
 def test_a_kernel_that_cannot_repeat_questions(source: Path, mount: MakeMount, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before Linux 6.9: the mount is made anew. What is open fails, what is opened then does not; nothing hangs."""
     monkeypatch.setenv("COORDLFS_NO_RESEND", "1")
@@ -810,7 +811,7 @@ def test_a_kernel_that_cannot_repeat_questions(source: Path, mount: MakeMount, m
     assert os.fstat(held).st_dev != os.stat(mounted.path).st_dev
     os.close(held)
     eventually(lambda: len(mounted.pids) == 3)
-    drop_caches()
+    mounted.forget()
     _pin_some(mounted)
     after = mounted.stats()
     assert after["pinned_items"] == 50

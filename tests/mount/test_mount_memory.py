@@ -10,13 +10,11 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from mounts import MIB, Cgroup, MakeMount, coordlfs, eventually, holding, locked, read, write_files
 
 from coordlfs.kernel.memory import memory
 
 
-@pytest.mark.timeout(180)
 def test_the_cache_gives_memory_back_in_its_cgroup_and_reads_on(
     cgroup: Callable[[int], Cgroup], source: Path, mount: MakeMount
 ) -> None:
@@ -46,7 +44,7 @@ def test_the_cache_gives_memory_back_in_its_cgroup_and_reads_on(
         assert neighbour.poll() is None
     assert mounted.pids
     assert sorted(mounted.stats()["processes"]["keepers"]) == sorted(mounted.processes["keepers"])
-    eventually(lambda: mounted.stats()["memory"]["limit_bytes"] == 256 * MIB, timeout=60)
+    eventually(lambda: mounted.stats()["memory"]["limit_bytes"] == 256 * MIB)
     for name in names:
         assert read(mounted.path / name) == (source / name).read_bytes()
     assert mounted.settle()["pinned_items"] == 192
@@ -65,7 +63,6 @@ while True:
 """
 
 
-@pytest.mark.timeout(180)
 def test_a_server_that_takes_over_while_memory_is_tight_knows_of_every_pin(
     cgroup: Callable[[int], Cgroup], source: Path, mount: MakeMount
 ) -> None:
@@ -86,11 +83,10 @@ def test_a_server_that_takes_over_while_memory_is_tight_knows_of_every_pin(
         assert neighbour.stdout.readline() == "held\n"
         for _ in range(3):
             os.kill(mounted.stats()["processes"]["server"], signal.SIGKILL)
-            eventually(lambda: locked(mounted.processes["keepers"]) == mounted.stats()["pinned_bytes"] > 0, 10)
+            eventually(lambda: locked(mounted.processes["keepers"]) == mounted.stats()["pinned_bytes"] > 0)
     assert mounted.settle()["pinned_bytes"] > pinned // 2
 
 
-@pytest.mark.timeout(120)
 def test_neither_the_job_nor_the_cache_is_killed_when_both_are_pressed(
     cgroup: Callable[[int], Cgroup], source: Path, mount: MakeMount
 ) -> None:
@@ -131,7 +127,6 @@ def test_neither_the_job_nor_the_cache_is_killed_when_both_are_pressed(
     assert sorted(mounted.stats()["processes"]["keepers"]) == sorted(mounted.processes["keepers"])
 
 
-@pytest.mark.timeout(120)
 def test_a_keeper_in_a_cgroup_too_small_for_the_cache(
     cgroup: Callable[[int], Cgroup], source: Path, mount: MakeMount
 ) -> None:
@@ -149,7 +144,6 @@ def test_a_keeper_in_a_cgroup_too_small_for_the_cache(
     assert figures["processes"]["keepers"] == [keeper]
 
 
-@pytest.mark.timeout(120)
 def test_a_keeper_that_is_squeezed_dies_before_anybody_else_and_the_cache_adapts(
     cgroup: Callable[[int], Cgroup], source: Path, mount: MakeMount
 ) -> None:
@@ -170,7 +164,6 @@ def test_a_keeper_that_is_squeezed_dies_before_anybody_else_and_the_cache_adapts
     assert mounted.stats()["processes"]["server"] == mounted.processes["server"]
 
 
-@pytest.mark.timeout(60)
 def test_what_a_process_may_use_is_what_its_cgroup_leaves(cgroup: Callable[[int], Cgroup]) -> None:
     group = cgroup(300 * MIB)
     with holding(100 * MIB, group) as process:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mounts import CHUNK, MIB, MakeMount, coordlfs, forget, noise, read, resident, script, write_files
+from mounts import CHUNK, MIB, PATIENCE, MakeMount, coordlfs, forget, noise, read, resident, script, write_files
 
 _TRAIN = """
 import json, os, sys, zlib
@@ -36,16 +36,18 @@ def figures():
     return json.loads(os.getxattr(sys.argv[1], "user.coordl.stats"))
 
 torch.manual_seed(0)
-loader = DataLoader(Files(sys.argv[1]), batch_size=16, shuffle=True, num_workers=2, persistent_workers=True)
+files = Files(sys.argv[1])
+loader = DataLoader(files, batch_size=16, shuffle=True, num_workers=2, persistent_workers=True)
 for epoch in range(3):
     before = figures()["source"]["bytes"]
     sums = {int(i): int(c) for index, crc, _ in loader for i, c in zip(index, crc)}
     print(json.dumps([figures()["source"]["bytes"] - before, [sums[i] for i in range(len(sums))]]))
     while figures()["pending_items"]:
         pass
-    os.sync()
-    with open("/proc/sys/vm/drop_caches", "w") as f:
-        f.write("1")
+    for path in files.paths:
+        if os.getxattr(path, "user.coordl.cached") != b"pinned":
+            with open(path, "rb") as f:
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 """
 
 
@@ -58,7 +60,7 @@ def test_a_torch_data_loader(source: Path, mount: MakeMount, share: float) -> No
     sums = [zlib.crc32(noise(40_960 + number // 40 * 1000, number % 40)) for number in range(400)]
     total = sum(40 * (40_960 + directory * 1000) for directory in range(10))
     mounted = mount(source, str(int(total * share)))
-    epochs = [json.loads(line) for line in script(_TRAIN, mounted.path, timeout=90).splitlines()]
+    epochs = [json.loads(line) for line in script(_TRAIN, mounted.path).splitlines()]
     assert [epoch[1] for epoch in epochs] == [sums] * 3
     figures = mounted.stats()
     assert figures["epochs"] == 3
@@ -201,8 +203,8 @@ def test_unpacking_from_the_mount(source: Path, mount: MakeMount, place: Path) -
     mounted = mount(source)
     for _ in range(2):
         pipe = f"tar -C '{mounted.path}' -cf - tree | tar -C '{place}/out' -xf -"
-        subprocess.run(["sh", "-c", pipe], check=True, timeout=30)
-        subprocess.run(["diff", "-r", tree, place / "out" / "tree"], check=True, timeout=30)
+        subprocess.run(["sh", "-c", pipe], check=True, timeout=PATIENCE)
+        subprocess.run(["diff", "-r", tree, place / "out" / "tree"], check=True, timeout=PATIENCE)
         assert (place / "out" / "tree" / "hard").stat().st_nlink == 2
 
 
@@ -210,7 +212,7 @@ def test_unpacking_from_the_mount(source: Path, mount: MakeMount, place: Path) -
 def test_fio_verifies(source: Path, mount: MakeMount) -> None:
     def fio(path: Path, *arguments: str) -> None:
         common = ["--name=data", f"--filename={path}", "--size=40M", "--bs=16k", "--verify=crc32c", "--verify_fatal=1"]
-        subprocess.run(["fio", *common, *arguments], check=True, capture_output=True, timeout=60, cwd=source)
+        subprocess.run(["fio", *common, *arguments], check=True, capture_output=True, timeout=PATIENCE, cwd=source)
 
     fio(source / "data", "--rw=write", "--do_verify=0", "--ioengine=psync")
     mounted = mount(source, "30M")

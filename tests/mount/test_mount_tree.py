@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from mounts import CHUNK, MIB, NOBODY, MakeMount, coordlfs, eventually, noise, raises, read, script
+from mounts import CHUNK, MIB, NOBODY, PATIENCE, MakeMount, coordlfs, eventually, noise, raises, read, script
 
 _EDGES = [0, 1, 4095, 4096, 4097, 8192, 128 << 10, (128 << 10) + 1, MIB - 1, MIB, MIB + 1, 3 * MIB + 5]
 _CHUNK_EDGES = [CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 4097]
@@ -308,7 +308,7 @@ def test_what_is_mounted_beneath_the_source_shows(source: Path, mount: MakeMount
     (source / "d").mkdir()
     (source / "d" / "covered").write_bytes(noise(1000, 1))
     (source / "beside").write_bytes(noise(200_000, 2))
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "none", source / "d"], check=True, timeout=20)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "none", source / "d"], check=True, timeout=PATIENCE)
     try:
         (source / "d" / "seen").write_bytes(noise(300_000, 3))
         mounted = mount(source, "4M")
@@ -319,14 +319,13 @@ def test_what_is_mounted_beneath_the_source_shows(source: Path, mount: MakeMount
             assert mounted.settle()["pinned_items"] == 2
         coordlfs("verify", mounted.path)
     finally:
-        subprocess.run(["umount", "--lazy", source / "d"], check=True, timeout=20)
+        subprocess.run(["umount", "--lazy", source / "d"], check=True, timeout=PATIENCE)
     coordlfs("refresh", mounted.path)
     eventually((mounted.path / "d" / "covered").exists)
     assert os.listdir(mounted.path / "d") == ["covered"]
     assert read(mounted.path / "d" / "covered") == noise(1000, 1)
 
 
-@pytest.mark.alone
 def test_listing_again_sends_nothing(source: Path, mount: MakeMount) -> None:
     for number in range(3000):
         (source / f"d{number % 3}").mkdir(exist_ok=True)
@@ -503,4 +502,4 @@ def test_acls_are_enforced(source: Path, mount: MakeMount) -> None:
 
 
 def _setfacl(path: Path, rule: str) -> None:
-    subprocess.run(["setfacl", "-m", rule, path], check=True, timeout=10)
+    subprocess.run(["setfacl", "-m", rule, path], check=True, timeout=PATIENCE)

@@ -25,6 +25,7 @@ from mounts import (
     COORDLFS,
     MIB,
     PAGE,
+    PATIENCE,
     Cgroup,
     coordlfs,
     eventually,
@@ -268,7 +269,6 @@ def test_the_supervisor_is_killed(user: User, source: Path, mount_as: MakeUserMo
         again.end()
 
 
-@pytest.mark.timeout(120)
 def test_memory_of_its_own_is_given_back(
     somebody: User, source: Path, mount_as: MakeUserMount, cgroup: Callable[[int], Cgroup]
 ) -> None:
@@ -309,7 +309,6 @@ print(len(held), flush=True)
 """
 
 
-@pytest.mark.timeout(120)
 def test_a_neighbour_that_grows_fast_is_not_killed(
     somebody: User, source: Path, mount_as: MakeUserMount, cgroup: Callable[[int], Cgroup]
 ) -> None:
@@ -489,7 +488,7 @@ $me cat "$1/mnt/closed"
         ["unshare", "-m", "sh", "-c", script, "sh", home, source, place, somebody.python],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         env={
             "PATH": os.environ["PATH"],
             "PYTHONPATH": f"{place}/packages:{place}/site",
@@ -608,7 +607,7 @@ def test_root_that_may_mount_and_lock_nothing(source: Path, place: Path) -> None
     weak = ["setpriv", "--bounding-set", "-ipc_lock,-sys_resource", "sh", "-c", 'ulimit -l 0; exec "$@"', "sh"]
     command = [*weak, *COORDLFS, "mount", str(source), str(place / "mnt"), "--cache-size", "4M"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         assert IN_MEMORY in done.stderr
         for _ in range(2):

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mounts import COORDLFS, eventually, is_mounted, mentions, read, unmount_lazily, write_files
+from mounts import COORDLFS, PATIENCE, eventually, is_mounted, mentions, read, unmount_lazily, write_files
 
 from coordlfs.commands import mount_helper
+from coordlfs.commands.mounted import stats
 from coordlfs.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -34,6 +35,12 @@ HELPER = Path("/sbin/mount.coordlfs")
         ("cache-size=10G,ro", ["--cache-size=10G"]),
         ("rw,log-file=/a=b,metrics=[::1]:9", ["--log-file=/a=b", "--metrics=[::1]:9"]),
         ('log-file="/a,b",noauto', ["--log-file=/a,b"]),
+        ("rw,noexec,nosuid,nodev,user", ["--noexec"]),
+        ("rw,noexec,nodev,users,suid", ["--noexec"]),
+        ("rw,nosuid,nodev,owner,group,nousers", []),
+        ("noexec,user,exec", []),
+        ("exec,user,noexec", ["--noexec"]),
+        ("allow_other,default_permissions,nonempty,_rnetdev,uhelper=x", []),
         (",,", []),
     ],
 )
@@ -43,13 +50,21 @@ def test_mount_options(options: str, meant: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    ["cache", "cache_size=1G", "foreground", "help", "noexec", "rw,frobnicate=1", "remount", "--cache-size=1G"],
+    ["cache", "cache_size=1G", "foreground", "help", "rw,frobnicate=1", "nosymfollow", "--cache-size=1G"],
 )
 def test_options_that_cannot_be_honoured_are_refused(options: str) -> None:
     with pytest.raises(UserError):
         mount_helper.words(options)
-    if options != "remount":
-        assert mount_helper.words(options, sloppy=True) == []
+    assert mount_helper.words(options, sloppy=True) == []
+
+
+@pytest.mark.parametrize(
+    "options", ["remount", 'context="system_u:object_r:tmp_t:s0:c1,c2"', "rootcontext=a", "seclabel"]
+)
+def test_what_would_be_missed_is_refused_even_of_the_sloppy(options: str) -> None:
+    for sloppy in (False, True):
+        with pytest.raises(UserError, match=options.partition("=")[0] if "=" in options else "coordlfs mount"):
+            mount_helper.words(options, sloppy=sloppy)
 
 
 @pytest.fixture
@@ -69,7 +84,7 @@ def mountpoint(place: Path, _may_mount: None) -> Iterator[Path]:
 
 
 def run(*command: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == status, f"{command} exited with {done.returncode}: {done.stdout}{done.stderr}"
     return done
 
@@ -100,14 +115,76 @@ def test_a_line_of_fstab(source: Path, mountpoint: Path) -> None:
     run("umount", mountpoint)
 
 
+@pytest.mark.parametrize(("options", "may_run"), [("user", False), ("users,exec", True), ("owner", True)])
+def test_a_line_of_fstab_for_users(source: Path, mountpoint: Path, options: str, may_run: bool) -> None:
+    program = source / "program"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    table = mountpoint.parent / "fstab"
+    table.write_text(f"{source} {mountpoint} coordlfs noauto,{options},cache-size=1M,allow_other 0 0\n")
+    run("mount", "-T", table, mountpoint)
+    if may_run:
+        run(mountpoint / "program")
+    else:
+        with pytest.raises(PermissionError):
+            run(mountpoint / "program")
+    assert read(mountpoint / "program") == read(program)
+    run("umount", mountpoint)
+
+
+_AUTOMOUNTER = """
+import ctypes, fcntl, os, select, struct, subprocess, sys
+source, place = sys.argv[1:]
+libc = ctypes.CDLL(None, use_errno=True)
+heard, tells = os.pipe()
+os.set_inheritable(tells, True)
+options = f"fd={tells},pgrp={os.getpgrp()},minproto=5,maxproto=5,direct"
+assert not libc.mount(b"test", place.encode(), b"autofs", 0, options.encode()), ctypes.get_errno()
+os.close(tells)
+control = os.open(place, os.O_RDONLY)
+who = subprocess.Popen(["cat", place + "/file"], start_new_session=True, stdout=subprocess.PIPE, text=True)
+assert select.select([heard], [], [], 20)[0]
+token = struct.unpack_from("iiI", os.read(heard, 512))[2]
+done = subprocess.run(["mount.coordlfs", source, place, "-o", "cache-size=1M"], timeout=30)
+print(who.poll())  # the automounter has not said yet that it is mounted
+fcntl.ioctl(control, 0x9361 if done.returncode else 0x9360, token)
+print(who.communicate(timeout=20)[0], done.returncode)
+"""
+
+
+def test_an_automounter_mounts(source: Path, mountpoint: Path) -> None:
+    """Who waits for the mount is let on only when the automounter says so, and none of our processes is among them."""
+    with Path("/proc/filesystems").open() as f:
+        assert "autofs" in f.read()
+    (source / "file").write_text("here")
+    command = [sys.executable, "-c", _AUTOMOUNTER, str(source), str(mountpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, start_new_session=True)
+    try:
+        assert done.stdout.split() == ["None", "here", "0"], done.stderr
+        pid = stats(str(mountpoint))["processes"]["supervisor"]
+        assert os.getsid(pid) == pid, "a terminal's signals do not reach it"
+        run("umount", mountpoint)
+    finally:
+        unmount_lazily(mountpoint)
+        unmount_lazily(mountpoint)  # the automounter's own
+
+
 def test_what_mount_refuses(source: Path, mountpoint: Path) -> None:
     for options, says, status in [
         ("frobnicate=1", "option 'frobnicate' is not known", 1),
         ("cache-size=5X", "'5X' is not a size", 1),
-        ("noexec", "option 'noexec' is not known", 1),
+        ("context=system_u:object_r:tmp_t:s0,noauto", "SELinux context", 1),
     ]:
+        if "context" in options:  # which mount(8) takes out where there is no SELinux
+            done = run("mount.coordlfs", source, mountpoint, "-o", options, status=status)
+            assert says in done.stderr
+            assert len(done.stderr.splitlines()) == 1
+            continue
         done = run("mount", "-t", "coordlfs", source, mountpoint, "-o", options, status=status)
         assert says in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    for words in (["-N", "/proc/self/ns/mnt"], ["-q"], ["more"]):
+        done = run("mount.coordlfs", source, mountpoint, *words, status=1)
         assert len(done.stderr.splitlines()) == 1
     done = run("mount", "-t", "coordlfs", source / "missing", mountpoint, status=32)
     assert "does not exist" in done.stderr

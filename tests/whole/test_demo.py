@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mounts import NOBODY, eventually, mountpoints
+from mounts import NOBODY, PATIENCE, eventually, mountpoints
 
 pytest.importorskip("PIL", reason="the demonstration needs the extra `tools`")
 pytest.importorskip("torch", reason="the demonstration needs the extra `loader`")
@@ -48,7 +48,7 @@ def test_photographs_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
 def test_without_root_it_says_what_it_needs() -> None:
     with SCRIPT.open() as script:
-        done = subprocess.run(["sh"], stdin=script, capture_output=True, text=True, user=NOBODY, timeout=30)
+        done = subprocess.run(["sh"], stdin=script, capture_output=True, text=True, user=NOBODY, timeout=PATIENCE)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -62,9 +62,8 @@ def _nothing_is_left(place: Path) -> bool:
 
 
 @pytest.mark.usefixtures("_may_mount")
-@pytest.mark.timeout(300)
 def test_it_trains_on_both_sides_and_leaves_nothing(place: Path) -> None:
-    done = subprocess.run([*COMMAND, "--dir", place], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*COMMAND, "--dir", place], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall(r"epoch [123]: [\d.]+ s, \d+ images/s", done.stdout)) == 2 + 3 + 3
     rates = [float(rate) for rate in re.findall(r" MB +([\d.]+)% *$", done.stdout, re.MULTILINE)]
@@ -75,7 +74,6 @@ def test_it_trains_on_both_sides_and_leaves_nothing(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("_may_mount")
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("phase", ["writing", "Training on the mount"])
 def test_interrupted_it_leaves_nothing(place: Path, phase: str) -> None:
     """Ctrl-C goes to every process of the terminal's foreground."""

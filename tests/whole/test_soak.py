@@ -13,18 +13,19 @@ from coordlfs_tools.soak.ledger import ABSENT, ANY, Ledger, Version
 from coordlfs_tools.soak.verdict import ALL, Piece, wrong
 from hypothesis import given
 from hypothesis import strategies as st
+from mounts import PATIENCE
 
 FILE = 7
 VERSIONS = [Version(2, 30_000), Version(1, 50_000)]
 
 
+@pytest.mark.alone  # it has the kernel drop its caches
 @pytest.mark.usefixtures("_may_mount")
-@pytest.mark.timeout(180)
 def test_a_short_soak(place: Path) -> None:
     """`python -m coordlfs_tools.soak --minutes 10` is the same for longer."""
     command = [sys.executable, "-m", "coordlfs_tools.soak", "--minutes", "0.25", "--files", "96"]
     command += ["--seed", "3", "--dir", str(place)]  # of which each of the faults below comes early
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout.splitlines()
     assert said[-1] == "PASS"
