@@ -24,6 +24,7 @@ from typing import Any
 
 from coordlfs_loader import area, wire
 from coordlfs_loader.group import Action, Deliver, Discard, Drop, Group, Notice, Task, Write
+from coordlfs_loader.profile import differences
 from coordlfs_loader.wire import Message, integer, text
 
 LINGER = 1.0  # seconds without a job after which the broker ends; it waits longer for the first
@@ -241,15 +242,14 @@ class Broker:
             self._group = Group(stage_bytes, patience)
             self._group.now = time.monotonic()
             self._profile, self._stage, self._length = profile, area.create("coordlfs-stage"), 0
-        different = [
-            f"{key.replace('_', ' ')} is {profile.get(key)!r} here and {self._profile.get(key)!r} there"
-            for key in {**self._profile, **profile}
-            if profile.get(key) != self._profile.get(key)
-        ]
+        different = differences(profile, self._profile)
         if different:
+            vouch = (
+                "" if profile.get("identity") else ", or, if the samples are the same all the same, equal identity=…"
+            )
             raise wire.Refused(
                 f"group {self._name!r} has jobs that this one does not agree with: {'; '.join(different)}. "
-                "Give it another group, or the same settings"
+                f"Give it another group, or the same settings{vouch}"
             )
         client.role, client.name, client.workers = "job", name, workers
         client.inline = not workers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import select
 import time
 import weakref
@@ -13,13 +14,15 @@ import torch
 from coordlfs_loader import payload, pinned, wire
 from coordlfs_loader.announcer import Announcer, files_of
 from coordlfs_loader.client import Client, Place
+from coordlfs_loader.identity import identify
 from coordlfs_loader.order import Order
 from coordlfs_loader.randomness import epoch_seed, set_seeds, undisturbed
 from coordlfs_loader.wire import LEAST_STAGE
 from coordlfs_loader.worker import Preparer
 from coordlfs_loader.workers import Workers
 from torch._utils import ExceptionWrapper
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 STAGE_BYTES = 2 << 30
 _LOOK = 5.0  # seconds between looks at the clock while a batch is waited for
@@ -40,6 +43,8 @@ class CoordinatedLoader:
             largest batch.
         patience: Seconds for which the others wait for a job that is slower than they, before it falls out and
             prepares for itself until its next epoch. None: for ever.
+        identity: What vouches for the samples: jobs with equal ones share without a look at their datasets. None: they
+            share if what makes their samples is shown to be the same (docs/loader.md says what is compared).
         files: What leads from an index to its file, for hints to the coordlfs mount on which the files lie
             (docs/hints.md). None: what the dataset shows itself, as those of torchvision do.
 
@@ -68,6 +73,7 @@ class CoordinatedLoader:
         seed: int = 0,
         stage_bytes: int = STAGE_BYTES,
         patience: float | None = None,
+        identity: str | None = None,
         files: Sequence[str] | Callable[[int], str] | None = None,
     ) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
@@ -106,6 +112,7 @@ class CoordinatedLoader:
         self.seed = seed
         self.stage_bytes = stage_bytes
         self.patience = patience
+        self.identity = identity
         self._announcer: Announcer | None = None
         found = files if callable(files) else files.__getitem__ if files is not None else files_of(dataset)
         if found is not None:
@@ -201,7 +208,7 @@ class CoordinatedLoader:
             kind = thing if hasattr(thing, "__qualname__") else type(thing)
             return f"{kind.__module__}.{kind.__qualname__}"
 
-        return {
+        settings = {
             "dataset": name(self.dataset),
             "dataset_length": len(self.dataset),
             "batch_size": self.batch_size,
@@ -212,9 +219,22 @@ class CoordinatedLoader:
             "seed": self.seed,
             "stage_bytes": self.stage_bytes,
             "patience": self.patience,
+            "identity": self.identity,
+            "default_dtype": str(torch.get_default_dtype()),
+            "default_device": str(torch.get_default_device()),
+            "python": platform.python_version(),
             "torch": torch.__version__,
             "protocol": wire.PROTOCOL,
         }
+        return settings if self.identity is not None else settings | self._content()
+
+    def _content(self) -> dict[str, Any]:
+        """What makes the samples, as it is now, when the workers begin to see it."""
+        made_by = {"dataset": self.dataset, "collate_fn": self.collate_fn, "worker_init_fn": self.worker_init_fn}
+        if self.collate_fn is default_collate:
+            made_by["default_collate_fn_map"] = default_collate_fn_map
+        found = identify(**made_by)
+        return {"content": found.digest, "parts": found.parts, "unknown": found.unknown}
 
 
 class _Session:

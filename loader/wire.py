@@ -23,7 +23,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-PROTOCOL = 2  # of what jobs, workers and brokers say to each other: those of another do not understand it
+PROTOCOL = 3  # of what jobs, workers and brokers say to each other: those of another do not understand it
 MAX_PACKET = 1 << 15
 LEAST_STAGE = 1 << 16  # bytes
 _STARTING = 30.0  # seconds that a broker may take to start
