@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mounts import MakeMount, read, write_files
+from mounts import PATIENCE, MakeMount, read, write_files
 
 from coordlfs import __version__
 from coordlfs.commands import cli
 from coordlfs.processes import exporter
 
 pytest.importorskip("material", reason="the site needs the extra `docs`")
+
+pytestmark = pytest.mark.xdist_group("site")  # which is built once
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -36,7 +38,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return path
@@ -100,7 +102,7 @@ def test_no_markdown_shows_through(site: Path) -> None:
     assert len(pages) > 20
     for page in pages:
         text = re.sub(r"<pre.*?</pre>", "", page.read_text(), flags=re.DOTALL)
-        assert re.findall(r"^(?:<p>)?(?:[*|] |```).*|--8&lt;--.*|\{\{ .*", text, re.MULTILINE) == [], page
+        assert re.findall(r"^(?:<p>)?(?:[*|] |\d\. |```).*|--8&lt;--.*|\{\{ .*", text, re.MULTILINE) == [], page
 
 
 def _code(*folders: str) -> Iterator[Path]:
