@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
-import signal
 import socket
 import struct
 import threading
@@ -16,18 +13,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mounts import MakeMount, eventually, read, write_files
+from log_lines import parse
+from mounts import eventually
 
 from coordlfs import logs
 from coordlfs.kernel import systemd
-
-_PAIR = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|[^ "]+)(?: |$)')
-
-
-def parse(line: str) -> dict[str, str]:
-    """The fields of a line; the test fails if there is anything else in it."""
-    assert "".join(m[0] for m in _PAIR.finditer(line)) == line
-    return {m[1]: json.loads(m[2]) if m[2][0] == '"' else m[2] for m in _PAIR.finditer(line)}
 
 
 def record(message: str, *arguments: object, level: int = logging.INFO) -> logging.LogRecord:
@@ -42,21 +32,6 @@ def test_a_line_says_what_it_was_given_whatever_that_is(message: str, mountpoint
     assert fields.get("msg", "") == message.encode(errors="replace").decode()
     assert fields.get("mountpoint", "") == mountpoint.encode(errors="replace").decode()
     assert (fields["level"], fields["process"], fields["pid"]) == ("INFO", "server", str(os.getpid()))
-
-
-def test_the_log_of_a_mount(source: Path, mount: MakeMount) -> None:
-    names = write_files(source, 1, 100)
-    mounted = mount(source)
-    mounted.expect_errors = True
-    os.kill(mounted.processes["server"], signal.SIGKILL)
-    read(mounted.path / names[0])
-    lines = [parse(line) for line in mounted.log.read_text().splitlines()]
-    told = [line for line in lines if line["msg"] == "the server ended with status -9"]
-    assert len(told) == 1
-    assert told[0]["level"] == "ERROR"
-    assert (told[0]["process"], told[0]["pid"]) == ("supervisor", str(mounted.supervisor))
-    assert (told[0]["mountpoint"], told[0]["source"]) == (str(mounted.path), str(source))
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", told[0]["time"])
 
 
 def test_a_file_that_was_moved_away_is_made_anew_and_one_that_cannot_be_stops_nobody(tmp_path: Path) -> None:

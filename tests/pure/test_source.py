@@ -265,13 +265,15 @@ def test_extended_attributes_are_those_of_the_name_itself(reader: Reader) -> Non
     os.symlink("f", reader.root / "link")
     try:
         os.setxattr(reader.root / "f", "user.\udcff", b"\0\1")
-        os.setxattr(reader.root / "link", "trusted.own", b"link", follow_symlinks=False)
     except OSError as e:
         pytest.skip(f"no extended attributes here: {e}")
     assert reader.source.xattrs(b"f") == [b"user.\xff"]
     assert reader.source.xattr(b"f", b"user.\xff") == b"\0\1"
-    assert reader.source.xattrs(b"link") == [b"trusted.own"]
-    assert reader.source.xattr(b"link", b"trusted.own") == b"link"
+    assert reader.source.xattrs(b"link") == []
+    if os.geteuid() == 0:  # who alone may give a symbolic link any
+        os.setxattr(reader.root / "link", "trusted.own", b"link", follow_symlinks=False)
+        assert reader.source.xattrs(b"link") == [b"trusted.own"]
+        assert reader.source.xattr(b"link", b"trusted.own") == b"link"
     with pytest.raises(OSError) as failed:
         reader.source.xattr(b"f", b"user.none")
     assert failed.value.errno == errno.ENODATA
