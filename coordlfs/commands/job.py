@@ -92,7 +92,8 @@ def _testify(asked: socket.socket, wrapper: int) -> None:
                 time.sleep(_LOOK_EVERY / 10)  # it is about to
             while process.is_stopped(wrapper) and process.is_stopped(int(question)):
                 time.sleep(_LOOK_EVERY)
-            os.kill(wrapper, signal.SIGCONT)
+            if process.is_stopped(wrapper):
+                os.kill(wrapper, signal.SIGCONT)
 
 
 def call(command: list[str], inherited: process.Inherited) -> int:
@@ -101,7 +102,8 @@ def call(command: list[str], inherited: process.Inherited) -> int:
     try:
         child = _start(command, inherited)
         while True:
-            number = signal.sigwaitinfo(_ALL).si_signo
+            info = signal.sigwaitinfo(_ALL)
+            number = info.si_signo
             if number == signal.SIGCHLD:
                 found = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
                 if found is not None and found.si_code != os.CLD_STOPPED:
@@ -110,7 +112,7 @@ def call(command: list[str], inherited: process.Inherited) -> int:
                     os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOHANG)
                     witness.wake_me_with(child.pid)
                     _stop(found.si_status)
-            elif not witness.has_seen(number):
+            elif info.si_pid != witness.pid and not witness.has_seen(number):
                 child.send_signal(number)
             if not signal.sigpending():
                 witness.forget()

@@ -211,6 +211,7 @@ def serve(fd: int, collect_figures: Callable[[], dict[str, Any]]) -> None:
 
     The socket is never shut down: it is the next server's as well.
     """
+    import prometheus_client.core  # noqa: F401 (that nothing is left to be imported by the first scrape)
     from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 
     registry = CollectorRegistry()

@@ -233,7 +233,7 @@ class _LateImports:
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         """Leave it to the others."""
-        log.error("%s is imported only now: it belongs to what is imported before the server serves", name)
+        log.warning("%s is imported only now: it belongs to what is imported before the server serves", name)
 
 
 async def _tick(stats: Stats, loop: DataLoop, admission: Admission, epochs: Epochs, counters: Counters) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -35,6 +36,8 @@ from mounts import (
     unmount_lazily,
     write_files,
 )
+
+from coordlfs.kernel import process
 
 
 def _pin_some(mounted: Mount) -> None:
@@ -440,6 +443,35 @@ def _run(source: Path, *command: str, status: int = 0, cwd: Path | None = None) 
 _PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
 
+_COUNTS = """
+import signal, sys
+numbers = {int(number) for number in sys.argv[1:]}
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+print("ready", flush=True)
+while True:
+    print(int(signal.sigwait(numbers)), flush=True)
+"""
+
+
+def _line(job: subprocess.Popen[str]) -> str:
+    assert job.stdout is not None
+    return job.stdout.readline().strip()
+
+
+def _start_run(source: Path, program: str, *arguments: str) -> subprocess.Popen[str]:
+    """A program that `coordlfs run` runs, in a process group of their own; for `_COUNTS`, once it counts."""
+    job = subprocess.Popen(
+        [*COORDLFS, "run", str(source), "--cache-size=1M", "--", sys.executable, "-c", program, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        process_group=0,
+    )
+    assert program != _COUNTS or _line(job) == "ready"
+    return job
+
+
 @pytest.mark.usefixtures("_may_mount")
 class TestRun:
     """`coordlfs run SRC -- COMMAND`."""
@@ -504,6 +536,77 @@ class TestRun:
             job.kill()
             job.wait()
         assert mentions(source) == []
+
+    def test_signals_reach_the_command_once(self, source: Path) -> None:
+        """Whether they are sent to the wrapper alone or to its group."""
+        numbers = (
+            *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGALRM, signal.SIGINT, signal.SIGTERM),
+            *(signal.SIGHUP, signal.SIGWINCH, signal.SIGCONT, signal.SIGRTMIN + 3),
+        )
+        job = _start_run(source, _COUNTS, *(str(int(number)) for number in numbers))
+        try:
+            for number in numbers:
+                for send in (os.kill, os.killpg):
+                    send(job.pid, number)
+                    assert _line(job) == f"{int(number)}"
+            job.send_signal(signal.SIGUSR1)
+            assert _line(job) == f"{int(signal.SIGUSR1)}"  # and nothing a second time in between
+            os.killpg(job.pid, signal.SIGKILL)
+        finally:
+            job.kill()
+            job.communicate()
+        eventually(lambda: mentions(source) == [])
+
+    @pytest.mark.parametrize("go_on", ["wrapper", "group", "command"])
+    def test_it_stops_and_goes_on_with_the_command(self, source: Path, go_on: str) -> None:
+        job = _start_run(source, "import os, sys\nprint(os.getpid(), flush=True)\nsys.exit(int(sys.stdin.readline()))")
+        try:
+            command = int(_line(job))
+            for stop, number in ((job.pid, signal.SIGTSTP), (-job.pid, signal.SIGTSTP), (command, signal.SIGSTOP)):
+                os.kill(stop, number)
+                eventually(lambda: process.is_stopped(job.pid) and process.is_stopped(command))
+                os.kill({"wrapper": job.pid, "group": -job.pid, "command": command}[go_on], signal.SIGCONT)
+                eventually(lambda: not process.is_stopped(job.pid) and not process.is_stopped(command))
+            job.communicate("5\n", timeout=30)
+            assert job.returncode == 5
+        finally:
+            job.kill()
+            job.communicate()
+
+    def test_the_command_gets_what_it_would_get_without(self, source: Path) -> None:
+        def hostile() -> None:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
+            os.umask(0o027)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (200, 300))
+
+        look = "grep -E '^Sig(Blk|Ign)' /proc/self/status; ulimit -Sa; ulimit -Ha; umask; nice; pwd; env -u _ | sort"
+        bare = ["bash", "-c", look]
+        variables = {"PATH": os.environ["PATH"], "PYTHONPATH": "/nowhere", "A": "b"}
+        found = [
+            subprocess.run(
+                command, capture_output=True, text=True, timeout=60, env=variables, preexec_fn=prepare, cwd=source
+            ).stdout
+            for prepare in (None, hostile)
+            for command in (bare, [*COORDLFS, "run", str(source), "--cache-size=1M", "--", *bare])
+        ]
+        assert found[0] == found[1] != found[2] == found[3]
+
+    def test_it_ends_when_the_command_does(self, source: Path) -> None:
+        """By a relative path, and with something of the command's left running that has a file open."""
+        (source / "f").write_bytes(b"here")
+        left = "import subprocess, sys\nsubprocess.Popen(['sh', '-c', 'exec 3<f; exec sleep 100 >/dev/null 2>&1'])"
+        command = [*COORDLFS, "run", source.name, "--cache-size=1M", "--", sys.executable, "-c", f"{left}; print('up')"]
+        job = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=source.parent, start_new_session=True
+        )
+        try:
+            job.communicate(timeout=25)  # 30 s is what it waits where nothing tells it why
+            assert job.returncode == 0
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+        eventually(lambda: mentions(source) == [])
 
     def test_a_signal_comes_as_the_command_starts(self) -> None:
         early = """
