@@ -16,7 +16,6 @@ from typing import Any, ParamSpec, TypeVar
 import pyfuse3
 import trio
 
-from coordlfs.cache import items
 from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, Catalog
 from coordlfs.kernel import pages
 from coordlfs.serving.namespace import Namespace
@@ -117,9 +116,8 @@ class NamespaceLoop(pyfuse3.Operations):
         raise pyfuse3.FUSEError(errno.ENODATA)
 
     def _cached(self, record: int) -> bytes:
-        size = self._catalog.size(record)
         pinned = self._catalog.pinned_pages(record)
-        whole = sum(pages.count(items.span(item, size)[1]) for item in items.items_of(record, size))
+        whole = pages.count(self._catalog.size(record))
         return b"pinned" if pinned >= whole else b"partial" if pinned else b"no"
 
     @_errno
