@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 TASKS = 500  # questions about names that may wait for the source at a time
 XATTR_PREFIX = b"user.coordl."
+_ACL_PREFIX = b"system.posix_acl_"
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -104,7 +105,14 @@ class NamespaceLoop(pyfuse3.Operations):
         if name.startswith(XATTR_PREFIX):
             return self._own_xattr(record, name[len(XATTR_PREFIX) :])
         path = self._catalog.path(record)
-        return await self._ask(lambda: self._source.xattr(path, name))
+        try:
+            return await self._ask(lambda: self._source.xattr(path, name))
+        except OSError as e:
+            # A file system without ACLs beneath one that has them: the kernel asks all the same, and takes any other
+            # answer for a failure of what it is about.
+            if e.errno == errno.EOPNOTSUPP and name.startswith(_ACL_PREFIX):
+                raise pyfuse3.FUSEError(errno.ENODATA) from e
+            raise
 
     def _own_xattr(self, record: int, name: bytes) -> bytes:
         if name == b"cached" and self._catalog.flags(record) & REGULAR:
