@@ -24,7 +24,7 @@ from coordlfs.cache import items
 from coordlfs.cache.admission import Admission
 from coordlfs.cache.minio import State
 from coordlfs.catalogue.catalog import REGULAR, Catalog
-from coordlfs.kernel import pages
+from coordlfs.kernel import pages, paths
 from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.revalidation import Revalidation
 from coordlfs.sources.directory import Source
@@ -111,18 +111,18 @@ class Control:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._source.root]))]
         await stream.socket.sendmsg([b"\n"], rights)
 
-    async def _items(self, paths: list[str]) -> list[range]:
+    async def _items(self, named: list[str]) -> list[range]:
         """The items of each of the files named; names that are no regular files are left out.
 
         From a thread: the source may take its time, or never answer, and all else goes on.
         """
-        return await trio.to_thread.run_sync(self._look_up, paths, abandon_on_cancel=True)
+        return await trio.to_thread.run_sync(self._look_up, named, abandon_on_cancel=True)
 
-    def _look_up(self, paths: list[str]) -> list[range]:
+    def _look_up(self, named: list[str]) -> list[range]:
         found: list[range] = []
         directories: dict[bytes, int] = {b"": 0}
-        for text in paths:
-            record = self._resolve(os.fsencode(text), directories)
+        for text in named:
+            record = self._resolve(paths.from_text(text), directories)
             if record is not None and self._catalog.flags(record) & REGULAR:
                 found.append(items.items_of(record, self._catalog.size(record)))
         return found
@@ -185,7 +185,7 @@ class Control:
 
     async def _refresh(self, request: dict[str, Any]) -> dict[str, int]:
         """Have names compared with the source, with all that is known below them."""
-        checked, changed = await self._revalidation.refresh({os.fsencode(path) for path in request["paths"]})
+        checked, changed = await self._revalidation.refresh({paths.from_text(path) for path in request["paths"]})
         return {"checked": checked, "changed": changed}
 
     async def _replace_process(self, request: dict[str, Any]) -> dict[str, int]:

@@ -457,3 +457,33 @@ def test_any_path_is_mounted_and_shown(
     assert shown in text.encode("ascii", "ignore").decode()
     coordlfs("status")
     assert json.loads(coordlfs("status", mounted.path, "--json").stdout)["source_path"] == str(named)
+
+
+def test_what_is_named_and_holds_nothing_is_an_error(source: Path, mount: MakeMount) -> None:
+    (source / "empty").mkdir()
+    write_files(source, 1, 10)
+    mounted = mount(source)
+    for command in ("warm", "drop"):
+        done = coordlfs(command, mounted.path, mounted.path / "empty", status=1)
+        assert len(done.stderr.splitlines()) == 1
+        coordlfs(command, mounted.path)
+
+
+def test_a_client_in_another_locale(source: Path, place: Path, mount: MakeMount) -> None:
+    """Names are bytes, whatever they mean to who names them."""
+    if not Path("/usr/share/i18n/charmaps/ISO-8859-1.gz").exists():
+        pytest.skip("there is nothing to make a locale of")
+    subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", place / "latin"], check=True, timeout=60)
+    names = [b"\xc3\xa9", b"\xe9", b"caf\xc3\xa9 \xff"]
+    for name in names:
+        (source / os.fsdecode(name)).write_bytes(noise(10_000))
+    mounted = mount(source)
+    environment = os.environ | {"LOCPATH": str(place), "LC_ALL": "latin", "PYTHONUTF8": "0"}
+    for name in names:
+        path = os.fsencode(mounted.path) + b"/" + name
+        for command, says in (("warm", "1 of 1 items"), ("refresh", "2 known names"), ("drop", "1 items")):
+            done = subprocess.run(
+                [*COORDLFS, command, mounted.path, path], env=environment, capture_output=True, timeout=60
+            )
+            assert done.returncode == 0, done.stderr
+            assert says in done.stdout.decode("latin-1")
