@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -487,3 +488,29 @@ def test_a_client_in_another_locale(source: Path, place: Path, mount: MakeMount)
             )
             assert done.returncode == 0, done.stderr
             assert says in done.stdout.decode("latin-1")
+
+
+@pytest.mark.parametrize("arguments", [("status", "mnt"), ("mount", "src", "mnt"), ("umount", "mnt"), ("warm", "mnt")])
+def test_a_working_directory_that_is_gone(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = [
+        "sh",
+        "-c",
+        'cd "$0" && rmdir "$0" && exec "$@"',
+        gone,
+        Path(sys.executable).parent / "coordlfs",
+        *arguments,
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "coordlfs: the working directory is gone: change to one that exists\n"
+
+
+@pytest.mark.usefixtures("_may_mount")
+def test_a_bounding_set_without_the_right_to_mount() -> None:
+    drop = ["setpriv", "--bounding-set=-sys_admin"]
+    code = "from coordlfs.kernel import process; print(process.may_gain_capability(process.CAP_SYS_ADMIN))"
+    for before, says in ((drop, "False"), ([], "True")):
+        done = subprocess.run([*before, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == says, done.stderr
