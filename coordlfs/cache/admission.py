@@ -431,7 +431,14 @@ class Admission:
         """`drop` every item of a file that had `size` bytes."""
         if not self.catalog.pinned_pages(record) and not self._pending:
             return 0
-        return self.drop(items.items_of(record, size))
+        with self.lock:
+            return self.drop(self.held(items.items_of(record, size)))
+
+    def held(self, wanted: range) -> Iterable[int]:
+        """Those of some items that may be pinned or on their way, found in a time that no file's size has a part in."""
+        with self.lock:
+            few = len(wanted) <= len(self.policy.taken)
+            return wanted if few else [item for item in self.policy.taken if item in wanted]
 
     def is_absent(self, item: int) -> bool:
         """Whether an item is neither pinned nor on its way in or out."""

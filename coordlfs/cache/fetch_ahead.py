@@ -29,6 +29,7 @@ from coordlfs.kernel import pages, process
 log = logging.getLogger(__name__)
 
 _SHARE = 8  # of the memory that can be spared, one part
+_ITEMS_AHEAD = 4096  # of one file
 _MOST = 8 << 30  # bytes
 _INTERVAL = 0.5  # seconds
 PROTOCOL = b'{"version": 1, "numbers": %d, "ahead": %d}' % (hints.MOST_NUMBERS, hints.AHEAD)
@@ -166,13 +167,13 @@ class FetchAhead:
                 self._admission.flush()  # no more comes for which others would wait
                 return
             size = self._catalog.size(entry.record)
-            for item in items.items_of(entry.record, size):
+            for item in items.items_of(entry.record, size)[:_ITEMS_AHEAD]:
                 if self._admission.is_absent(item) and not self._admission.admit([item]):
                     self._counters.add("fetched_items")
                     self._admission.fetch(item)
 
     def _release(self, record: int) -> None:
-        for item in items.items_of(record, self._catalog.size(record)):
+        for item in items.items_of(record, self._catalog.size(record))[:_ITEMS_AHEAD]:
             if self._admission.is_absent(item):
                 self._admission.release(item)
 

@@ -45,6 +45,9 @@ _SOURCE_BYTES, _SOURCE_READS = NAMES.index("source_bytes"), NAMES.index("source_
 _PEER_BYTES, _PEER_READS = NAMES.index("peer_bytes"), NAMES.index("peer_reads")
 
 
+_MOST = (1 << 64) - 1
+
+
 class Counters:
     """Named 64-bit counters in `words`."""
 
@@ -59,7 +62,7 @@ class Counters:
         """Add to a counter."""
         at = self._at[name]
         with self.lock:
-            self.words[at] += amount
+            self.words[at] = min(self.words[at] + amount, _MOST)  # a sparse file may say that it has exabytes
 
     def count_read(self, nbytes: int) -> None:
         """Count a READ that went to the source."""

@@ -305,6 +305,14 @@ def _of_environment(error: BaseException) -> str | None:
     return None
 
 
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command `coordlfs`; the exit status: 2 for usage, 1 for what else went wrong."""
     for stream in (sys.stdout, sys.stderr):
@@ -324,6 +332,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"coordlfs: {e}", file=sys.stderr)
         return e.status
+    except FileNotFoundError:
+        if _has_working_directory():
+            raise
+        print("coordlfs: the working directory is gone: change to one that exists", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

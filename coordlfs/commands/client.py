@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from coordlfs.commands import mounted
 from coordlfs.errors import UserError
 from coordlfs.kernel import fiemap, pages, process
+from coordlfs.kernel import paths as kernel_paths
 from coordlfs.sources.directory import Source
 
 _BATCH = 64
@@ -156,7 +157,12 @@ def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
         if not figures["capacity_bytes"]:
             raise UserError(f"{mountpoint} has no cache: mount it with a --cache-size")
         source = client.source()
-        files = _files(source, client.relative(paths, follow=True) or [b""])
+        starts = client.relative(paths, follow=True) or [b""]
+        files = _files(source, starts)
+        if paths and not files:
+            raise UserError(
+                f"there is no file with bytes to cache at {paths[0]}: name files or directories on the mount"
+            )
         room = figures["memory"]["limit_bytes"] - figures["pinned_bytes"]
         columns = (
             TextColumn("warming"),
@@ -173,7 +179,7 @@ def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
                 ordered = _by_extent(source, names[first : first + _SORTED_AT_ONCE])
                 for at in range(0, len(ordered), _BATCH):
                     batch = ordered[at : at + _BATCH]
-                    reply = client.ask("admit", paths=[os.fsdecode(p) for p in batch])
+                    reply = client.ask("admit", paths=[kernel_paths.to_text(p) for p in batch])
                     total["files"] += len(batch)
                     total["untried"] -= len(batch)
                     total["items"] += reply["items"]
@@ -199,11 +205,13 @@ def drop(mountpoint: str, paths: list[str]) -> dict[str, int]:
         source = client.source()
         total = {"dropped": 0, "freed_pages": 0}
         names = [
-            os.fsdecode(path)
+            kernel_paths.to_text(path)
             for start in client.relative(paths, follow=True)
             for path, st in walk(source, start)
             if stat.S_ISREG(st.st_mode)
         ]
+        if not names:
+            raise UserError(f"there is no file at {paths[0]}: name files or directories on the mount")
         for at in range(0, len(names), _BATCH):
             reply = client.ask("drop", paths=names[at : at + _BATCH])
             for key in total:
@@ -217,7 +225,7 @@ def refresh(mountpoint: str, paths: list[str]) -> dict[str, int]:
     """Have the files and directories named (or all) compared with the source; what was done."""
     client = Client(mountpoint)
     try:
-        return client.ask("refresh", paths=[os.fsdecode(p) for p in client.relative(paths) or [b""]])
+        return client.ask("refresh", paths=[kernel_paths.to_text(p) for p in client.relative(paths) or [b""]])
     finally:
         client.close()
 

@@ -38,6 +38,9 @@ def problem() -> tuple[str, str] | None:
         return f"{program} is not setuid root", f"`chown root {program}; chmod u+s {program}`, or run as root"
     if process.gains_no_privileges():
         return f"{program} is without effect (no_new_privs is set)", "mount from outside of this container or service"
+    if not process.may_gain_capability(process.CAP_SYS_ADMIN):
+        what = f"{program} is without effect (CAP_SYS_ADMIN is not in the bounding set)"
+        return what, "mount from outside of this container or service"
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:

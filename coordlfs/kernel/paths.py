@@ -96,6 +96,16 @@ def born(fd: int) -> int | None:
     return int(seconds * 10**9 + ns) if found & _STATX_BTIME else None
 
 
+def to_text(path: bytes) -> str:
+    """A path for a message in JSON: UTF-8, and what is not as surrogates, whatever this process's locale is."""
+    return path.decode("utf-8", "surrogateescape")
+
+
+def from_text(text: str) -> bytes:
+    """The path that `to_text` was given."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def close_at_once(fd: int) -> None:
     """Close a descriptor of which nothing is to be waited for: of a local file that was read, or with O_PATH."""
     check(quick.close(fd), "close")

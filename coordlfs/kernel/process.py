@@ -151,6 +151,11 @@ def has_capability(number: int) -> bool:
     return bool(int(_status()["CapEff"], 16) >> number & 1)
 
 
+def may_gain_capability(number: int) -> bool:
+    """Whether a setuid program that this process runs can have a capability (its bounding set)."""
+    return bool(int(_status()["CapBnd"], 16) >> number & 1)
+
+
 def gains_no_privileges() -> bool:
     """Whether setuid programs are without effect for this process (no_new_privs)."""
     return _status()["NoNewPrivs"] == "1"

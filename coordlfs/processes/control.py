@@ -8,13 +8,14 @@ are not UTF-8 as surrogates. Nothing but names of the catalogue can be asked for
 from __future__ import annotations
 
 import array
+import itertools
 import json
 import logging
 import os
 import secrets
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import trio
@@ -23,7 +24,7 @@ from coordlfs.cache import items
 from coordlfs.cache.admission import Admission
 from coordlfs.cache.minio import State
 from coordlfs.catalogue.catalog import REGULAR, Catalog
-from coordlfs.kernel import threads
+from coordlfs.kernel import pages, paths, threads
 from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.revalidation import Revalidation
 from coordlfs.sources.directory import Source
@@ -31,7 +32,16 @@ from coordlfs.sources.directory import Source
 log = logging.getLogger(__name__)
 
 MAX_LINE = 1 << 22
+_AT_ONCE = 1024  # items that are asked for before it is seen what became of them
+_PAGES_OF_CHUNK = pages.count(items.CHUNK)
 _PEER = struct.Struct("3i")
+
+
+def _some_at_a_time(wanted: list[range]) -> Iterator[list[int]]:
+    """Some items after the others: of one file there may be too many to be listed."""
+    items_ = itertools.chain.from_iterable(wanted)
+    while some := list(itertools.islice(items_, _AT_ONCE)):
+        yield some
 
 
 class Control:
@@ -101,20 +111,20 @@ class Control:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._source.root]))]
         await stream.socket.sendmsg([b"\n"], rights)
 
-    async def _items(self, paths: list[str]) -> list[int]:
-        """The items of the files named; names that are no regular files are left out.
+    async def _items(self, named: list[str]) -> list[range]:
+        """The items of each of the files named; names that are no regular files are left out.
 
         From a thread: the source may take its time, or never answer, and all else goes on.
         """
-        return await threads.run(lambda: self._look_up(paths), abandon_on_cancel=True)
+        return await threads.run(lambda: self._look_up(named), abandon_on_cancel=True)
 
-    def _look_up(self, paths: list[str]) -> list[int]:
-        found: list[int] = []
+    def _look_up(self, named: list[str]) -> list[range]:
+        found: list[range] = []
         directories: dict[bytes, int] = {b"": 0}
-        for text in paths:
-            record = self._resolve(os.fsencode(text), directories)
+        for text in named:
+            record = self._resolve(paths.from_text(text), directories)
             if record is not None and self._catalog.flags(record) & REGULAR:
-                found += items.items_of(record, self._catalog.size(record))
+                found.append(items.items_of(record, self._catalog.size(record)))
         return found
 
     def _resolve(self, path: bytes, directories: dict[bytes, int]) -> int | None:
@@ -134,18 +144,27 @@ class Control:
     async def _admit(self, request: dict[str, Any]) -> dict[str, int]:
         """Have files pinned, and wait until they are or cannot be."""
         wanted = await self._items(request["paths"])
+        policy, pinned, npages = self._admission.policy, 0, 0
+        for some in _some_at_a_time(wanted):
+            found = await self._pin(some)
+            pinned += len(found)
+            npages += sum(map(policy.pages, found))
+            if not found and policy.capacity - policy.used < _PAGES_OF_CHUNK and len(some) == _AT_ONCE:
+                break  # what follows finds no room either
+        return {
+            "items": sum(map(len, wanted)),
+            "pinned": pinned,
+            "pinned_pages": npages,
+            "free_pages": policy.capacity - policy.used,
+        }
+
+    async def _pin(self, wanted: list[int]) -> list[int]:
+        """Have items pinned, and wait until they are or cannot be; those that are."""
         self._admission.admit(wanted)
         self._admission.flush()
         while not self._admission.settled(wanted):
             await trio.sleep(0.005)
-        pinned = [i for i in wanted if self._admission.policy.state(i) is State.PINNED]
-        policy = self._admission.policy
-        return {
-            "items": len(wanted),
-            "pinned": len(pinned),
-            "pinned_pages": sum(map(policy.pages, pinned)),
-            "free_pages": policy.capacity - policy.used,
-        }
+        return [item for item in wanted if self._admission.policy.state(item) is State.PINNED]
 
     async def _peers(self, request: dict[str, Any]) -> dict[str, Any]:
         """The nodes that share the cache."""
@@ -155,7 +174,9 @@ class Control:
     async def _drop(self, request: dict[str, Any]) -> dict[str, int]:
         """Let files go (all of them if no paths are given), and wait until they are gone."""
         policy = self._admission.policy
-        wanted = await self._items(request["paths"]) if "paths" in request else policy.items()
+        wanted = policy.items()
+        if "paths" in request:
+            wanted = [item for of_file in await self._items(request["paths"]) for item in self._admission.held(of_file)]
         before = policy.used
         dropped = self._admission.drop(wanted)
         while not self._admission.settled(wanted):
@@ -164,7 +185,7 @@ class Control:
 
     async def _refresh(self, request: dict[str, Any]) -> dict[str, int]:
         """Have names compared with the source, with all that is known below them."""
-        checked, changed = await self._revalidation.refresh({os.fsencode(path) for path in request["paths"]})
+        checked, changed = await self._revalidation.refresh({paths.from_text(path) for path in request["paths"]})
         return {"checked": checked, "changed": changed}
 
     async def _replace_process(self, request: dict[str, Any]) -> dict[str, int]:

@@ -16,7 +16,6 @@ from typing import Any, ParamSpec, TypeVar
 import pyfuse3
 import trio
 
-from coordlfs.cache import items
 from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, Catalog
 from coordlfs.kernel import pages, threads
 from coordlfs.serving.namespace import Namespace
@@ -26,6 +25,7 @@ log = logging.getLogger(__name__)
 
 TASKS = 500  # questions about names that may wait for the source at a time
 XATTR_PREFIX = b"user.coordl."
+_ACL_PREFIX = b"system.posix_acl_"
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -105,7 +105,14 @@ class NamespaceLoop(pyfuse3.Operations):
         if name.startswith(XATTR_PREFIX):
             return self._own_xattr(record, name[len(XATTR_PREFIX) :])
         path = self._catalog.path(record)
-        return await self._ask(lambda: self._source.xattr(path, name))
+        try:
+            return await self._ask(lambda: self._source.xattr(path, name))
+        except OSError as e:
+            # A file system without ACLs beneath one that has them: the kernel asks all the same, and takes any other
+            # answer for a failure of what it is about.
+            if e.errno == errno.EOPNOTSUPP and name.startswith(_ACL_PREFIX):
+                raise pyfuse3.FUSEError(errno.ENODATA) from e
+            raise
 
     def _own_xattr(self, record: int, name: bytes) -> bytes:
         if name == b"cached" and self._catalog.flags(record) & REGULAR:
@@ -117,9 +124,8 @@ class NamespaceLoop(pyfuse3.Operations):
         raise pyfuse3.FUSEError(errno.ENODATA)
 
     def _cached(self, record: int) -> bytes:
-        size = self._catalog.size(record)
         pinned = self._catalog.pinned_pages(record)
-        whole = sum(pages.count(items.span(item, size)[1]) for item in items.items_of(record, size))
+        whole = pages.count(self._catalog.size(record))
         return b"pinned" if pinned >= whole else b"partial" if pinned else b"no"
 
     @_errno

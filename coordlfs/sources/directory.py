@@ -165,7 +165,7 @@ class Source:
         self._fstype = fstype
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, list[tuple[int, float]]] = OrderedDict()
-        self._direct_refused = False
+        self._direct_refused: set[int] = set()  # devices of file systems that know no O_DIRECT
         self.numbering = Numbering(self.lstat_once, self._since)
         self.is_remote = lies_elsewhere(root) if is_remote is None else is_remote
 
@@ -323,7 +323,7 @@ class Source:
         written to meanwhile, and `read` is to be called. So it is if None is returned, whatever the reason. Otherwise
         the disk has to be read, which is to be followed by `end`.
         """
-        if self.is_remote or self._direct_refused:
+        if self.is_remote:
             return None
         taken = self._take(record)
         if taken is None:
@@ -385,14 +385,16 @@ class Source:
 
     def go_direct(self, fd: int, on: bool = True) -> bool:
         """Have a file read around the page cache, or no longer; False if its file system refuses that."""
-        if on and self._direct_refused:
+        if on and self._direct_refused and os.fstat(fd).st_dev in self._direct_refused:
             return False
         try:
             pages.set_direct(fd, on)
         except OSError as e:
             if e.errno != errno.EINVAL:
                 raise
-            self._direct_refused = stat.S_ISREG(os.fstat(fd).st_mode)  # else it is the file that is wrong
+            st = os.fstat(fd)
+            if stat.S_ISREG(st.st_mode):  # else it is the file that is wrong
+                self._direct_refused.add(st.st_dev)
             return False
         return True
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -458,3 +459,59 @@ def test_any_path_is_mounted_and_shown(
     assert shown in text.encode("ascii", "ignore").decode()
     coordlfs("status")
     assert json.loads(coordlfs("status", mounted.path, "--json").stdout)["source_path"] == str(named)
+
+
+def test_what_is_named_and_holds_nothing_is_an_error(source: Path, mount: MakeMount) -> None:
+    (source / "empty").mkdir()
+    write_files(source, 1, 10)
+    mounted = mount(source)
+    for command in ("warm", "drop"):
+        done = coordlfs(command, mounted.path, mounted.path / "empty", status=1)
+        assert len(done.stderr.splitlines()) == 1
+        coordlfs(command, mounted.path)
+
+
+def test_a_client_in_another_locale(source: Path, place: Path, mount: MakeMount) -> None:
+    """Names are bytes, whatever they mean to who names them."""
+    if not Path("/usr/share/i18n/charmaps/ISO-8859-1.gz").exists():
+        pytest.skip("there is nothing to make a locale of")
+    subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", place / "latin"], check=True, timeout=60)
+    names = [b"\xc3\xa9", b"\xe9", b"caf\xc3\xa9 \xff"]
+    for name in names:
+        (source / os.fsdecode(name)).write_bytes(noise(10_000))
+    mounted = mount(source)
+    environment = os.environ | {"LOCPATH": str(place), "LC_ALL": "latin", "PYTHONUTF8": "0"}
+    for name in names:
+        path = os.fsencode(mounted.path) + b"/" + name
+        for command, says in (("warm", "1 of 1 items"), ("refresh", "2 known names"), ("drop", "1 items")):
+            done = subprocess.run(
+                [*COORDLFS, command, mounted.path, path], env=environment, capture_output=True, timeout=60
+            )
+            assert done.returncode == 0, done.stderr
+            assert says in done.stdout.decode("latin-1")
+
+
+@pytest.mark.parametrize("arguments", [("status", "mnt"), ("mount", "src", "mnt"), ("umount", "mnt"), ("warm", "mnt")])
+def test_a_working_directory_that_is_gone(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = [
+        "sh",
+        "-c",
+        'cd "$0" && rmdir "$0" && exec "$@"',
+        gone,
+        Path(sys.executable).parent / "coordlfs",
+        *arguments,
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "coordlfs: the working directory is gone: change to one that exists\n"
+
+
+@pytest.mark.usefixtures("_may_mount")
+def test_a_bounding_set_without_the_right_to_mount() -> None:
+    drop = ["setpriv", "--bounding-set=-sys_admin"]
+    code = "from coordlfs.kernel import process; print(process.may_gain_capability(process.CAP_SYS_ADMIN))"
+    for before, says in ((drop, "False"), ([], "True")):
+        done = subprocess.run([*before, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == says, done.stderr

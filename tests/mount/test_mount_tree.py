@@ -506,3 +506,21 @@ def test_acls_are_enforced(source: Path, mount: MakeMount) -> None:
 
 def _setfacl(path: Path, rule: str) -> None:
     subprocess.run(["setfacl", "-m", rule, path], check=True, timeout=PATIENCE)
+
+
+def test_a_file_system_without_acls_beneath_one_that_has_them(source: Path, mount: MakeMount) -> None:
+    """Others than the owner of a file may open, list and stat it, as in the source."""
+    nested = source / "nested"
+    nested.mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "-o", "mode=755", "ramfs", nested], check=True, timeout=20)
+    try:
+        nested.chmod(0o755)
+        (nested / "file").write_bytes(noise(10_000, 1))
+        beneath = mount(source).path / "nested"
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+        command += ["sh", "-c", 'ls -l "$0" && cat "$0/file" >/dev/null', str(beneath)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert read(beneath / "file") == noise(10_000, 1)
+    finally:
+        subprocess.run(["umount", "--lazy", nested], check=True, timeout=20)
