@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 STAGE_BYTES = 2 << 30
+_LONGEST_GROUP = 1000
 _LOOK = 5.0  # seconds between looks at the clock while a batch is waited for
 _COPIED = 0.002  # seconds between looks at what a device copies
 # Samples of an epoch beyond which a sampler is taken for one without an end: where nothing has a length; else at least,
@@ -39,6 +40,9 @@ class CoordinatedLoader:
     What the arguments before `group` mean is said there; they must be equal in all jobs of the group.
 
     Args:
+        prefetch_factor, persistent_workers, in_order: Taken as DataLoader takes them, and without effect: `stage_bytes`
+            bounds what is prepared ahead, workers live as long as the loader, and batches come in order.
+        pin_memory_device: "" or "cuda": memory is pinned for CUDA.
         group: Name of the group; jobs of one user on one node with the same name share.
         seed: What the order and the randomness of samples derive from, together with the epoch (and the index).
         pin_memory: Register the stage with CUDA, so that `.to(device, non_blocking=True)` is asynchronous; does nothing
@@ -61,7 +65,7 @@ class CoordinatedLoader:
         self,
         dataset: Any,
         batch_size: int | None = 1,
-        shuffle: bool = False,
+        shuffle: bool | None = False,
         sampler: Iterable[Any] | None = None,
         batch_sampler: Iterable[list[Any]] | None = None,
         num_workers: int = 0,
@@ -73,6 +77,10 @@ class CoordinatedLoader:
         multiprocessing_context: Any = None,
         generator: torch.Generator | None = None,
         *,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
         group: str,
         seed: int = 0,
         stage_bytes: int = STAGE_BYTES,
@@ -84,6 +92,24 @@ class CoordinatedLoader:
             raise ValueError(
                 f"CoordinatedLoader needs a map-style dataset, whose samples have indices; {type(dataset).__name__} "
                 "is iterable, and which of its samples a batch has cannot be known before"
+            )
+        for name, text in (("group", group), ("identity", identity)):
+            if not isinstance(text, str) and not (name == "identity" and text is None):
+                raise ValueError(f"coordlfs: {name} must be text, not {text!r}. Write {name}={str(text)!r}")
+        if not group or "\0" in group or len(group) > _LONGEST_GROUP:
+            raise ValueError(
+                f"coordlfs: group must be text of 1 to {_LONGEST_GROUP} characters without NUL, not {group[:40]!r}"
+            )
+        if num_workers == 0 and (prefetch_factor is not None or persistent_workers):
+            raise ValueError(
+                "prefetch_factor and persistent_workers are for workers, and num_workers is 0. "
+                "Leave them out, or set num_workers"
+            )
+        if prefetch_factor is not None and prefetch_factor < 0:
+            raise ValueError(f"prefetch_factor must not be negative, and is {prefetch_factor}")
+        if pin_memory_device.partition(":")[0] not in ("", "cuda"):
+            raise ValueError(
+                f"coordlfs: pin_memory_device={pin_memory_device!r}: memory is pinned for CUDA only. Leave it out"
             )
         if num_workers < 0 or timeout < 0:
             raise ValueError("num_workers and timeout must not be negative")
@@ -109,6 +135,10 @@ class CoordinatedLoader:
         self.generator = generator
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.prefetch_factor = prefetch_factor
+        self.persistent_workers = persistent_workers
+        self.pin_memory_device = pin_memory_device
+        self.in_order = in_order
         self.timeout = timeout
         self.worker_init_fn = worker_init_fn
         self.multiprocessing_context = multiprocessing_context

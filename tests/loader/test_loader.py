@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import inspect
 import itertools
 import json
 import os
@@ -641,6 +642,41 @@ def test_where_a_loader_is_outlives_its_iterator(make: MakeLoader) -> None:
     second.load_state_dict(state)
     wanted = [digest(b) for b in plain(Noise(41), 0, 0, batch_size=4, shuffle=True)]
     assert [digest(b) for b in second] == wanted[4:]
+
+
+def test_arguments_of_a_dataloader_are_taken(make: MakeLoader) -> None:
+    """All of one that is there."""
+    names = inspect.signature(DataLoader).parameters
+    loader_ = DataLoader(Noise(21), 4, num_workers=1, prefetch_factor=4, persistent_workers=True)
+    arguments = {name: getattr(loader_, name) for name in names if hasattr(loader_, name)}
+    for name in ("batch_sampler", "dataset"):  # batch_size was turned into the first
+        del arguments[name]
+    ours = make(Noise(21), **arguments)
+    assert all(map(equal, ours, plain(Noise(21), 0, 0, batch_size=4)))
+    defaults = {name: p.default for name, p in names.items() if p.default is not p.empty and name != "dataset"}
+    assert all(map(equal, make(Noise(21), **defaults, group="defaults"), plain(Noise(21), 0, 0)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"prefetch_factor": 2}, "prefetch_factor and persistent_workers are for workers"),
+        ({"persistent_workers": True}, "prefetch_factor and persistent_workers are for workers"),
+        ({"prefetch_factor": -1, "num_workers": 1}, "must not be negative, and is -1"),
+        ({"pin_memory_device": "xpu"}, "pinned for CUDA only"),
+        ({"group": 1}, "group must be text, not 1. Write group='1'"),
+        ({"group": None}, "group must be text, not None"),
+        ({"group": "a\0b"}, "without NUL"),
+        ({"group": ""}, "of 1 to 1000 characters"),
+        ({"group": "x" * 100_000}, "of 1 to 1000 characters"),
+        ({"identity": 3}, "identity must be text, not 3. Write identity='3'"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_one_line(make: MakeLoader, arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        make(Noise(21), 4, **arguments)
+    assert named in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_the_directory_must_be_the_users_own(make: MakeLoader, runtime: Path) -> None:
