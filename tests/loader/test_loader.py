@@ -441,6 +441,20 @@ def test_a_worker_that_cannot_begin_says_why(make: MakeLoader) -> None:
         next(iter(make(Noise(20), 4, num_workers=1, worker_init_fn=_fails)))
 
 
+class Unloadable(Noise):
+    """Cannot be unpickled."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        raise ImportError("no such module")
+
+
+def test_workers_that_cannot_begin_are_an_error(make: MakeLoader, capfd: pytest.CaptureFixture[str]) -> None:
+    batches = iter(make(Unloadable(8), 4, num_workers=1, multiprocessing_context="spawn"))
+    with pytest.raises(RuntimeError, match=r"workers end before they can begin: .* exited with status 1\."):
+        next(batches)
+    assert capfd.readouterr().err.count("ImportError: no such module") == 2
+
+
 class Strange(Exception):
     """Cannot be made of a text alone."""
 
