@@ -7,9 +7,11 @@ the one that holds an abstract socket of the group's name, which another can hav
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import os
 import socket
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,23 +24,56 @@ Path = str | bytes | os.PathLike[str]
 _LISTS = ("samples", "imgs", "files", "paths", "filenames", "image_paths", "image_files")  # as datasets call them
 
 
+_LEVELS = 32  # of subsets of subsets
+
+
 def files_of(dataset: Any) -> Callable[[int], Path] | None:
     """What leads from an index of a dataset to its file; None for a dataset that does not show its files.
 
     Looked for as torchvision's datasets have it: a list as long as the dataset, of paths or of tuples that begin with
-    one. Subsets are looked through.
+    one. Subsets are looked through. No code of the dataset runs but `__len__`, which a loader calls anyway: an
+    attribute that is computed may raise anything, or download what it is to show.
     """
-    indices, inner = getattr(dataset, "indices", None), getattr(dataset, "dataset", None)
-    if indices is not None and inner is not None:
-        of_inner = files_of(inner)
-        return None if of_inner is None else lambda index: of_inner(indices[index])
-    lists = (getattr(dataset, name, None) for name in _LISTS)
-    return next((paths for found in lists if (paths := _paths(found, len(dataset))) is not None), None)
+    levels: list[Sequence[int]] = []
+    while len(levels) < _LEVELS:
+        indices, inner = _held(dataset, "indices"), _held(dataset, "dataset")
+        if indices is None or inner is None:
+            break
+        levels.append(indices)
+        dataset = inner
+    try:
+        length = len(dataset)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return None
+    lists = (_held(dataset, name) for name in _LISTS)
+    paths = next((paths for found in lists if (paths := _paths(found, length)) is not None), None)
+    if paths is None or not levels:
+        return paths
+
+    def through(index: int) -> Path:
+        for indices in levels:
+            index = indices[index]
+        return paths(index)
+
+    return through
+
+
+def _held(dataset: Any, name: str) -> Any:
+    """What lies in an attribute, in a slot, or in the class; None for one that is computed."""
+    found = inspect.getattr_static(dataset, name, None)
+    if isinstance(found, types.MemberDescriptorType):
+        try:
+            return found.__get__(dataset)
+        except AttributeError:
+            return None
+    return None if hasattr(type(found), "__get__") else found
 
 
 def _paths(found: Any, length: int) -> Callable[[int], Path] | None:
     """What leads from an index to a path, if `found` is a list of `length` paths, or of tuples that begin with one."""
-    if not isinstance(found, Sequence) or isinstance(found, str | bytes) or not len(found) == length > 0:
+    if type(found) not in (list, tuple) or not len(found) == length > 0:
         return None
     if isinstance(found[0], tuple) and found[0] and isinstance(found[0][0], str | bytes | os.PathLike):
         return lambda index: found[index][0]
@@ -78,7 +113,9 @@ class Announcer:
                 return
             assert self._hints is not None
             self._hints.begin(epoch, indices, self._number, len(indices) - sum(self._sizes))
-        except Exception:  # an index of another kind, a path that cannot be had: the job need not know
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # an index of another kind, a path that cannot be had: the job need not know
             log.debug("no hints", exc_info=True)
             self._hints = None
 
@@ -88,14 +125,22 @@ class Announcer:
             size = self._sizes.pop() if self._sizes else 0
             if self._hints is not None:
                 self._hints.advance(size)
-        except Exception:
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
             log.debug("no hints", exc_info=True)
             self._hints = None
 
     def end(self) -> None:
         """This job takes no more of this epoch."""
-        if self._hints is not None:
-            self._hints.end()
+        try:
+            if self._hints is not None:
+                self._hints.end()
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            log.debug("no hints", exc_info=True)
+            self._hints = None
 
     def close(self) -> None:
         """Let another job announce."""

@@ -16,8 +16,10 @@ import struct
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -30,9 +32,12 @@ _FIRST, _MORE = (
     256,
     512,
 )  # numbers in the first message, and in each that follows: at most, since each may cost a lookup
+_LONGEST = 1 << 40  # files of an epoch
 _STEP = 64  # files after which another message is sent
 _EVERY = 0.05  # seconds after which one is sent in any case
 _PAUSE = 5.0  # seconds without hints after one that failed
+_HELD_UP = 0.05  # seconds that a message may take to be put together: what is not known by then comes with the next
+_LOOKING = 0.5  # seconds that looking for a mount may take
 
 
 def mount_of(path: str | bytes | os.PathLike[str]) -> str | None:
@@ -45,6 +50,81 @@ def mount_of(path: str | bytes | os.PathLike[str]) -> str | None:
         return os.fsdecode(here) if json.loads(os.getxattr(here, "user.coordl.hint"))["version"] == 1 else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+class Drawn(Sequence[Any]):
+    """The order of a sampler, drawn as it is needed: no more of it is in memory than was announced and not read yet.
+
+    Iterating gives what the sampler draws, also the exception that ends it, in its place. A slice draws ahead, unless
+    that takes long, and has what is drawn by then. The length is that of the sampler as far as it is known: one that
+    has no end is longer all the time. What is drawn may be a batch, a list or tuple; slices are of single files.
+    """
+
+    def __init__(self, sampler: Iterable[Any]) -> None:
+        self._sampler = sampler
+        self._drawing = iter(sampler)
+        self._ready: deque[Any] = deque()
+        self._files: deque[Any] = deque()  # of those
+        self._first = 0  # the place of the first of these files
+        self._expected: int | None = None  # not looked for yet
+        self._ended: BaseException | None = None
+
+    def __len__(self) -> int:
+        drawn = self._first + len(self._files)
+        return drawn if self._ended is not None else max(drawn, self._expected or 0)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._ready and not self._draw():
+            assert self._ended is not None
+            raise self._ended
+        drawn = self._ready.popleft()
+        for _ in files_in(drawn):
+            self._files.popleft()
+            self._first += 1
+        return drawn
+
+    @property
+    def taken(self) -> int:
+        """Files that were given so far."""
+        return self._first
+
+    def peek(self) -> Sequence[Any]:
+        """The files that come next, at least one drawn; none at the end."""
+        return files_in(self._ready[0]) if self._ready or self._draw() else ()
+
+    def __getitem__(self, places: Any) -> Any:
+        begin, end = places.start - self._first, places.stop - self._first
+        until = time.monotonic() + _HELD_UP
+        while len(self._files) < end and time.monotonic() < until and self._draw():
+            pass
+        return list(islice(self._files, max(0, begin), max(0, end)))
+
+    def _draw(self) -> bool:
+        """Draw once more; whether there was anything."""
+        if self._ended is not None:
+            return False
+        try:
+            drawn = next(self._drawing)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:  # to be raised when it is its turn
+            self._ended = e
+            return False
+        self._ready.append(drawn)
+        self._files.extend(files_in(drawn))
+        if self._expected is None:
+            self._expected = 0
+            with suppress(Exception):
+                self._expected = min(len(self._sampler) * len(files_in(drawn)), _LONGEST)  # type: ignore[arg-type]
+        return True
+
+
+def files_in(drawn: Any) -> Sequence[Any]:
+    """The indices in what a sampler or batch sampler has drawn."""
+    return drawn if isinstance(drawn, list | tuple) else (drawn,)
 
 
 class Hints:
@@ -73,6 +153,7 @@ class Hints:
         self._announced = 0
         self._told = 0  # the position that was told last
         self._told_at = 0.0
+        self._told_length = 0
         self._quiet_until = 0.0
 
     @classmethod
@@ -80,8 +161,9 @@ class Hints:
         cls, paths: Iterable[str | bytes | os.PathLike[str]], job: int | None = None, *, look_at: int = 16
     ) -> Hints | None:
         """Hints for files of which one of the first `look_at` lies on a mount that takes them; None if none does."""
+        until = time.monotonic() + _LOOKING
         for path, _ in zip(paths, range(look_at), strict=False):
-            root = mount_of(path)
+            root = mount_of(path) if time.monotonic() < until else None
             if root is not None:
                 with suppress(OSError):
                     return cls(root, job)
@@ -124,23 +206,28 @@ class Hints:
 
     def end(self) -> None:
         """The reader has asked for all that it will read in this epoch."""
-        if self._told < self._position:
+        if self._told < self._position or self._told_length != len(self._order):
             self._send(0)
 
     def _send(self, most: int) -> None:
         """Tell the position, and announce up to `most` files more."""
         self._announced = max(self._announced, self._position)
-        count = max(0, min(most, self._position + _WINDOW - self._announced, len(self._order) - self._announced))
+        count = max(0, min(most, self._position + _WINDOW - self._announced))  # the order may have no end
         now = time.monotonic()
         if now < self._quiet_until or os.getpid() != self._owner:
             return
-        numbers = array("Q", map(self._number, self._order[self._announced : self._announced + count]))
+        numbers = array("Q")
+        if count:
+            for file in self._order[self._announced : self._announced + count]:
+                numbers.append(self._number(file))
+                if time.monotonic() - now > _HELD_UP:
+                    break
         if sys.byteorder == "big":
             numbers.byteswap()
-        start, length = self._announced, len(self._order)
+        count, start, length = len(numbers), self._announced, len(self._order)
         fields = (self.job, self.reader, self._epoch, length, self._position, start)
         message = bytearray(_HEADER.pack(_MAGIC, count, *fields) + numbers.tobytes())
-        self._told, self._told_at = self._position, now
+        self._told, self._told_at, self._told_length = self._position, now, length
         try:
             # Opened each time, which costs no message: a descriptor that is kept would keep the mount busy.
             root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -8,6 +8,7 @@ import select
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -25,8 +26,12 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 STAGE_BYTES = 2 << 30
+_LONGEST_GROUP = 1000
 _LOOK = 5.0  # seconds between looks at the clock while a batch is waited for
 _COPIED = 0.002  # seconds between looks at what a device copies
+# Samples of an epoch beyond which a sampler is taken for one without an end: where nothing has a length; else at least,
+# and so many times the length.
+_NO_LENGTH, _LEAST, _TIMES = 1 << 24, 1 << 22, 100
 
 
 class CoordinatedLoader:
@@ -35,6 +40,9 @@ class CoordinatedLoader:
     What the arguments before `group` mean is said there; they must be equal in all jobs of the group.
 
     Args:
+        prefetch_factor, persistent_workers, in_order: Taken as DataLoader takes them, and without effect: `stage_bytes`
+            bounds what is prepared ahead, workers live as long as the loader, and batches come in order.
+        pin_memory_device: "" or "cuda": memory is pinned for CUDA.
         group: Name of the group; jobs of one user on one node with the same name share.
         seed: What the order and the randomness of samples derive from, together with the epoch (and the index).
         pin_memory: Register the stage with CUDA, so that `.to(device, non_blocking=True)` is asynchronous; does nothing
@@ -57,7 +65,7 @@ class CoordinatedLoader:
         self,
         dataset: Any,
         batch_size: int | None = 1,
-        shuffle: bool = False,
+        shuffle: bool | None = False,
         sampler: Iterable[Any] | None = None,
         batch_sampler: Iterable[list[Any]] | None = None,
         num_workers: int = 0,
@@ -69,6 +77,10 @@ class CoordinatedLoader:
         multiprocessing_context: Any = None,
         generator: torch.Generator | None = None,
         *,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
         group: str,
         seed: int = 0,
         stage_bytes: int = STAGE_BYTES,
@@ -76,10 +88,28 @@ class CoordinatedLoader:
         identity: str | None = None,
         files: Sequence[str] | Callable[[int], str] | None = None,
     ) -> None:
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        if isinstance(dataset, IterableDataset) or not hasattr(type(dataset), "__getitem__"):
             raise ValueError(
                 f"CoordinatedLoader needs a map-style dataset, whose samples have indices; {type(dataset).__name__} "
                 "is iterable, and which of its samples a batch has cannot be known before"
+            )
+        for name, text in (("group", group), ("identity", identity)):
+            if not isinstance(text, str) and not (name == "identity" and text is None):
+                raise ValueError(f"coordlfs: {name} must be text, not {text!r}. Write {name}={str(text)!r}")
+        if not group or "\0" in group or len(group) > _LONGEST_GROUP:
+            raise ValueError(
+                f"coordlfs: group must be text of 1 to {_LONGEST_GROUP} characters without NUL, not {group[:40]!r}"
+            )
+        if num_workers == 0 and (prefetch_factor is not None or persistent_workers):
+            raise ValueError(
+                "prefetch_factor and persistent_workers are for workers, and num_workers is 0. "
+                "Leave them out, or set num_workers"
+            )
+        if prefetch_factor is not None and prefetch_factor < 0:
+            raise ValueError(f"prefetch_factor must not be negative, and is {prefetch_factor}")
+        if pin_memory_device.partition(":")[0] not in ("", "cuda"):
+            raise ValueError(
+                f"coordlfs: pin_memory_device={pin_memory_device!r}: memory is pinned for CUDA only. Leave it out"
             )
         if num_workers < 0 or timeout < 0:
             raise ValueError("num_workers and timeout must not be negative")
@@ -105,6 +135,10 @@ class CoordinatedLoader:
         self.generator = generator
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.prefetch_factor = prefetch_factor
+        self.persistent_workers = persistent_workers
+        self.pin_memory_device = pin_memory_device
+        self.in_order = in_order
         self.timeout = timeout
         self.worker_init_fn = worker_init_fn
         self.multiprocessing_context = multiprocessing_context
@@ -119,7 +153,8 @@ class CoordinatedLoader:
             self._announcer = Announcer(group, found)
         self._epoch: int | None = None  # the next to begin
         self._session: _Session | None = None
-        self._walk: _Walk | None = None
+        self._walk: weakref.ref[_Walk] | None = None  # it keeps the loader, and not the other way round
+        self._place: Place | None = None  # where it is, or was
         self._resume: dict[str, Any] | None = None
 
     def __len__(self) -> int:
@@ -128,8 +163,7 @@ class CoordinatedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Begin the next epoch. An iterator that was there before ends."""
-        if self._walk is not None:
-            self._walk.close()
+        self._stop()
         if self._session is None or self._session.owner != os.getpid():
             self._session = _Session(self)
         resume, self._resume = self._resume, None
@@ -138,12 +172,20 @@ class CoordinatedLoader:
         batches = self._draw(epoch)
         if self._announcer is not None:  # first, since with `begin` workers begin to read
             self._announcer.begin(epoch, batches, *(at or (0, 0)))
-        place = self._session.client.begin(Order(epoch, batches), len(self.dataset), at)
+        place = self._session.client.begin(Order(epoch, batches), _length(self.dataset) or 0, at)
         self._epoch = epoch + 1
         if self._announcer is not None and at is None and place.start:
             self._announcer.begin(epoch, batches, place.start, 0)  # it is late, and begins where the others are
-        self._walk = _Walk(self._session, place, self.timeout, len(self), self._announcer)
-        return self._walk
+        walk = _Walk(self, self._session, place)
+        self._walk, self._place = weakref.ref(walk), place
+        return walk
+
+    def _stop(self) -> None:
+        """End the iterator, if there is one."""
+        walk = self._walk() if self._walk is not None else None
+        if walk is not None:
+            walk.close()
+        self._walk = self._place = None
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is this epoch's. Without it a job begins with the epoch that its group is at."""
@@ -165,33 +207,53 @@ class CoordinatedLoader:
                 if set_epoch is not None:
                     set_epoch(epoch)
             torch.empty((), dtype=torch.int64).random_(generator=self.generator)  # a DataLoader's seed for its workers
-            return list(self._like._index_sampler)
+            return self._all(self._like._index_sampler)
+
+    def _all(self, sampler: Iterable[Any]) -> list[Any]:
+        """All batches that a sampler draws. Raises RuntimeError for one that does not end."""
+        lengths = [n for each in (self.dataset, self.sampler) if (n := _length(each))]
+        most = max(_LEAST, _TIMES * max(lengths)) if lengths else _NO_LENGTH
+        batches, samples = [], 0
+        try:
+            for batch in sampler:
+                batches.append(list(batch) if isinstance(batch, Iterator) else batch)
+                samples += len(batch) if type(batch) is list else 1
+                if samples > most:
+                    break
+            else:
+                return batches
+        except MemoryError:
+            batches.clear()
+        length = f", {samples // max(lengths):,} times the length" if lengths else ""
+        name = " of ".join(
+            type(each).__name__ for each in (sampler, getattr(sampler, "sampler", None)) if each is not None
+        )
+        raise RuntimeError(
+            f"coordlfs: the sampler does not end: {name} gave {samples:,} samples{length}. "
+            "CoordinatedLoader draws an epoch's order before it begins: give it a sampler that ends, such as "
+            "itertools.islice of it, or use DataLoader with HintedSampler"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is, to go on there: as torchdata's StatefulDataLoader does."""
         if self._resume is not None:
             return dict(self._resume)
-        walk = self._walk
-        if walk is None or walk.place.taken >= walk.place.order.count:
+        place = self._place
+        if place is None or place.taken >= place.order.count:
             return {"epoch": self._epoch, "start": None, "taken": 0, "seed": self.seed}
-        place = walk.place
         return {"epoch": place.order.epoch, "start": place.start, "taken": place.taken, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on there with the next iteration. Raises ValueError for another seed's state."""
         if state["seed"] != self.seed:
             raise ValueError(f"the state is of seed {state['seed']}, and this loader has seed {self.seed}")
-        if self._walk is not None:
-            self._walk.close()
-            self._walk = None
+        self._stop()
         self._epoch = state["epoch"]
         self._resume = dict(state) if state["taken"] else None
 
     def close(self) -> None:
         """End the workers and leave the group. Batches that were handed over stay valid."""
-        if self._walk is not None:
-            self._walk.close()
-            self._walk = None
+        self._stop()
         if self._announcer is not None:
             self._announcer.close()
         if self._session is not None:
@@ -199,18 +261,18 @@ class CoordinatedLoader:
             self._session = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None, "_walk": None, "_announcer": None}
+        return {**self.__dict__, "_session": None, "_walk": None, "_place": None, "_announcer": None}
 
     def _profile(self) -> dict[str, Any]:
         """What the jobs of a group must agree on."""
 
         def name(thing: object) -> str:
-            kind = thing if hasattr(thing, "__qualname__") else type(thing)
+            kind = thing if isinstance(thing, type | FunctionType | BuiltinFunctionType | MethodType) else type(thing)
             return f"{kind.__module__}.{kind.__qualname__}"
 
         settings = {
             "dataset": name(self.dataset),
-            "dataset_length": len(self.dataset),
+            "dataset_length": _length(self.dataset),
             "batch_size": self.batch_size,
             "drop_last": self.drop_last,
             "sampler": name(self.sampler),
@@ -283,6 +345,14 @@ class _Session:
         self._finalizer()
 
 
+def _length(thing: Any) -> int | None:
+    """How long it is, if it says."""
+    try:
+        return len(thing)
+    except Exception:  # whatever one without a length raises
+        return None
+
+
 def _end(client: Client, workers: Workers, owner: int) -> None:
     if os.getpid() == owner:
         client.close()
@@ -290,16 +360,16 @@ def _end(client: Client, workers: Workers, owner: int) -> None:
 
 
 class _Walk(Iterator[Any]):
-    """One epoch of one job."""
+    """One epoch of one job. Keeps its loader, as long as there is something to come."""
 
-    def __init__(
-        self, session: _Session, place: Place, timeout: float, length: int, announcer: Announcer | None
-    ) -> None:
+    def __init__(self, loader: CoordinatedLoader, session: _Session, place: Place) -> None:
+        self._loader: CoordinatedLoader | None = loader
         self._session: _Session | None = session
         self.place = place
-        self._timeout = timeout
-        self._length = length
-        self._announcer = announcer
+        self._timeout = loader.timeout
+        self._announcer = loader._announcer
+        length = _length(loader._like)
+        self._length = place.order.count if length is None else length
 
     def __len__(self) -> int:
         return self._length
@@ -343,6 +413,7 @@ class _Walk(Iterator[Any]):
             if self._announcer is not None:
                 self._announcer.end()
             session.client.end()
+        self._loader = None  # last: it may go with this
 
     def __del__(self) -> None:
         self.close()

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
-from coordlfs_loader.hints import Hints
+from coordlfs_loader.hints import Drawn, Hints, files_in
 from torch.utils.data import Sampler
 
 log = logging.getLogger(__name__)
 
-_KNOWN = 1 << 27  # indices below it have their file's number remembered, 8 bytes each
+_LOOK_AT = 16  # files, in search of the mount
+_KNOWN = 1 << 24  # indices below it have their file's number remembered, 8 bytes each
 _ordinals = count()
 
 Path = str | bytes | os.PathLike[str]
@@ -34,8 +35,8 @@ class HintedSampler(Sampler[Any]):
     """Wraps any sampler or batch sampler: the same indices in the same order, and hints for those who can use them.
 
     `files` leads from an index to the path of its file: a sequence or a function. Where the files do not lie on a
-    coordlfs mount nothing else happens. The order of an epoch is drawn from the sampler as a whole when the epoch
-    begins (a sampler without a length is passed through without hints).
+    coordlfs mount nothing else happens, and nothing is drawn ahead; else at most 4,096 files are, as far as that takes
+    no time. The sampler need not have a length or an end.
 
         sampler = HintedSampler(RandomSampler(dataset), [path for path, _ in dataset.samples])
         loader = DataLoader(dataset, batch_size=256, sampler=sampler, num_workers=6)
@@ -49,6 +50,7 @@ class HintedSampler(Sampler[Any]):
         self._next_epoch = 0
         self._hints: Hints | None = None
         self._looked = False
+        self._seen = 0  # files that were looked at
         self._numbers: array[int] = array("Q")  # by index, 0 while it is not known
 
     def __len__(self) -> int:
@@ -72,39 +74,65 @@ class HintedSampler(Sampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         self._epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
-        if not hasattr(self.sampler, "__len__"):
-            yield from self.sampler
-            return
-        order = list(self.sampler)
-        hints = self._begin(order)
-        if hints is None:
+        order, hints = Drawn(self.sampler), None
+        # Looked for file by file: where there is no mount, nothing is drawn before it is asked for.
+        while not self._looked and hints is None and (files := order.peek()):
+            hints = self._look(files)
+            if hints is None:
+                yield next(order)
+        if hints is None and self._hints is None:
             yield from order
             return
+        hints = self._begin(order)
         try:
             for drawn in order:
-                self._advance(hints, len(drawn) if isinstance(drawn, (list, tuple)) else 1)
+                if hints is not None:
+                    self._advance(hints, len(files_in(drawn)))
                 yield drawn
         finally:
-            hints.end()
+            if hints is not None:
+                self._end(hints)
 
-    def _begin(self, order: list[Any]) -> Hints | None:
+    def _look(self, files: Sequence[Any]) -> Hints | None:
+        """Look for the mount that these files lie on, unless enough were looked at."""
+        try:
+            look_at = _LOOK_AT - self._seen
+            self._hints = Hints.for_files(map(self._path, files), _shared_job(self._ordinal), look_at=look_at)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # a path that cannot be had, an index of another kind: the job need not know
+            log.debug("no hints", exc_info=True)
+            self._seen = _LOOK_AT
+        self._seen += len(files)
+        self._looked = self._hints is not None or self._seen >= _LOOK_AT
+        return self._hints
+
+    def _begin(self, order: Drawn) -> Hints | None:
         """Announce an epoch; None where there is nobody to be told."""
         try:
-            indices = [i for drawn in order for i in (drawn if isinstance(drawn, (list, tuple)) else (drawn,))]
-            if not self._looked:
-                self._looked = True
-                self._hints = Hints.for_files(map(self._path, indices), _shared_job(self._ordinal))
             if self._hints is not None:
-                self._hints.begin(self._epoch, indices, self._number)
-        except Exception:  # a path that cannot be had, an index of another kind: the job need not know
+                self._hints.begin(self._epoch, order, self._number, order.taken)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
             log.debug("no hints", exc_info=True)
             self._hints = None
         return self._hints
 
+    def _end(self, hints: Hints) -> None:
+        try:
+            hints.end()
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            log.debug("no hints", exc_info=True)
+
     def _advance(self, hints: Hints, count: int) -> None:
         try:
             hints.advance(count)
-        except Exception:  # as above, of an index further on
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # as above, of an index further on
             log.debug("no hints", exc_info=True)
             hints.close()
 

@@ -176,6 +176,8 @@ def receive(sock: socket.socket) -> tuple[Message, int | None] | None:
     try:
         if not data:
             return None
+        if flags & socket.MSG_CTRUNC and not fds:
+            raise ValueError("coordlfs: no descriptor is left to receive one: the limit is reached. Raise `ulimit -n`")
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) > 1:
             raise ValueError("a packet is too large")
         try:

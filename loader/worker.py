@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import select
@@ -24,6 +25,8 @@ from coordlfs_loader.room import Room
 from torch._utils import ExceptionWrapper
 from torch.utils.data import default_collate
 from torch.utils.data._utils import worker as torch_worker
+
+log = logging.getLogger("coordlfs_loader")
 
 HANDS = 2  # tasks that a worker may be given: one, and one ahead
 _RETRY = 0.02  # seconds between looks for a broker that the job is to start
@@ -81,6 +84,7 @@ def main(
         sys.modules["numpy"].random.seed(seed & 0xFFFFFFFF)
     torch_worker._worker_info = torch_worker.WorkerInfo(id=number, num_workers=workers, seed=seed, dataset=dataset)
     try:
+        pipe.send("begun")
         if init is not None:
             init(number)
     except Exception:
@@ -93,8 +97,11 @@ def main(
         return
     try:
         parent = os.pidfd_open(job)
-    except OSError:
+    except ProcessLookupError:
         return
+    except OSError as e:  # a seccomp filter of a container, a kernel before 5.3: its end is seen by the pipe's
+        log.debug("pidfd_open: %s", e)
+        parent = os.dup(pipe.fileno())
     with suppress(EOFError):
         _Worker(preparer, f"in CoordinatedLoader worker process {number} (pid {os.getpid()})", parent, pipe).run(
             path, name

@@ -20,6 +20,8 @@ from torch._utils import ExceptionWrapper
 log = logging.getLogger("coordlfs_loader")
 
 _MOST_DEATHS, _WITHIN = 10, 60.0  # so many in so many seconds are too many
+# Workers, one after the other, that may end before they have begun, however long that takes: by themselves, or killed.
+_NOT_BEGUN, _NOT_BEGUN_KILLED = 2, 5
 _GOODBYE = 5.0  # seconds for a worker to end by itself
 
 
@@ -45,6 +47,8 @@ class Workers:
         self._oom = deaths.oom_kills()
         self._deaths: deque[float] = deque()
         self._started = 0
+        self._begun: set[str] = set()  # names of those that could begin
+        self._failed = self._killed = 0  # that could not, one after the other
         self._processes: dict[int, tuple[Any, Pipe, str]] = {}
         self._filenos: tuple[int, ...] = ()
         for number in range(count):
@@ -79,18 +83,18 @@ class Workers:
         """Replace those that died; names and causes of death. Raises what a worker could not begin for."""
         lost = []
         for number, (process, pipe, name) in list(self._processes.items()):
-            failure = None
-            with suppress(EOFError, OSError):
-                failure = pipe.recv() if pipe.poll() else None
-            if isinstance(failure, ExceptionWrapper):
-                failure.reraise()
-            if process.is_alive():
+            alive = process.is_alive()  # first, since the last that it said is to be heard
+            self._hear(pipe, name)
+            if alive:
                 continue
             process.join()
             pipe.close()
             now = deaths.oom_kills()
             why = f"worker {number} (pid {process.pid}) {deaths.describe(process.exitcode or 0, self._oom, now)}"
             self._oom = now
+            if name not in self._begun:
+                self._count_failure(process.exitcode or 0, why)
+            self._begun.discard(name)
             log.warning("%s; another takes its place", why)
             lost.append((name, why))
             self._start(number)
@@ -100,6 +104,28 @@ class Workers:
             if len(self._deaths) > _MOST_DEATHS:
                 raise RuntimeError(f"{len(self._deaths)} workers died within {_WITHIN:g} s, the last: {why}")
         return lost
+
+    def _hear(self, pipe: Pipe, name: str) -> None:
+        """What a worker says: that it has begun, or why it could not, which is raised."""
+        said: list[object] = []
+        with suppress(EOFError, OSError):
+            while pipe.poll():
+                said.append(pipe.recv())
+        for each in said:
+            if isinstance(each, ExceptionWrapper):
+                each.reraise()
+            self._begun.add(name)
+            self._failed = self._killed = 0
+
+    def _count_failure(self, exitcode: int, why: str) -> None:
+        """A worker ended before it could begin: another would most likely do the same."""
+        self._failed += exitcode >= 0
+        self._killed += exitcode < 0
+        if self._failed >= _NOT_BEGUN or self._killed >= _NOT_BEGUN_KILLED:
+            raise RuntimeError(
+                f"coordlfs: workers end before they can begin: {why}. What they printed says why; with "
+                "multiprocessing_context='spawn' the dataset must be one that can be unpickled in another process"
+            )
 
     def close(self) -> None:
         """End them, and wait until they have ended."""

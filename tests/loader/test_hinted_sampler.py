@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import pickle
 import random
+import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,16 @@ import torch
 from coordlfs_loader import CoordinatedLoader, HintedSampler
 from coordlfs_loader.announcer import files_of
 from mounts import MakeMount, eventually, read, write_files
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+)
 
 COUNT, SIZE = 120, 20_000
 
@@ -83,6 +95,173 @@ def test_a_dataloader_reads_the_same(workers: int, source: Path, mount: MakeMoun
     assert len(list(batches)) == COUNT // 7
 
 
+class Endless:
+    """Has a length, and no end, as mmdetection's InfiniteSampler."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(0)
+        while True:
+            yield from torch.randperm(COUNT, generator=generator).tolist()
+
+
+class Unsized:
+    """An order of another length each time, without saying so."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths = iter(lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(next(self.lengths))
+
+
+def test_a_sampler_without_an_end_is_drawn_in_windows(source: Path, mount: MakeMount, names: list[str]) -> None:
+    mounted = mount(source, "1M")
+    hinted = HintedSampler(Endless(), [mounted.path / name for name in names])
+    want = list(itertools.islice(Endless(), 10_000))
+    tracemalloc.start()
+    drawn = iter(hinted)
+    assert list(itertools.islice(drawn, 5000)) == want[:5000]
+    before = tracemalloc.get_traced_memory()[0]
+    [job] = mounted.stats()["hints"]["jobs"]
+    assert 5000 - 64 <= job["position"] <= job["files"] <= 5000 + 4096 + 64
+    assert job["files"] > 5000  # what is announced is ahead of it
+    assert list(itertools.islice(drawn, 5000)) == want[5000:]
+    assert tracemalloc.get_traced_memory()[0] - before < 500_000
+    tracemalloc.stop()
+    drawn.close()  # type: ignore[attr-defined]
+    [job] = mounted.stats()["hints"]["jobs"]
+    assert job["position"] == 10_000
+
+
+def test_samplers_without_a_length_are_announced(source: Path, mount: MakeMount, names: list[str]) -> None:
+    mounted = mount(source, "1M")
+    paths = [mounted.path / name for name in names]
+    hinted = HintedSampler(Unsized(100, 20, 0, 50), paths)
+    for epoch, length in enumerate((100, 20)):
+        assert list(hinted) == list(range(length))
+        [job] = mounted.stats()["hints"]["jobs"]
+        assert (job["epoch"], job["files"], job["position"]) == (epoch, length, length)
+    assert list(hinted) == []
+    assert list(hinted) == list(range(50))
+    batches = BatchSampler(SequentialSampler(range(COUNT)), 50, False)
+    assert list(HintedSampler(batches, paths)) == list(batches)
+    assert sorted(job["files"] for job in mounted.stats()["hints"]["jobs"]) == [50, COUNT]
+
+
+class Feedback:
+    """Draws what depends on what became of the last sample."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __iter__(self) -> Iterator[int]:
+        for i in range(100):
+            assert self.seen == i
+            yield i
+
+
+def test_where_there_is_no_mount_nothing_is_drawn_ahead(source: Path, names: list[str]) -> None:
+    sampler = Feedback()
+    for _ in HintedSampler(sampler, [source / name for name in names]):
+        sampler.seen += 1
+    assert sampler.seen == 100
+
+
+@pytest.mark.parametrize("error", [KeyError, SystemExit])
+def test_what_a_sampler_raises_is_raised_in_its_place(
+    error: type[BaseException], source: Path, mount: MakeMount, names: list[str]
+) -> None:
+    def draw() -> Iterator[int]:
+        yield from range(50)
+        raise error("no more")
+
+    mounted = mount(source, "1M")
+    drawn = iter(HintedSampler(draw(), [mounted.path / name for name in names]))
+    assert list(itertools.islice(drawn, 50)) == list(range(50))
+    with pytest.raises(error, match="no more"):
+        next(drawn)
+
+
+class Base(Dataset[Any]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(index)
+
+
+class Keys(Base):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise KeyError(name)
+
+
+class Raises(Base):
+    @property
+    def files(self) -> Any:
+        raise SystemExit("not downloaded yet")
+
+    paths = imgs = files
+
+
+class Hangs(Base):
+    @property
+    def samples(self) -> Any:
+        threading.Event().wait()
+
+    indices = dataset = samples
+
+
+class Circle(Base):
+    indices = range(8)
+
+    def __init__(self) -> None:
+        self.dataset = self
+
+
+class Opens(Base):
+    """A list whose elements mind."""
+
+    class List(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            raise SystemExit("no element")
+
+    def __init__(self) -> None:
+        self.samples = self.List(["/a"] * 8)
+
+
+class Unsaid(Base):
+    samples = ("/a",)
+
+    def __len__(self) -> int:
+        raise OSError("not downloaded yet")
+
+
+@pytest.mark.parametrize("kind", [Keys, Raises, Hangs, Circle, Opens, Unsaid])
+def test_datasets_that_mind_being_looked_at_are_not(kind: type[Base]) -> None:
+    assert files_of(kind()) is None
+    if kind is not Unsaid:
+        batches = CoordinatedLoader(kind(), 4, group=f"minds {kind.__name__}", num_workers=1)
+        assert [batch.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_files_in_slots_and_of_a_class_are_found() -> None:
+    class Slots(Base):
+        __slots__ = ("samples",)
+        samples: list[tuple[str, int]]
+
+    slots = Slots()
+    assert files_of(slots) is None
+    slots.samples = [(f"/{i}", i) for i in range(8)]
+    found = files_of(slots)
+    assert found is not None
+    assert found(3) == "/3"
+
+
 def test_files_elsewhere_and_strange_ones_are_no_trouble(source: Path, names: list[str]) -> None:
     plain = list(samplers()["random"])
     here = [source / name for name in names]
@@ -91,13 +270,9 @@ def test_files_elsewhere_and_strange_ones_are_no_trouble(source: Path, names: li
     def fails(index: int) -> str:
         raise RuntimeError("no path")
 
-    class Endless(Sampler[int]):
-        def __iter__(self) -> Iterator[int]:
-            yield from range(5)
-
     for files in (here, nowhere, here[:3], fails, []):
         assert list(HintedSampler(samplers()["random"], files)) == plain
-    assert list(HintedSampler(Endless(), here)) == list(range(5))
+    assert list(HintedSampler(Unsized(5), here)) == list(range(5))
     again = pickle.loads(pickle.dumps(HintedSampler(samplers()["random"], here)))
     assert list(again) == plain
     assert list(copy.deepcopy(again)) != []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import inspect
+import itertools
 import json
 import os
 import random
@@ -19,9 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coordlfs_loader import CoordinatedLoader, Refused, Seeded, area, payload, room, stage, wire
-from loader_jobs import Noise, broker_pid, digest, eventually, plain
+from coordlfs_loader import CoordinatedLoader, Refused, Seeded, area, loader, payload, room, stage, wire
+from loader_jobs import Noise, broker_pid, digest, eventually, plain, workers_of
 from mounts import coordlfs, script
+from torch.masked import MaskedTensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -52,12 +56,12 @@ def make() -> Iterator[MakeLoader]:
     """Makes loaders, and closes them."""
     with ExitStack() as stack:
 
-        def loader(dataset: Any, *args: Any, **arguments: Any) -> CoordinatedLoader:
+        def make_loader(dataset: Any, *args: Any, **arguments: Any) -> CoordinatedLoader:
             made = CoordinatedLoader(dataset, *args, **{"group": "test", **arguments})
             stack.callback(made.close)
             return made
 
-        yield loader
+        yield make_loader
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -254,6 +258,95 @@ def test_kinds_of_tensors_stay_what_they_are() -> None:
     assert torch.equal(other, parameter)
 
 
+def overlapping() -> list[torch.Tensor]:
+    whole = torch.arange(1000.0)
+    return [whole[3:500], whole[400:900:2], whole.view(torch.int32)[450:460], torch.zeros(9), whole[990:]]
+
+
+class Wrapper(torch.Tensor):
+    """Has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.held = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(Wrapper, lambda w: w.held, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def nested(layout: torch.layout, size: int = 300) -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.full((5,), 2.0), torch.ones(size)], layout=layout)
+
+
+# What a dataset makes, and what of it is compared.
+KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "nested": (lambda: nested(torch.strided), lambda v: [t.tolist() for t in v.unbind()]),
+    "small nested": (lambda: nested(torch.strided, 3), lambda v: [t.tolist() for t in v.unbind()]),
+    "jagged": (lambda: nested(torch.jagged), lambda v: [t.tolist() for t in v.unbind()]),
+    "masked": (
+        lambda: MaskedTensor(torch.arange(600.0), torch.arange(600) % 2 == 0),
+        lambda v: (v.get_data().tolist(), v.get_mask().tolist()),
+    ),
+    "wrapper": (lambda: Wrapper(torch.arange(300)), lambda v: (type(v.held), v.held.tolist())),
+    "storage": (lambda: torch.arange(1000).untyped_storage(), list),
+    "small storage": (lambda: torch.tensor([1, 2], dtype=torch.uint8).untyped_storage(), list),
+    "empty storage": (lambda: torch.UntypedStorage(0), list),
+    "typed storage": (lambda: torch.arange(9).storage(), list),
+    "sparse": (lambda: torch.eye(50).to_sparse(), lambda v: (v.layout, v.to_dense().tolist())),
+    "csr": (lambda: torch.eye(50).to_sparse_csr(), lambda v: (v.layout, v.to_dense().tolist())),
+    "on meta": (lambda: torch.empty(3, 4, device="meta"), lambda v: (v.device, v.shape, v.stride())),
+    "empty": (lambda: torch.empty(0, 3, device="cpu"), lambda v: (v.device, v.shape, v.stride())),
+    "strided": (lambda: torch.rand(100, 100)[::2, 3:50], lambda v: (v.stride(), v.tolist())),
+    "spread": (lambda: torch.rand(1, 20).expand(30, 20), lambda v: (v.stride(), v.tolist())),
+    "transposed": (lambda: torch.rand(20, 40, dtype=torch.float64).t(), lambda v: (v.stride(), v.tolist())),
+    "scalar": (lambda: torch.tensor(3), lambda v: (v.shape, v.dtype, v.tolist())),
+    "overlapping": (overlapping, lambda v: [(t.stride(), t.tolist()) for t in [v[0].fill_(-1), *v]]),
+    "the same twice": (lambda: [torch.zeros(300)] * 2, lambda v: (v[0] is v[1], v[0].fill_(1).tolist(), v[1].tolist())),
+    "named": (lambda: torch.rand(300).as_subclass(Labelled), lambda v: (type(v), v.tolist())),
+}
+
+
+class Makes(Dataset[Any]):
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        return KINDS[self.kind][0]()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_dataloader_hands_over_is_handed_over(make: MakeLoader, kind: str) -> None:
+    """Each sample is compared as soon as it is there, and written to."""
+    show = KINDS[kind][1]
+    ours = [show(sample) for sample in make(Makes(kind), None, num_workers=1)]
+    theirs = [show(sample) for sample in DataLoader(Seeded(Makes(kind)), None, num_workers=1)]
+    assert ours == theirs
+
+
+def test_tensors_stay_on_their_device_whatever_the_default_is() -> None:
+    batch = torch.empty(0, 3), torch.ones(2), torch.ones(300), torch.ones(8).untyped_storage()
+    raw = memoryview(bytearray().join(payload.encode(batch)[1]))
+    with torch.device("meta"):
+        assert [each.device.type for each in payload.decode(raw)] == ["cpu"] * 4
+
+
+def test_a_few_elements_of_much_are_packed() -> None:
+    """Rather than what lies between them."""
+    size, buffers = payload.encode(torch.arange(1_000_000)[::1000])
+    assert size < 20_000
+    found = payload.decode(memoryview(bytearray().join(buffers)))
+    assert found.tolist() == list(range(0, 1_000_000, 1000))
+
+
 def test_a_late_job_draws_the_same_whatever_generators_samplers_have(make: MakeLoader) -> None:
     def loader() -> CoordinatedLoader:
         inner = RandomSampler(range(21), generator=torch.Generator().manual_seed(5))
@@ -346,6 +439,20 @@ def _fails(number: int) -> None:
 def test_a_worker_that_cannot_begin_says_why(make: MakeLoader) -> None:
     with pytest.raises(FileNotFoundError, match="no such disk"):
         next(iter(make(Noise(20), 4, num_workers=1, worker_init_fn=_fails)))
+
+
+class Unloadable(Noise):
+    """Cannot be unpickled."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        raise ImportError("no such module")
+
+
+def test_workers_that_cannot_begin_are_an_error(make: MakeLoader, capfd: pytest.CaptureFixture[str]) -> None:
+    batches = iter(make(Unloadable(8), 4, num_workers=1, multiprocessing_context="spawn"))
+    with pytest.raises(RuntimeError, match=r"workers end before they can begin: .* exited with status 1\."):
+        next(batches)
+    assert capfd.readouterr().err.count("ImportError: no such module") == 2
 
 
 class Strange(Exception):
@@ -455,6 +562,135 @@ def test_jobs_with_other_orders_are_refused(make: MakeLoader) -> None:
     with pytest.raises(Refused, match=r"the order of epoch 0 .* is not the one that the other jobs"):
         iter(make(Noise(21), 4, sampler=Private(19)))
     assert len(list(batches)) == 5
+
+
+class Numbers(Dataset[Any]):
+    """Without a length."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(index)
+
+
+class Batches:
+    """Other batches each time, without a length."""
+
+    def __init__(self, *epochs: list[Any]) -> None:
+        self.epochs = iter(epochs)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from next(self.epochs)
+
+
+class Longer:
+    """Gives more than it says."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(10)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_without_lengths_it_gives_what_a_dataloader_gives(make: MakeLoader, workers: int) -> None:
+    epochs = [[[0, 1, 2], [3], [4, 5]], [], [[7]]]
+    ours = make(Numbers(), batch_sampler=Batches(*epochs), num_workers=workers)
+    theirs: Any = DataLoader(Numbers(), batch_sampler=Batches(*epochs))
+    for want in epochs:
+        assert [b.tolist() for b in ours] == [b.tolist() for b in theirs] == want
+    for sampler in (Longer, lambda: [3, 1, 2, 0], lambda: iter([1, 2, 3])):
+        found = [b.tolist() for b in make(Numbers(), 2, sampler=sampler(), num_workers=workers, group=str(sampler))]
+        assert found == [b.tolist() for b in DataLoader(Numbers(), 2, sampler=sampler())]
+    with pytest.raises(TypeError):
+        len(ours)
+
+
+def test_a_sampler_without_an_end_is_an_error(make: MakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_LEAST", 10_000)
+    monkeypatch.setattr(loader, "_NO_LENGTH", 20_000)
+    with pytest.raises(RuntimeError, match=r"the sampler does not end: BatchSampler of count gave 20,\d+ samples\. "):
+        iter(make(Numbers(), 4, sampler=itertools.count()))
+    with pytest.raises(RuntimeError, match=r"does not end: cycle gave 10,\d+ samples, 1,\d+ times the length\. "):
+        iter(make(Noise(10), batch_sampler=itertools.cycle([[1, 2], [3]]), group="other"))
+
+
+def test_an_iterator_keeps_its_loader() -> None:
+    """Of a loader that nobody keeps, as with DataLoader; and with the iterator all of it goes."""
+    data = list(range(12))
+    arguments: dict[str, Any] = {"batch_size": 4, "num_workers": 1, "group": "temporary"}
+    want = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+    def deeper() -> Iterator[Any]:
+        yield from CoordinatedLoader(data, **arguments)
+
+    assert [b.tolist() for b in CoordinatedLoader(data, **arguments)] == want
+    assert next(iter(CoordinatedLoader(data, **arguments))).tolist() == want[0]
+    assert [b.tolist() for b in deeper()] == want
+    pairs = zip(CoordinatedLoader(data, **arguments), deeper(), strict=True)
+    assert [(a.tolist(), b.tolist()) for a, b in pairs] == [(b, b) for b in want]
+    found: Any = CoordinatedLoader(data, **arguments)
+    found = enumerate(found)
+    assert next(found)[1].tolist() == want[0]
+    gc.collect()
+    assert [(i, b.tolist()) for i, b in found] == [(1, want[1]), (2, want[2])]
+    del found
+    gc.disable()  # no cycle is to be found first
+    try:
+        batches = iter(CoordinatedLoader(data, **arguments))
+        next(batches)
+        assert workers_of(os.getpid())
+        del batches
+        assert not workers_of(os.getpid())
+    finally:
+        gc.enable()
+
+
+def test_where_a_loader_is_outlives_its_iterator(make: MakeLoader) -> None:
+    first = make(Noise(41), 4, shuffle=True, num_workers=1)
+    for count, _ in enumerate(first):
+        if count == 3:
+            break
+    state = first.state_dict()
+    assert (state["epoch"], state["taken"]) == (0, 4)
+    second = make(Noise(41), 4, shuffle=True, group="another")
+    second.load_state_dict(state)
+    wanted = [digest(b) for b in plain(Noise(41), 0, 0, batch_size=4, shuffle=True)]
+    assert [digest(b) for b in second] == wanted[4:]
+
+
+def test_arguments_of_a_dataloader_are_taken(make: MakeLoader) -> None:
+    """All of one that is there."""
+    names = inspect.signature(DataLoader).parameters
+    loader_ = DataLoader(Noise(21), 4, num_workers=1, prefetch_factor=4, persistent_workers=True)
+    arguments = {name: getattr(loader_, name) for name in names if hasattr(loader_, name)}
+    for name in ("batch_sampler", "dataset"):  # batch_size was turned into the first
+        del arguments[name]
+    ours = make(Noise(21), **arguments)
+    assert all(map(equal, ours, plain(Noise(21), 0, 0, batch_size=4)))
+    defaults = {name: p.default for name, p in names.items() if p.default is not p.empty and name != "dataset"}
+    assert all(map(equal, make(Noise(21), **defaults, group="defaults"), plain(Noise(21), 0, 0)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"prefetch_factor": 2}, "prefetch_factor and persistent_workers are for workers"),
+        ({"persistent_workers": True}, "prefetch_factor and persistent_workers are for workers"),
+        ({"prefetch_factor": -1, "num_workers": 1}, "must not be negative, and is -1"),
+        ({"pin_memory_device": "xpu"}, "pinned for CUDA only"),
+        ({"group": 1}, "group must be text, not 1. Write group='1'"),
+        ({"group": None}, "group must be text, not None"),
+        ({"group": "a\0b"}, "without NUL"),
+        ({"group": ""}, "of 1 to 1000 characters"),
+        ({"group": "x" * 100_000}, "of 1 to 1000 characters"),
+        ({"identity": 3}, "identity must be text, not 3. Write identity='3'"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_one_line(make: MakeLoader, arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        make(Noise(21), 4, **arguments)
+    assert named in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_the_directory_must_be_the_users_own(make: MakeLoader, runtime: Path) -> None:
@@ -615,7 +851,7 @@ def test_groups_are_shown(make: MakeLoader, runtime: Path) -> None:
     assert json.loads(coordlfs("groups", "--json").stdout) == []
     assert "no group is at work" in coordlfs("groups").stdout
     loaders = [make(Noise(40), 4, num_workers=n, group="lr sweep") for n in (0, 1)]
-    for batches in [iter(loader) for loader in loaders]:
+    for batches in list(map(iter, loaders)):
         for _ in range(3):
             batch = next(batches)
     found = json.loads(coordlfs("groups", "--json").stdout)
