@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from coordlfs_tools.analyze.hook.coordlfs_stall_hook.device import copied
 from coordlfs_tools.analyze.hook.coordlfs_stall_hook.rebuild import CannotCopyError
 from coordlfs_tools.analyze.hook.coordlfs_stall_hook.sources import _first_length
+from coordlfs_tools.clients.__main__ import CLIENTS, fault
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 
@@ -135,3 +137,9 @@ def test_what_has_no_length_is_one_sample(batch: Any) -> None:
 
 def test_labels_only() -> None:
     assert _first_length([1, 2, 3]) == 3
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_a_framework_for_real(name: str) -> None:
+    """As far as it is installed: what is here, CI runs, and a developer the rest."""
+    assert find_spec(CLIENTS[name][0]) is None or fault(name) is None
