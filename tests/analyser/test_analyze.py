@@ -6,6 +6,7 @@ The jobs are scripts as users write them; they know nothing of the analyser, but
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import random
 import re
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ import pytest
 from coordlfs_tools.analyze import scout
 from coordlfs_tools.analyze.hook.coordlfs_stall_hook import ranks
 from coordlfs_tools.analyze.hook.coordlfs_stall_hook.config import Section
-from coordlfs_tools.analyze.runs import run
+from coordlfs_tools.analyze.hook.coordlfs_stall_hook.held import held
+from coordlfs_tools.analyze.hook.coordlfs_stall_hook.opens import could_be_data
+from coordlfs_tools.analyze.runs import Ran, run
 from coordlfs_tools.storage.files import drop, listed, resident_share
 from coordlfs_tools.storage.measure import latency, measure, parts, rate
 from mounts import NOBODY, PATIENCE, coordlfs, eventually
@@ -207,6 +210,11 @@ for x, index in DataLoader(Pairs(), 4, shuffle=True, num_workers=1):
     assert found["job"]["samples"] == FILES // 2
 
 
+def _ran(opened: Iterable[Path], held: Iterable[Path] = (), packages: Iterable[Path] = ()) -> Ran:
+    results: list[dict[str, Any]] = [{"packages": [f"{package}/" for package in packages]}]
+    return Ran(results, [*map(str, opened)], {*map(str, held)}, True, 1.0)
+
+
 def test_where_the_data_lies_is_seen(tmp_path: Path) -> None:
     """By what is opened: almost all of that, for a script also opens other files."""
     opened = [tmp_path / "config.yaml", *(tmp_path / "data" / f"class-{i % 3}" / f"{i}.jpg" for i in range(20))]
@@ -214,11 +222,38 @@ def test_where_the_data_lies_is_seen(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"something")
     notes: list[str] = []
-    directory, files = scout.where_opened([*map(str, opened), str(tmp_path / "gone")], notes)
+    directory, files = scout.where_opened(_ran([*opened, tmp_path / "gone"]), notes)
     assert directory == tmp_path / "data"
     assert len(files) == 20
-    assert scout.where_opened([], notes) == (None, [])
+    assert scout.where_opened(_ran([]), notes) == (None, [])
     assert "--data" in notes[-1]
+    assert scout.where_opened(_ran(opened, packages=[tmp_path / "data"]), notes) == (None, [])  # a package's own files
+    assert scout.where_opened(_ran(opened[:2]), notes) == (None, [])  # two small files are no dataset
+
+
+def test_where_native_code_reads_is_seen_by_what_stays_open(tmp_path: Path) -> None:
+    meta, tokens = tmp_path / "meta.json", tmp_path / "tokens" / "tokens.bin"
+    meta.write_text("{}")
+    tokens.parent.mkdir()
+    tokens.write_bytes(bytes(2 << 20))
+    with tokens.open("rb") as f, mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ):
+        assert str(tokens) in held(os.getpid())
+    assert str(tokens) not in held(os.getpid())
+    assert scout.where_opened(_ran([meta], [tokens]), [])[0] == tokens.parent
+    notes: list[str] = []
+    ran, files = _ran([meta], [tokens]), listed(tmp_path)
+    for seen in (100 << 20, None, 0):  # readahead; the page cache cannot be asked; nothing went through it
+        size = scout._sample_bytes(tmp_path, files, ran, seen, 10, 1000, notes)
+        assert 0 < size * 1000 <= (2 << 20) + 2
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/opt/x/pkg-1.0.dist-info/METADATA", "/x/site-packages/a/b.json", "/x/lib.so.1", "/usr/share/a", "/x/a.py"],
+)
+def test_what_python_opens_by_itself_is_no_data(path: str) -> None:
+    assert not could_be_data(path)
+    assert could_be_data("/data/a.jpg")
 
 
 def test_an_iterable_dataset_is_run_again_on_warm_data(data: Path, script: Callable[[str], list[str]]) -> None:
@@ -267,6 +302,60 @@ def test_loops_of_ones_own(loop: str, block: str) -> None:
     assert found["stalls"]["prep_share"] == pytest.approx(0.75, abs=0.2)
     assert found["rates"]["storage"] is None
     assert any("--data" in note for note in found["notes"])
+
+
+OVERRIDES = {
+    "__iter__ without super()": """
+class Loader(DataLoader):
+    def __iter__(self):
+        self.iterator = self._get_iterator()
+        return self.iterator
+""",
+    "_get_iterator": """
+class Loader(DataLoader):
+    def _get_iterator(self):
+        from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
+        class Own(_SingleProcessDataLoaderIter):
+            pass
+        return Own(self)
+""",
+    "a wrapper that prefetches": """
+class Loader:
+    def __init__(self, *arguments, **named):
+        self.inner = DataLoader(*arguments, **named)
+        self.batch_sampler = self.inner.batch_sampler
+    def __iter__(self):
+        iterator = iter(self.inner)
+        ahead = next(iterator)
+        for batch in iterator:
+            yield ahead
+            ahead = batch
+        yield ahead
+""",
+}
+
+
+@pytest.mark.parametrize("how", OVERRIDES)
+def test_a_loader_that_begins_otherwise_is_measured(how: str, script: Callable[[str], list[str]]) -> None:
+    """And its sampler and batch sampler are the program's own, before and while it is measured."""
+    job = script(
+        "import torch\nfrom torch.utils.data import BatchSampler, DataLoader, RandomSampler\n"
+        + OVERRIDES[how]
+        + """
+loader = Loader(torch.arange(400.0), 4, shuffle=True)
+for epoch in range(60):
+    assert type(loader.batch_sampler) is BatchSampler
+    assert type(loader.batch_sampler.sampler) is RandomSampler
+    for number, batch in enumerate(loader):
+        assert type(loader.batch_sampler) is BatchSampler
+        batch *= 1000
+        assert batch.max() <= 400_000
+"""
+    )
+    (result,) = run(job, [COLD, READY]).measured
+    assert result["sections"].keys() == {"cold", "ready"}
+    assert result["sections"]["cold"]["samples"] == 5 * 4
+    assert result["notes"] == []
 
 
 RANKS = (
@@ -469,7 +558,7 @@ for batch in itertools.islice(DataLoader(Files(Path("DATA"), 0.0), 4), 30):
     time.sleep(0.001)
 """
 NO_GRAD = "import torch; torch.set_grad_enabled(False)\n"
-LOADERS = r"torch\.utils\.data.*nvidia\.dali.*coordlfs_loader"
+LOADERS = r"torch\.utils\.data.*nvidia\.dali.*coordlfs_loader.*analyzer"
 
 
 @pytest.mark.parametrize(

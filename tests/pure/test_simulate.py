@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from coordlfs_tools.simulate.policies import NAMES, make
 from coordlfs_tools.simulate.run import run
-from coordlfs_tools.simulate.traces import Trace, parse, random_epochs
+from coordlfs_tools.simulate.traces import Trace, line, parse, random_epochs, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,3 +139,13 @@ def test_bad_usage_is_one_line(words: list[str], capsys: pytest.CaptureFixture[s
     said = capsys.readouterr()
     assert (status, said.out) == (2, "")
     assert len(said.err.splitlines()) == 1, said.err
+
+
+def test_only_a_line_feed_ends_a_line_of_a_trace(tmp_path: Path) -> None:
+    """Names have every other character that Python, too, takes for a line's end, and those are escaped that do not."""
+    names = ["a\rb", "a\r", "a\x0bb\x0c\x1c\x85\u2028", "a\nb", "a\\nb", "a\\", "\udcff"]
+    path = tmp_path / "trace"
+    path.write_bytes(b"".join(line(size, name) for _ in range(2) for size, name in enumerate(names, 1)))
+    trace = read(path)
+    assert trace.sizes == list(range(1, len(names) + 1))
+    assert trace.epochs == [list(range(len(names)))] * 2

@@ -17,6 +17,7 @@ from coordlfs_tools.analyze import report, rounds, scout
 from coordlfs_tools.analyze.result import result
 from coordlfs_tools.analyze.runs import run
 from coordlfs_tools.analyze.words import duration, rate_rows, stall_rows
+from coordlfs_tools.simulate.traces import line
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -149,17 +150,32 @@ def _measure(arguments: argparse.Namespace, console: Console) -> rounds.Measured
 
 def _trace(arguments: argparse.Namespace) -> int:
     ran = run(arguments.job, data=arguments.data and arguments.data.resolve(), opens=True, show=True)
-    lines = [f"{os.path.getsize(path)} {path}\n" for path in ran.opened if os.path.isfile(path)]
-    if not lines:
-        raise UserError(f"the command read nothing{f' from {arguments.data}' if arguments.data else ''}")
-    _write(arguments.trace, "".join(lines))
+    names = [path for path in map(os.path.realpath, ran.opened) if os.path.isfile(path)]
+    # What native code opened is as much as one item of a trace, whatever it reads: nothing can be told from that.
+    native = _bytes(ran.held - set(names))
+    if native > _bytes(set(names)):
+        largest = max(ran.held - set(names), key=os.path.getsize)
+        raise UserError(
+            f"the command reads its data by native code (such as HDF5, LMDB, Arrow or DALI), of which a trace sees "
+            f"nothing: {largest} was open or mapped. Analyse it without --trace: coordlfs analyze --data DIR"
+        )
+    if not names:
+        raise UserError(
+            f"the command opened no file{f' in {arguments.data}' if arguments.data else ''} by Python; "
+            "what native code opens and closes again is not seen by a trace"
+        )
+    _write(arguments.trace, b"".join(line(os.path.getsize(path), path) for path in names))
     return 0
 
 
-def _write(path: Path, words: str) -> None:
+def _bytes(paths: set[str]) -> int:
+    return sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
+
+
+def _write(path: Path, words: str | bytes) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(words, errors="surrogateescape")
+        part.write_bytes(words if isinstance(words, bytes) else words.encode(errors="surrogateescape"))
         part.replace(path)
     except OSError as e:
         part.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from coordlfs.sizes import text
 
 _COLOURS = {"compute": "#3b7d4f", "prep": "#e0a030", "fetch": "#b8433a"}
 _LINES = ("#9a9a9a", "#1f5fa8")
+_HIGH = 0.7  # of an axis: there is no room for a label beyond
 _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -107,7 +108,18 @@ def _curve(axes: Axes, name: str, curve: dict[str, Any], found: dict[str, Any]) 
         top = max(top, *ys)
     if name not in ("jobs", "nodes"):
         axes.plot([curve["today"]], [found["today"]["seconds"]], "o", color="black", markersize=5, zorder=3)
-        axes.annotate("today", (curve["today"], found["today"]["seconds"]), (4, 5), textcoords="offset points")
+        at = (curve["today"], found["today"]["seconds"])
+        # Inside the axes, and never over the title: below a point that lies high, left of one at the right edge.
+        below = at[1] > _HIGH * top
+        right = at[0] > _HIGH * max(xs)
+        axes.annotate(
+            "today",
+            at,
+            (-6 if right else 6, -5 if below else 5),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            va="top" if below else "bottom",
+        )
     else:
         first = next(iter(curve["lines"].values()))[0]
         axes.plot([first["x"]], [first["seconds"]], "o", color="black", markersize=5, zorder=3)

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from coordlfs_tools.analyze import whatif
+from coordlfs_tools.analyze.hook.coordlfs_stall_hook.sources import Dali
 from coordlfs_tools.analyze.model import Prediction
 from coordlfs_tools.analyze.rounds import Measured
 from coordlfs_tools.analyze.words import duration
@@ -77,7 +78,7 @@ def result(measured: Measured) -> dict[str, Any]:
         "model": {name: _number(value) for name, value in asdict(job).items()},
         "what_if": {
             curve.name: {
-                "label": curve.label,
+                "label": threads(scouted.kind) if curve.name == "workers" else curve.label,
                 "today": curve.today,
                 "lines": {name: [_point(x, p) for x, p in points] for name, points in curve.lines.items()},
             }
@@ -94,7 +95,7 @@ def result(measured: Measured) -> dict[str, Any]:
             "epoch": _prediction(advice.mounted),
             "mount": mount_line(scouted.directory, advice.cache_bytes) if advice.helps else None,
         },
-        "verdict": verdict(prep, fetch, advice, job.workers),
+        "verdict": verdict(prep, fetch, advice, job.workers, threads(scouted.kind)),
         "machine": {
             "cpu": _cpu(),
             "cores": job.cores,
@@ -132,7 +133,12 @@ def mount_line(directory: Path | None, cache_bytes: int) -> str:
     return f"coordlfs mount {place} {place} --cache-size {max(math.ceil(cache_bytes / 2**20), 1)}M"
 
 
-def verdict(prep: float, fetch: float, advice: whatif.Advice, workers: int) -> list[str]:
+def threads(kind: str) -> str:
+    """What the program calls that which prepares its data."""
+    return "num_threads" if kind == Dali.KIND else "workers"
+
+
+def verdict(prep: float, fetch: float, advice: whatif.Advice, workers: int, name: str = "workers") -> list[str]:
     """What to make of it, in a few sentences; the first is the most important."""
     if prep + fetch < 0.05:
         first = f"This job hardly waits for data: {prep + fetch:.0%} of a cold epoch. It computes."
@@ -150,9 +156,11 @@ def verdict(prep: float, fetch: float, advice: whatif.Advice, workers: int) -> l
         sentences.append(f"coordlfs would not help: {advice.why}.")
     if prep >= 0.05:
         if advice.workers != max(workers, 1) or workers == 0:
-            sentences.append(f"Preparing goes best with {advice.workers} workers (now {workers}).")
+            best = f"{advice.workers} workers" if name == "workers" else f"{name}={advice.workers}"
+            sentences.append(f"Preparing goes best with {best} (now {workers}).")
         else:
-            sentences.append("More workers would not prepare faster on this machine: it takes more or faster cores.")
+            more = "More workers" if name == "workers" else f"A larger {name}"
+            sentences.append(f"{more} would not prepare faster on this machine: it takes more or faster cores.")
     return sentences
 
 

@@ -177,6 +177,7 @@ def measure_round(
             notes += _warm(scouted)
         ran = run(command, sections, data=scouted.directory, loader=loader, tick=tick)
         check(ran, sections)
+        notes += [note for result in ran.measured for note in result["notes"]]
         processes = processes or [{} for _ in ran.measured]
         for known, result in zip(processes, ran.measured, strict=False):
             known |= result["sections"]
@@ -248,5 +249,5 @@ def measure_storage(scouted: Scouted, rounds: int) -> Rates | None:
         return None
     readers = max(scouted.workers, 1) * scouted.processes
     mean = sum(file.size for file in scouted.files) / len(scouted.files)
-    each = int(scouted.sample_bytes) if mean > _LARGE * scouted.sample_bytes > 0 else None
+    each = max(int(scouted.sample_bytes), 1) if mean > _LARGE * scouted.sample_bytes > 0 else None
     return measure(scouted.files, readers, each=each, rounds=rounds)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coordlfs_tools.analyze.hook.coordlfs_stall_hook import held
+from coordlfs_tools.analyze.hook.coordlfs_stall_hook import opens as opens_
 from coordlfs_tools.analyze.hook.coordlfs_stall_hook.config import ENVIRONMENT, Config, Section
 
 from coordlfs.errors import UserError
@@ -35,6 +37,7 @@ class Ran:
 
     results: list[dict[str, Any]]
     opened: list[str]
+    held: set[str]
     hooked: bool
     seconds: float
 
@@ -66,16 +69,46 @@ def run(
         environment = {**os.environ, ENVIRONMENT: config.dumps(), "PYTHONPATH": path}
         output = out / "output"
         begin = time.monotonic()
+        watch = _Watch(out, str(data) if data else None) if opens else None
+
+        def look() -> None:
+            tick()
+            if watch:
+                watch.look()
+
         with output.open("wb") as log:
-            status = _status(command, environment, None if show else log, out, prepare, tick)
+            status = _status(command, environment, None if show else log, out, prepare, look)
         seconds = time.monotonic() - begin
         results = [json.loads(path.read_text()) for path in sorted(out.glob("result-*.json"))]
         results.sort(key=lambda result: int(result["rank"]))
-        ran = Ran(results, _opened(out / "opens"), (out / "started").exists(), seconds)
+        mapped = watch.found(results) if watch else set()
+        ran = Ran(results, _opened(out / "opens"), mapped, (out / "started").exists(), seconds)
         # What fails after everything was measured fails because the measured processes ended in the midst of it.
         if status and not _complete(ran, sections):
             raise UserError(_failure(command, status, output))
         return ran
+
+
+class _Watch:
+    """Looks from time to time at which files the command's processes have open or mapped."""
+
+    def __init__(self, out: Path, data: str | None) -> None:
+        self._out = out
+        self._inside = os.path.join(data, "") if data else None
+        self._held: set[str] = set()
+
+    def look(self) -> None:
+        for pid in _ours(self._out):
+            self._held |= held.held(pid)
+
+    def found(self, results: Sequence[dict[str, Any]]) -> set[str]:
+        """What was seen, with what the processes say that they had at their end, and could be data."""
+        paths = self._held.union(*(result["held"] for result in results))
+        packages = tuple({package for result in results for package in result["packages"]})
+        if self._inside:
+            return {path for path in paths if path.startswith(self._inside)}
+        ours = (os.path.join(os.path.realpath(self._out), ""), *packages)
+        return {path for path in paths if opens_.could_be_data(path) and not path.startswith(ours)}
 
 
 def _complete(ran: Ran, sections: Sequence[Section]) -> bool:
@@ -85,13 +118,14 @@ def _complete(ran: Ran, sections: Sequence[Section]) -> bool:
 
 def _opened(log: Path) -> list[str]:
     with suppress(FileNotFoundError):
-        return log.read_text(errors="surrogateescape").split("\n")[:-1]
+        return [os.fsdecode(path) for path in log.read_bytes().split(b"\0")[:-1]]
     return []
 
 
 @contextmanager
 def _directory() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="coordlfs-analyze-"))
+    # Short, for sockets of the command's lie in it: no longer than multiprocessing's own.
+    path = Path(tempfile.mkdtemp(prefix="cl-"))
     try:
         yield path
     finally:

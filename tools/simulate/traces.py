@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,15 @@ def parse(lines: Sequence[str]) -> Trace:
     return Trace(sizes, epochs)
 
 
+def line(size: int, name: str) -> bytes:
+    """A line of a trace. Only a line feed ends one: names may have every other character in them."""
+    quoted = name.replace("\\", r"\\").replace("\n", r"\n")
+    return b"%d %s\n" % (size, os.fsencode(quoted))
+
+
 def read(path: Path) -> Trace:
     """The trace in a file. Raises UserError if there is none."""
     try:
-        return parse(path.read_text(errors="surrogateescape").splitlines())
+        return parse(path.read_bytes().decode(errors="surrogateescape").split("\n"))
     except OSError as e:
         raise UserError(f"the trace {path} cannot be read: {e.strerror}", 2) from e

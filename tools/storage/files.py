@@ -20,27 +20,44 @@ _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A regular file that is not empty."""
+    """A regular file that is not empty, or `size` bytes of one from `offset` on."""
 
     path: str
     size: int
+    offset: int = 0
 
 
 def listed(directory: Path) -> list[File]:
-    """Every file below `directory`, by name. Raises UserError if there is none, or no directory."""
+    """Every file below `directory`, by name, through links too, each once however many names it has.
+
+    Raises UserError if there is none, or no directory.
+    """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory: give the dataset's", 2)
     found = []
-    for root, names, files in os.walk(directory):
-        names.sort()
+    seen: set[tuple[int, int]] = set()  # directories and files, by device and inode
+    for root, names, files in os.walk(directory, followlinks=True):
+        names[:] = [name for name in sorted(names) if _is_new(f"{root}/{name}", seen)]  # a link may lead back
         for path in (f"{root}/{name}" for name in sorted(files)):
             with suppress(OSError):  # a link to nowhere, or gone meanwhile
                 status = os.stat(path)
-                if stat.S_ISREG(status.st_mode) and status.st_size:
+                key = (status.st_dev, status.st_ino)
+                if stat.S_ISREG(status.st_mode) and status.st_size and key not in seen:
+                    seen.add(key)
                     found.append(File(path, status.st_size))
     if not found:
         raise UserError(f"{directory} has no files with anything in them: give the dataset's directory", 2)
     return found
+
+
+def _is_new(directory: str, seen: set[tuple[int, int]]) -> bool:
+    with suppress(OSError):
+        status = os.stat(directory)
+        key = (status.st_dev, status.st_ino)
+        if key not in seen:
+            seen.add(key)
+            return True
+    return False
 
 
 def _resident(file: File) -> int | None:
@@ -48,19 +65,19 @@ def _resident(file: File) -> int | None:
     with suppress(OSError):
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            held = pages.resident(fd)
-            return _had_at_once(fd, file.size) if held is None else min(held * pages.PAGE, file.size)
+            held = pages.resident(fd, file.offset, file.size)
+            return _had_at_once(fd, file) if held is None else min(held * pages.PAGE, file.size)
         finally:
             os.close(fd)
     return 0
 
 
-def _had_at_once(fd: int, size: int) -> int | None:
+def _had_at_once(fd: int, file: File) -> int | None:
     """For a file that is not one's own, of which the kernel does not tell: what a read gets without waiting."""
-    if size > _SMALL:
+    if file.size > _SMALL:
         return None  # what of it is cached need not be its beginning
     try:
-        return os.preadv(fd, [bytearray(size)], 0, os.RWF_NOWAIT)
+        return os.preadv(fd, [bytearray(file.size)], file.offset, os.RWF_NOWAIT)
     except BlockingIOError:
         return 0
     except OSError:
@@ -72,7 +89,8 @@ def resident_share(files: Sequence[File]) -> float | None:
     asked = files[:: max(len(files) // _ASKED, 1)]
     held = [_resident(file) for file in asked]
     known = [each for each in held if each is not None]
-    return sum(known) / sum(file.size for file in asked) if len(known) == len(held) else None
+    size = sum(file.size for file in asked)
+    return sum(known) / size if size and len(known) == len(held) else None
 
 
 @dataclass(frozen=True, slots=True)

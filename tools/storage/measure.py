@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ _MANY = 4  # times the readers, to see what the storage gives at most
 _IDLE = 3  # times what a read takes of the storage's time that it is left alone between two
 _STAYS = 0.9  # of what was read must be in memory for C to be memory's
 _FORGOT = "what was read did not stay in memory, or somebody empties the page cache: C is too low"
+_MOST = 200_000  # parts that are listed: of a large dataset more could not be read in the time
 _ENOUGH = 0.05  # of all parts: when fewer are left, all are made cold again
 
 
@@ -43,13 +45,21 @@ class Part:
     length: int
 
 
-def parts(files: Sequence[File], each: int | None = None) -> list[Part]:
-    """The files as they are read: whole, or in parts of `each` bytes where a file is much larger than that."""
-    result = []
-    for file in files:
-        step = each if each and file.size > 4 * each else min(file.size, _BUFFER)
-        result += [Part(file.path, at, min(step, file.size - at)) for at in range(0, file.size, step)]
-    return result
+def parts(files: Sequence[File], each: int | None = None, most: int | None = None) -> list[Part]:
+    """The files as they are read: whole, or in parts of `each` bytes (at least a page) where a file is much larger.
+
+    With `most`, about so many of them at most, evenly chosen, but one of each file.
+    """
+    each = max(each, pages.PAGE) if each else None
+    steps = [each if each and file.size > 4 * each else min(file.size, _BUFFER) for file in files]
+    every = 1
+    if most:
+        every = max(-(-sum(-(-file.size // step) for file, step in zip(files, steps, strict=True)) // most), 1)
+    return [
+        Part(file.path, at, min(step, file.size - at))
+        for file, step in zip(files, steps, strict=True)
+        for at in range(0, file.size, step * every)
+    ]
 
 
 @dataclass(slots=True)
@@ -177,7 +187,7 @@ def measure(
     Where the files cannot be taken out of the page cache the cold reads go around it with O_DIRECT, and a note says so.
     Raises UserError if files cannot be read.
     """
-    everything = parts(files, each)
+    everything = parts(files, each, _MOST)
     random.Random(seed).shuffle(everything)
     dropped = drop(files)
     notes = _notes(dropped)
@@ -205,7 +215,7 @@ def measure(
         value, left = latency(cold(), seconds / 2, _IDLE * mean / found.storage[-1], direct=direct)
         found.latency.append(value)
         rate(read, threads, seconds)
-        held = resident_share([File(part.path, part.length) for part in read if part.offset == 0])
+        held = resident_share([File(part.path, part.length, part.offset) for part in read])
         if held is not None and held < _STAYS and _FORGOT not in notes:
             notes.append(_FORGOT)
         value, _ = rate(read * max(1, min(64, int(256e6 / max(_bytes(read), 1)))), threads, seconds)
@@ -235,13 +245,24 @@ def _takes_direct(part: Part) -> bool:
 
 def device_of(path: Path) -> str:
     """The file system that `path` lies on, in words: its type and its source."""
-    best = ("", "unknown")
+    fstype, source = mounted_on(path)
+    return f"{fstype} on {source}" if source else fstype
+
+
+def mounted_on(path: Path) -> tuple[str, str]:
+    """The type and the source of the file system that `path` lies on; the source is empty if they are unknown."""
+    best = ("", "unknown", "")
     target = str(path.resolve())
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").split("\n")[:-1]:
         before, _, after = line.partition(" - ")
-        point = before.split()[4]
+        point = _unescaped(before.split(" ")[4])
         inside = target == point or target.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best[0]):
-            fstype, source, *_ = after.split()
-            best = (point, f"{fstype} on {source}")
-    return best[1]
+            fstype, source, *_ = after.split(" ")
+            best = (point, fstype, _unescaped(source))
+    return best[1:]
+
+
+def _unescaped(word: str) -> str:
+    """As mountinfo writes names: blanks, line ends and backslashes are octal."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), word)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
+
+from .rebuild import rebuilt
 
 
 def torch() -> Any:
@@ -31,28 +32,16 @@ def synchronize() -> None:
 
 
 def ready(batch: Any) -> Any:
-    """The minibatch, already on the GPU if the program uses one."""
+    """The minibatch, already on the GPU if the program uses one. Raises CannotCopyError."""
     if (module := cuda()) is None:
         return batch
     device = module.device("cuda", module.cuda.current_device())
-    return _each(batch, lambda tensor: tensor.to(device))
+    return rebuilt(batch, lambda tensor: tensor.to(device), lambda value: value.to(device))
 
 
-def copy(batch: Any) -> Any:
-    """A copy of the minibatch's tensors: a program that changes them in place must find them new each time."""
-    return batch if torch() is None else _each(batch, lambda tensor: tensor.clone())
-
-
-def _each(value: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(value, torch().Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return type(value)((key, _each(each, change)) for key, each in value.items())
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_each(each, change) for each in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_each(each, change) for each in value)
-    return value
+def copied(batch: Any) -> Any:
+    """A copy of the minibatch: a program that changes it must find it new each time. Raises CannotCopyError."""
+    return rebuilt(batch, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad))
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import device
 from .config import Section
+from .rebuild import CannotCopyError
 from .seen import clock
 from .sources import Source
 
@@ -31,6 +32,7 @@ class Plan:
         self.source = source
         self.results: dict[str, dict[str, Any]] = {}
         self.exhausted: str | None = None  # the section in which the loader ended
+        self.notes: list[str] = []
         self.handed = 0
         self._sections = sections
         self._meet = meet
@@ -46,6 +48,23 @@ class Plan:
         self.handed += 1
         self._left = clock()
         return batch
+
+    def open(self) -> Any:
+        """Begin the source, if it was not yet; the iterator that it has now."""
+        if self._current is None:
+            self._current = self.source.start(False, self.most)
+        return self._current
+
+    @property
+    def most(self) -> int | None:
+        """How many minibatches the loader may make in the first section (None: any number)."""
+        first = self._sections[0]
+        return sum(self._counts(first)) if first.last else None
+
+    def _counts(self, section: Section) -> tuple[int, int]:
+        """How many iterations of the section are left out, and how many are measured."""
+        workers = self.source.workers if section.last else 0
+        return max(section.skip, workers), max(section.count, 2 * workers)
 
     def came_back(self) -> None:
         """The program left its loop and begins another: what it did between two passes is no iteration."""
@@ -65,8 +84,7 @@ class Plan:
         self._finish()
 
     def _section(self, section: Section) -> Iterator[Any]:
-        workers = self.source.workers if section.last else 0
-        skip, count = max(section.skip, workers), max(section.count, 2 * workers)
+        skip, count = self._counts(section)
         draw = self._draw(section, skip + count if section.last else None)
         for _ in range(skip):
             batch = draw()
@@ -108,32 +126,48 @@ class Plan:
 
         def draw() -> Any:
             try:
-                return next(current)
+                return self.source.advance(current)
             except StopIteration:
                 raise Exhausted from None
 
         if not section.ready:
             return draw
-        kept = [device.ready(draw())]
+        kept = [self._made(device.ready, draw())]
         with suppress(Exhausted):
-            kept += (device.ready(draw()) for _ in range(_READY - 1))
+            kept += (self._made(device.ready, draw()) for _ in range(_READY - 1))
         self.source.stop(current)
         batches = cycle(kept)
 
         def draw_ready() -> Any:
             began = clock()
-            batch = device.copy(next(batches))
+            batch = self._made(device.copied, next(batches))
             self._away += clock() - began
             return batch
 
         return draw_ready
 
+    def _made(self, make: Callable[[Any], Any], batch: Any) -> Any:
+        """What `make` makes of the minibatch, or that itself, and a note, if it cannot."""
+        try:
+            return make(batch)
+        except CannotCopyError as e:
+            note = (
+                f"fed with minibatches at hand, the program got the same objects again, for they cannot be copied: {e}"
+            )
+            if not self.notes:
+                self.notes.append(note)
+            return batch
+
 
 class Handout:
-    """What the program gets for its loader's iterator while that is measured."""
+    """What the program gets for its loader's iterator while that is measured, where the iterator cannot tell itself.
+
+    It has the iterator's attributes, and says that it is of its class.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._iterator = plan.open()
 
     def __iter__(self) -> Handout:
         return self
@@ -143,3 +177,10 @@ class Handout:
 
     def __len__(self) -> int:
         return len(self._plan.source.owner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._iterator, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._iterator)

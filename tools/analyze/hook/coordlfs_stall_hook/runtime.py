@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from . import device, ranks
+from . import device, held, opens, ranks
 from .config import Config
 from .plan import Handout, Plan
 from .seen import Seen
@@ -42,12 +42,16 @@ class Runtime:
 
     def measures(self, seen: Seen) -> bool:
         """Whether this loader is the one that is measured."""
-        if not self.config.sections or os.getpid() != self._pid:
+        if not self.config.sections or not self.is_here():
             return False
         chosen = self.config.loader
         if self._measured is None and (seen.training if chosen is None else seen.number == chosen):
             self._measured = seen
         return self._measured is seen
+
+    def is_here(self) -> bool:
+        """Whether this is the process that was hooked, and none that it forked."""
+        return os.getpid() == self._pid
 
     def handout(self, make: Callable[[], Source]) -> Handout:
         """What the program iterates over instead of the measured loader."""
@@ -63,7 +67,7 @@ class Runtime:
 
     def write(self) -> None:
         """What was found in this process, to its file."""
-        if self._written or os.getpid() != self._pid or not self._seen:
+        if self._written or not self.is_here() or not self._seen:
             return
         self._written = True
         result: dict[str, Any] = {
@@ -72,6 +76,8 @@ class Runtime:
             "loaders": [seen.figures() for _, seen in self._seen],
             "measured": self._measured.number if self._measured else None,
             "versions": device.versions(),
+            "held": self._held() if self.config.opens else [],
+            "packages": opens.packages() if self.config.opens else [],
         }
         if self.plan:
             result["kind"] = self.plan.source.kind
@@ -79,10 +85,21 @@ class Runtime:
             result["sections"] = self.plan.results
             result["exhausted"] = self.plan.exhausted
             result["handed"] = self.plan.handed
+            result["notes"] = self.plan.notes
         path = f"{self.config.out}/result-{self._pid}"
         with open(f"{path}.tmp", "w") as f:
             json.dump(result, f)
         os.rename(f"{path}.tmp", f"{path}.json")
+
+    def _held(self) -> list[str]:
+        """What this process and those that load for it have open or mapped."""
+        found: set[str] = set()
+        pids = {os.getpid()}
+        with suppress(Exception):
+            pids.update(self.plan.source.loading(self.plan.open()) if self.plan else [])
+        for pid in pids:
+            found |= held.held(pid)
+        return sorted(found)
 
     def finish(self) -> None:
         """Everything is measured: end the process, without the program's further doing."""

@@ -79,3 +79,7 @@ class Observed:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._iterator, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # for whoever asks what it is
+        return type(self._iterator)

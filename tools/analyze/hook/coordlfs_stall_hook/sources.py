@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from typing import Any
+
+from .rebuild import attribute_names
+
+_DEPTH = 8  # of what lies in each other in a minibatch
 
 
 class Source:
@@ -25,6 +29,10 @@ class Source:
     def start(self, again: bool, most: int | None = None) -> Iterator[Any]:
         """An iterator; with `again` over what was handed out before; with `most` it ends after so many minibatches."""
         return self._begin()
+
+    def advance(self, iterator: Iterator[Any]) -> Any:
+        """Its next minibatch."""
+        return next(iterator)
 
     def stop(self, iterator: Iterator[Any]) -> None:
         """End what the iterator runs."""
@@ -62,13 +70,33 @@ class Source:
 
 def _first_length(batch: Any) -> int:
     """The length of the first thing in the minibatch that has one, which is the batch by PyTorch's custom."""
-    if isinstance(batch, dict) and batch:
-        return _first_length(next(iter(batch.values())))
-    if isinstance(batch, (list, tuple)) and batch:
-        first = batch[0]
-        return _first_length(first) if isinstance(first, (dict, list, tuple)) or hasattr(first, "shape") else len(batch)
+    with suppress(Exception):  # a minibatch may be of any class, and answer as it likes
+        return max(_length(batch, 0) or 1, 1)
+    return 1
+
+
+def _length(batch: Any, depth: int) -> int | None:
+    if depth > _DEPTH or isinstance(batch, (str, bytes, int, float)) or batch is None:
+        return None
     shape = getattr(batch, "shape", None)
-    return int(shape[0]) if shape is not None and len(shape) else 1
+    if isinstance(shape, tuple):
+        return int(shape[0]) if shape else None
+    if isinstance(batch, Mapping):
+        return _first(batch.values(), depth)
+    if isinstance(batch, (list, tuple)):
+        if not batch:
+            return None
+        nested = isinstance(batch[0], (Mapping, list, tuple)) or hasattr(batch[0], "shape") or hasattr(batch, "_fields")
+        return _first(batch, depth) if nested else len(batch)
+    for name in ("num_graphs", "batch_size"):
+        if isinstance(number := getattr(batch, name, None), int):
+            return number
+    return _first((getattr(batch, name, None) for name in attribute_names(batch)), depth)
+
+
+def _first(values: Any, depth: int) -> int | None:
+    lengths = (_length(each, depth + 1) for each in values)
+    return next((length for length in lengths if length), None)
 
 
 class Iterable(Source):
@@ -77,29 +105,68 @@ class Iterable(Source):
     again = True
 
 
+class Dali(Source):
+    """One of DALI's iterators: threads of this process prepare, as many as its pipelines were given."""
+
+    KIND = "DALIGenericIterator"
+
+    def __init__(self, begin: Callable[[], Iterator[Any]], owner: Any) -> None:
+        super().__init__(self.KIND, begin, owner)
+        with suppress(Exception):
+            pipes = owner._pipes
+            self.workers = sum(int(pipe.num_threads) for pipe in pipes)
+            self.queue = max(int(getattr(pipe, "prefetch_queue_depth", 2)) for pipe in pipes)
+
+    def loading(self, iterator: Iterator[Any]) -> list[int]:
+        """This process."""
+        return [os.getpid()]
+
+
 class TorchLoader(Source):
-    """A torch DataLoader. Its sampler is written along, so that the same samples can be asked for again."""
+    """A torch DataLoader, by the iterators that its class or a class made of it makes, however it does so.
+
+    `first` is the iterator that the program made. What its sampler gives is written along, so that the same samples can
+    be asked for again by another iterator of the same class. The loader keeps its own sampler, and the program its own
+    iterator: it is asked, and answers with what the plan has.
+    """
 
     KIND = "torch.utils.data.DataLoader"
 
-    def __init__(self, loader: Any) -> None:
-        super().__init__(self.KIND, loader._get_iterator, loader)
+    def __init__(
+        self, loader: Any, first: Any, make: Callable[[], Any], advance: Callable[[Any], Any], placed: list[Any]
+    ) -> None:
+        super().__init__(self.KIND, make, loader)
         self.again = not isinstance(loader.dataset, _iterable_dataset())  # which decides itself what comes
-        self.queue = loader.num_workers * (loader.prefetch_factor or 0)
-        self.batch = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-        self._name = "batch_sampler" if loader._auto_collation else "sampler"
-        self._sampler = loader._index_sampler
+        self.workers = int(getattr(first, "_num_workers", self.workers))
+        self.queue = self.workers * (getattr(loader, "prefetch_factor", None) or 0)
+        sampler = getattr(loader, "batch_sampler", None)
+        self.batch = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
+        self.first = first
+        self._advance = advance
+        self._placed = placed  # the sampler that the next iterator gets instead of the loader's
         self._drawn: list[Any] = []
         self._most: int | None = None
 
-    def start(self, again: bool, most: int | None = None) -> Iterator[Any]:
-        """An iterator; with `again` over the minibatches that were drawn before, made anew."""
+    def record(self, sampler: Any, most: int | None) -> Any:
+        """A sampler that gives what `sampler` does, and remembers it; with `most` so many at most."""
         self._most = most
-        sampler = _Sampler(list(self._drawn), None, None) if again else _Sampler(self._sampler, self._drawn, most)
-        # Straight into the dictionary: DataLoader refuses to have its sampler set. The loader is never used as it
-        # was any more, for the process ends after the last section.
-        self.owner.__dict__[self._name] = sampler
-        return self._begin()
+        return _Sampler(sampler, self._drawn, most)
+
+    def start(self, again: bool, most: int | None = None) -> Iterator[Any]:
+        """The program's own iterator; with `again` another over the minibatches that were drawn before, made anew."""
+        self._most = most
+        if not again:
+            iterator: Iterator[Any] = self.first
+            return iterator
+        self._placed.append(_Sampler(list(self._drawn), None, None))
+        try:
+            return self._begin()
+        finally:
+            self._placed.clear()
+
+    def advance(self, iterator: Any) -> Any:
+        """Its next minibatch, by the class's own way."""
+        return self._advance(iterator)
 
     def stop(self, iterator: Any) -> None:
         """End the workers."""
@@ -141,3 +208,8 @@ class _Sampler:
 
     def __len__(self) -> int:
         return len(self._sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_sampler":  # not yet set, as while it is unpickled
+            raise AttributeError(name)
+        return getattr(self._sampler, name)

@@ -11,25 +11,13 @@ from typing import Any
 
 from . import runtime
 from .seen import Observed
-from .sources import Source, TorchLoader
+from .sources import Dali, Iterable, Source, TorchLoader
 
 
 def _like(function: Any, original: Any) -> Any:
     function.__doc__ = original.__doc__
     function.__wrapped__ = original
     return function
-
-
-def _advancing(cls: Any) -> None:
-    """Have the class's `__next__` timed, for iterators that were told whose they are."""
-    advance = cls.__next__
-
-    def __next__(self: Any) -> Any:
-        seen = self.__dict__.get("_coordlfs_seen")
-        return advance(self) if seen is None else seen.timed(advance, self)
-
-    cls.__next__ = _like(__next__, advance)
-    cls.__next__._coordlfs_timed = True
 
 
 def _beginning(cls: Any, kind: str, source: Callable[[Any, Callable[[], Any]], Source]) -> None:
@@ -43,25 +31,119 @@ def _beginning(cls: Any, kind: str, source: Callable[[Any, Callable[[], Any]], S
         seen = active.meet(self, kind)
         if active.measures(seen):
             return active.handout(lambda: source(self, lambda: begin(self)))
-        iterator = begin(self)
-        if not hasattr(type(iterator).__next__, "_coordlfs_timed"):
-            return Observed(iterator, seen)
-        iterator._coordlfs_seen = seen  # it stays what it is
-        return iterator
+        return Observed(begin(self), seen)
 
     cls.__iter__ = _like(__iter__, begin)
 
 
+_EMPTY: tuple[Any, ...] = ()
+
+
 def _watch_torch(module: Any) -> None:
-    _beginning(module.DataLoader, TorchLoader.KIND, lambda loader, _: TorchLoader(loader))
-    _advancing(module._BaseDataLoaderIter)
+    """The iterators, not the loaders: however a class made of DataLoader comes to one, it is timed, and measured.
+
+    Each is noticed as it is made, and asks the plan for its minibatches if it is the measured loader's.
+    """
+    cls = module._BaseDataLoaderIter
+    made, advance, again = cls.__init__, cls.__next__, cls._reset
+    placed: list[Any] = []  # a sampler for the iterator that is made next, by ourselves
+
+    def __new__(cls: Any, *arguments: Any, **named: Any) -> Any:
+        iterator = object.__new__(cls)
+        active = runtime.active
+        if active is not None and active.config.sections and not placed:
+            iterator.__dict__["_coordlfs_made"] = lambda: cls(*arguments, **named)
+        return iterator
+
+    def __init__(self: Any, loader: Any, *arguments: Any, **named: Any) -> None:
+        made(self, loader, *arguments, **named)
+        make = self.__dict__.pop("_coordlfs_made", None)
+        active = runtime.active
+        if active is None:
+            return
+        if placed:
+            _replace(self, placed[0])
+            return
+        seen = active.meet(loader, TorchLoader.KIND)
+        if make is None or not active.measures(seen):
+            self.__dict__["_coordlfs_seen"] = seen
+            return
+        if active.plan is None:
+            source = TorchLoader(loader, self, make, advance, placed)
+            plan = active.plan = active.plan_for(source)
+            _replace(self, source.record(self._index_sampler, plan.most))
+        else:
+            active.plan.came_back()
+            _replace(self, _EMPTY)  # it need not make anything: it hands out what the plan has
+        self.__dict__["_coordlfs_plan"] = active.plan
+
+    def __next__(self: Any) -> Any:
+        plan = self.__dict__.get("_coordlfs_plan")
+        if plan is not None:
+            self.__dict__["_reset"] = lambda *arguments, **named: plan.came_back()  # another pass, not another epoch
+            return next(plan)
+        seen = self.__dict__.get("_coordlfs_seen")
+        return advance(self) if seen is None else seen.timed(advance, self)
+
+    def _reset(self: Any, loader: Any, first_iter: bool = False) -> None:
+        """Workers that persist begin another pass without another iterator."""
+        seen = self.__dict__.get("_coordlfs_seen")
+        if seen is not None and not first_iter:
+            seen.begin()
+        again(self, loader, first_iter)
+
+    cls.__new__ = __new__
+    cls._reset = _like(_reset, again)
+    cls.__init__ = _like(__init__, made)
+    cls.__next__ = _like(__next__, advance)
+    _watch_passes(module.DataLoader)
+
+
+def _replace(iterator: Any, sampler: Any) -> None:
+    iterator._index_sampler = sampler
+    iterator._sampler_iter = iter(sampler)
+
+
+def _watch_passes(cls: Any) -> None:
+    """A pass over what is measured goes on with the iterator that the program has, and makes no other."""
+    begin = cls.__iter__
+
+    def __iter__(self: Any) -> Any:
+        plan = runtime.active.plan if runtime.active is not None and runtime.active.is_here() else None
+        if plan is None or plan.source.owner is not self or not isinstance(plan.source, TorchLoader):
+            return begin(self)
+        plan.came_back()
+        return plan.source.first
+
+    cls.__iter__ = _like(__iter__, begin)
 
 
 def _watch_dali(module: Any) -> None:
     # The others of DALI's PyTorch iterators are made of this one; it is its own iterator.
     cls = module.DALIGenericIterator
-    _beginning(cls, "DALIGenericIterator", lambda loader, begin: Source("DALIGenericIterator", begin, loader))
-    _advancing(cls)
+    begin, advance = cls.__iter__, cls.__next__
+
+    def __iter__(self: Any) -> Any:
+        active = runtime.active
+        if active is None:
+            return begin(self)
+        seen = active.meet(self, Dali.KIND)
+        if active.measures(seen):
+            return active.handout(lambda: Dali(lambda: begin(self), self))
+        self.__dict__["_coordlfs_seen"] = seen
+        return begin(self)
+
+    def __next__(self: Any) -> Any:
+        seen = self.__dict__.get("_coordlfs_seen")
+        return advance(self) if seen is None else seen.timed(advance, self)
+
+    cls.__iter__ = _like(__iter__, begin)
+    cls.__next__ = _like(__next__, advance)
+
+
+def _watch_nodes(module: Any) -> None:
+    kind = "torchdata.nodes.Loader"
+    _beginning(module.Loader, kind, lambda loader, begin: Iterable(kind, begin, loader))
 
 
 def _watch_coordinated(module: Any) -> None:
@@ -79,6 +161,7 @@ def _watch_multiprocessing(module: Any) -> None:
 LOADERS: dict[str, Callable[[Any], None]] = {
     "torch.utils.data.dataloader": _watch_torch,
     "nvidia.dali.plugin.pytorch": _watch_dali,
+    "torchdata.nodes.loader": _watch_nodes,
     "coordlfs_loader.loader": _watch_coordinated,
 }
 _WATCHED = {**LOADERS, "multiprocessing.util": _watch_multiprocessing}

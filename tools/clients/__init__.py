@@ -1,0 +1,1 @@
+"""Frameworks that training jobs are written with, run for real: `python -m coordlfs_tools.clients [NAME …]`."""
