@@ -262,7 +262,6 @@ def mount(
                     "acl": _supports_acl(root),
                     "is_remote": lies_elsewhere(root, os.fsencode(source)),
                     "fstype": None if (fstype := mounts.fstype(root)) is None else os.fsdecode(fstype),
-                    "mounted": time.time_ns(),
                     "revalidate": options.revalidate,
                     "root": root,
                     "metrics": None if metrics is None else metrics.fileno(),

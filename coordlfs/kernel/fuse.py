@@ -42,7 +42,7 @@ _BODIES = {
 }
 _NOTHING = (0, False)
 
-NOTIFY_INVAL_INODE, NOTIFY_INVAL_ENTRY, NOTIFY_RESEND = 2, 3, 7
+NOTIFY_INVAL_INODE, NOTIFY_INVAL_ENTRY, NOTIFY_RESEND, NOTIFY_INC_EPOCH = 2, 3, 7, 8
 UNIQUE_RESENT = 1 << 63
 
 ASYNC_READ, AUTO_INVAL_DATA, DO_READDIRPLUS, ASYNC_DIO = 1 << 0, 1 << 12, 1 << 13, 1 << 15
@@ -169,6 +169,11 @@ def invalidate_inode(node: int, offset: int, length: int) -> bytes:
 def invalidate_entry(parent: int, name: bytes) -> bytes:
     """Forget that `name` in directory `parent` leads anywhere."""
     return _notification(NOTIFY_INVAL_ENTRY, INVAL_ENTRY.pack(parent, len(name), 0) + name + b"\0")
+
+
+def invalidate_all_entries() -> bytes:
+    """Look up every name anew before it is used again (Linux 6.16). Never blocks."""
+    return _notification(NOTIFY_INC_EPOCH, b"")
 
 
 def resend() -> bytes:
