@@ -401,6 +401,16 @@ class Admission:
             return 0
         return self.drop(items.items_of(record, size))
 
+    def drop_past(self, record: int) -> None:
+        """`drop` a file of which there is a newer version, and count it no longer as part of the dataset."""
+        with self.lock:
+            size = self.catalog.size(record)
+            self.drop_file(record, size)
+            if self.catalog.last_miss(record) != _UNKNOWN:
+                self.catalog.set_last_miss(record, *_UNKNOWN)
+                self.counters.add("dataset_items", -len(items.items_of(record, size)))
+                self.counters.add("dataset_bytes", -size)
+
     def is_absent(self, item: int) -> bool:
         """Whether an item is neither pinned nor on its way in or out."""
         return not self.policy.pages(item) and item not in self.dropping

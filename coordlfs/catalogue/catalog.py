@@ -43,13 +43,14 @@ _VERSION_KEY = struct.Struct("=xQq")  # after a path, which holds no NUL
 _VERSION = struct.Struct("=24xQqQ8xQ")  # of a record's words: size, mtime, inode, and above 32 bits the access
 
 _FEW = 1 << 16  # records that are indexed one by one, in 20 ms
+_FEW_REUSED = 1 << 10  # of an index of 1 << 12 slots or more, which is half empty
 
 _NO_VERSION = Version(0, 0, 0)
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-REGULAR, SERVED, LINKED, DIRECTORY, SUPERSEDED, OTHER_CGROUP, STALE = 1, 2, 4, 8, 16, 32, 64
+REGULAR, SERVED, LINKED, DIRECTORY, SUPERSEDED, OTHER_CGROUP, STALE, LATER = 1, 2, 4, 8, 16, 32, 64, 128
 
 
 def node_of_path(path: bytes, seed: int = 0) -> int:
@@ -83,6 +84,10 @@ class Catalog:
         self.lock = threading.RLock()
         self._other_names: dict[int, set[tuple[int, bytes]]] = {}  # of files with several hard links
         self._directories: dict[int, bytes] = {0: b""}
+        self._latest: dict[bytes, int] = {}  # by what ids are hashed of, records of later versions
+        # By parent and name, records of versions that are forgotten.
+        self._free: dict[tuple[int, bytes], list[int]] = {}
+        self._reused = 0  # since the index was built: as many of its slots lead to no node
         self._staled: dict[int, int] = {}  # of records that are stale, when they last came to be
         self._moments = itertools.count(1)
         self.counters = self.words[HEADER_WORDS - COUNTERS : HEADER_WORDS]
@@ -211,7 +216,7 @@ class Catalog:
         return self.words[HEADER_WORDS + record * RECORD_WORDS + 3]
 
     def flags(self, record: int) -> int:
-        """REGULAR, DIRECTORY, LINKED, SUPERSEDED, OTHER_CGROUP, STALE: see below; SERVED: bytes of it went out."""
+        """REGULAR, DIRECTORY, LINKED, SUPERSEDED and so on: see below; SERVED: bytes of it went out."""
         return self.words[HEADER_WORDS + record * RECORD_WORDS + 1] & 0xFFFF
 
     # -- writing ------------------------------------------------------------------------------------------------
@@ -229,6 +234,20 @@ class Catalog:
         else:
             directory = self.directory_path(parent)
             key = directory + b"/" + name if directory else name
+        record, changed, superseded = self._enter(key, parent, name, st, linked)
+        is_later = self.flags(record) & LATER
+        if self._latest or is_later:
+            before = self._latest.pop(key, record)
+            if before != record and not self.flags(before) & SUPERSEDED:
+                self.supersede(before)
+                superseded = before
+            if is_later:
+                self._latest[key] = record
+        return record, changed, superseded
+
+    def _enter(
+        self, key: bytes, parent: int, name: bytes, st: os.stat_result, linked: bool
+    ) -> tuple[int, bool, int | None]:
         seed, superseded, is_first = 0, None, True
         while True:
             node = max(_node(key, seed) & self.id_mask, 2)
@@ -250,7 +269,7 @@ class Catalog:
                 kind = self._kind(st, linked)
                 if (REGULAR | DIRECTORY) & kind & flags:
                     return record, True, superseded
-                self.set_version(record, Version.of(st), kind)
+                self.set_version(record, Version.of(st), kind | flags & LATER)
                 return record, False, superseded
             if same and not flags & SUPERSEDED:
                 superseded = record
@@ -259,7 +278,14 @@ class Catalog:
                 key, seed, is_first = key + _VERSION_KEY.pack(st.st_size, st.st_mtime_ns), 0, False
             else:
                 seed += 1
-        return self.add(node, parent, name, self._kind(st, linked), Version.of(st)), False, superseded
+        if is_first:
+            record = self.add(node, parent, name, self._kind(st, linked), Version.of(st))
+        elif free := self._free.get((parent, name)):
+            record = free.pop()
+            self._reuse(record, node, self._kind(st, linked) | LATER, Version.of(st))
+        else:
+            record = self.add(node, parent, name, self._kind(st, linked) | LATER, Version.of(st))
+        return record, False, superseded
 
     @_locked
     def add(self, node: int, parent: int, name: bytes, kind: int, version: Version) -> int:
@@ -267,6 +293,31 @@ class Catalog:
         record = self._append(node, parent, name, kind, version)
         self._insert(node, record)
         return record
+
+    @_locked
+    def give_back(self, record: int, staleness: int) -> None:
+        """Forget a version that neither the kernel nor the cache has anything of: another one may have its record.
+
+        Unless its name leads to it again, or there was something new to tell the kernel since `staleness`. That of the
+        first version stays: from it the later ones are found.
+        """
+        flags = self.flags(record)
+        is_past = flags & SUPERSEDED and flags & LATER
+        if is_past and not flags & (STALE | LINKED) and staleness == self.staleness(record):
+            self.words[HEADER_WORDS + record * RECORD_WORDS] = 0
+            self._free.setdefault(self.entry(record), []).append(record)
+
+    def _reuse(self, record: int, node: int, kind: int, version: Version) -> None:
+        at = HEADER_WORDS + record * RECORD_WORDS
+        self.words[at + 6] = self.words[at + 7] = 0
+        self.words[at + 1] &= ~0xFFFF
+        self.set_version(record, version, kind)
+        self.words[at] = node
+        self._reused += 1
+        if self._reused > _FEW_REUSED:
+            self.index, self._reused = self._build_index(len(self)), 0
+        else:
+            self._insert(node, record)
 
     @staticmethod
     def _kind(st: os.stat_result, linked: bool) -> int:

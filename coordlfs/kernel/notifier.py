@@ -7,11 +7,14 @@ from a source that never answers, the thread is one for that notification alone.
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+
+from coordlfs.kernel import fuse
 
 _MOST_ALONE = 64  # notifications that have a thread of their own
 
@@ -38,6 +41,14 @@ class Notifier:
         """Write a notification; no loop may do so, but for one that touches attributes only and so cannot block."""
         with suppress(OSError):  # ENOENT: the kernel does not know the inode any more
             os.write(self._device, message)
+
+    def is_known(self, node: int) -> bool:
+        """Whether the kernel knows a node. It may have to free what it knew: not for the threads that answer."""
+        try:
+            os.write(self._device, fuse.store_nothing(node))
+        except OSError as e:
+            return e.errno != errno.ENOENT
+        return True
 
     def send_alone(self, message: bytes, then: Callable[[], None]) -> bool:
         """Have a notification written now and `then` called, by a thread that may be held up for ever by a hung source.

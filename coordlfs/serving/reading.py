@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from coordlfs.peers.sharing import Sharing
 
 _ATTEMPTS = 2  # at reading what was of another version: another thread may have had the node take the newer one
+_FEW_ITEMS = 1 << 16  # 1 TiB; a record of a larger file is not used again
 
 
 class Request(NamedTuple):
@@ -92,6 +94,8 @@ class Reader:
         self.notifier = notifier
         self.sharing: Sharing | None = None
         self.ends = Ends()
+        self._past: dict[tuple[int, bytes], set[int]] = {}  # by parent and name, records of versions that are known yet
+        self._past_lock = threading.Lock()
 
     def read(self, request: Request, into: pages.Buffer, before_wait: Callable[[], None]) -> Answer:
         """The bytes that a READ asks for: from the stash what is there, and the rest from the source.
@@ -335,15 +339,16 @@ class Reader:
     def recover(self) -> None:
         """Tell the kernel what a server before this one had not yet when it was killed."""
         for record in self.catalog.stale():
-            self.ends.notified(self.catalog.node(record), fuse.LARGEST_FILE)
             if self.catalog.flags(record) & SUPERSEDED:
                 self.notifier.call(partial(self._settle, record))
+            else:
+                self.ends.notified(self.catalog.node(record), fuse.LARGEST_FILE)
 
     def replaced(self, record: int) -> None:
         """The name of a file leads to another node, and to the old one nobody any more, in a moment."""
         self.counters.add("changed_files")
         self.source.forget(record)
-        self.admission.drop_file(record, self.catalog.size(record))
+        self.admission.drop_past(record)
         self.notifier.call(lambda: self._settle(record))
 
     def _settle(self, record: int) -> None:
@@ -362,6 +367,30 @@ class Reader:
             self.notifier.send_now(fuse.invalidate_all_entries())  # an earlier server may have known more names
         if self.catalog.flags(record) & (SUPERSEDED | SERVED):  # else there are attributes to be told
             self.catalog.set_fresh(record, staleness)
+        if self.catalog.flags(record) & SUPERSEDED:
+            self._give_back(record)
+
+    def _give_back(self, record: int) -> None:
+        """Have the records of past versions of a name used again, so that one that changes for ever takes up a few."""
+        place = self.catalog.entry(record)
+        with self._past_lock:
+            past = self._past.setdefault(place, set())
+            past.add(record)
+            for each in list(past):
+                staleness, flags = self.catalog.staleness(each), self.catalog.flags(each)
+                if not flags & SUPERSEDED:
+                    past.discard(each)  # its name leads to it again
+                elif not flags & STALE and self._is_forgotten(each):
+                    past.discard(each)
+                    self.catalog.give_back(each, staleness)
+            if not past:
+                del self._past[place]
+
+    def _is_forgotten(self, record: int) -> bool:
+        wanted = items.items_of(record, self.catalog.size(record))
+        if len(wanted) > _FEW_ITEMS or self.catalog.pinned_pages(record):
+            return False
+        return all(map(self.admission.is_absent, wanted)) and not self.notifier.is_known(self.catalog.node(record))
 
     def announce(self, record: int) -> None:
         """Have the kernel ask for the attributes of a record anew, and for what it keeps of a directory."""

@@ -627,6 +627,25 @@ def test_refresh_waits_for_what_a_reader_has_noticed(source: Path, mount: MakeMo
         held = wanted
 
 
+@pytest.mark.parametrize("cache", ["0", "10M"])
+def test_a_file_that_changes_for_ever_takes_up_no_more_room(source: Path, mount: MakeMount, cache: str) -> None:
+    (source / "f").write_bytes(noise(50_000, 0))
+    mounted = mount(source, cache, "--immutable")
+    before = mounted.stats()["known_files"]
+    with open(mounted.path / "f", "rb", buffering=0) as f:
+        assert f.read() == noise(50_000, 0)
+        for number in range(1, 100):
+            _write_over(source / "f", noise(50_000, number))
+            with redirect_stdout(io.StringIO()):
+                assert cli.main(["refresh", str(mounted.path)]) == 0
+            assert read(mounted.path / "f") == noise(50_000, number)
+        assert os.pread(f.fileno(), 50_000, 0) in (noise(50_000, 0), b""), "who has an old version open keeps it"
+    mounted.settle()
+    figures = mounted.stats()
+    assert figures["known_files"] - before < 8
+    assert figures["epoch"]["items"] == 1
+
+
 @pytest.mark.parametrize("is_restarted", [False, True])
 def test_every_name_of_a_file_with_several_leads_to_the_new_version(
     source: Path, mount: MakeMount, is_restarted: bool

@@ -1,7 +1,7 @@
 """A file that changes under its readers, against a model: a list of its versions.
 
-Whatever is done in whatever order: all that one `open` gives is of one version, or an error; and once `coordlfs refresh`
-has answered, another `open` gives the newest.
+Whatever is done in whatever order: all that one `open` gives is of one version, or an error; and once `coordlfs
+refresh` has answered, another `open` gives the newest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import random
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -29,6 +29,27 @@ from coordlfs.commands import cli
 _SIZES = st.sampled_from([1, PAGE - 1, PAGE, PAGE + 1, 20_000, 128 * 1024, 300_000, MIB + 1])
 _STALE = (errno.ESTALE, errno.ENOENT)
 _NUMBERS = itertools.count()
+
+
+def _or_stale(action: Callable[..., bytes | None], *arguments: int) -> bytes | None:
+    """What `action` returns; None if it is told that the file changed."""
+    try:
+        return action(*arguments)
+    except OSError as e:
+        if e.errno not in _STALE:
+            raise
+        return None
+
+
+def _read(fd: int, offset: int, size: int) -> bytes:
+    return os.pread(fd, size, offset)
+
+
+def _whole(fd: int) -> bytes:
+    got = b""
+    while part := os.read(fd, 100_000):
+        got += part
+    return got
 
 
 def _mapped(fd: int, offset: int, size: int) -> bytes | None:
@@ -168,13 +189,7 @@ class Changes(RuleBasedStateMachine):
     )
     def read(self, data: st.DataObject, way: str, at: int, size: int) -> None:
         file = data.draw(st.sampled_from(self.files))
-        try:
-            got = {"read": lambda: os.pread(file.fd, size, at), "map": lambda: _mapped(file.fd, at, size)}.get(
-                way, lambda: _direct(file.fd, at, size)
-            )()
-        except OSError as e:
-            assert e.errno in _STALE
-            got = None
+        got = _or_stale({"read": _read, "map": _mapped, "direct": _direct}[way], file.fd, at, size)
         if got is None:
             assert not file.is_newest, "an error, though nothing has changed"
             return
@@ -196,25 +211,19 @@ class Changes(RuleBasedStateMachine):
         """An ordinary open and read of everything."""
         fd = os.open(self.path, os.O_RDONLY)
         try:
-            got = b""
-            while part := os.read(fd, 100_000):
-                got += part
-        except OSError as e:
-            assert e.errno in _STALE
-            assert not self.is_noticed
-        else:
-            assert got in self.versions
-            assert not self.is_noticed or got == self.versions[-1], "older than what was noticed"
+            got = _or_stale(_whole, fd)
         finally:
             os.close(fd)
+        assert got is None or got in self.versions
+        assert not self.is_noticed or got == self.versions[-1], "older than what was noticed"
 
 
 @pytest.fixture(params=["source", "in_memory"])
-def changing(request: pytest.FixtureRequest, mount: MakeMount) -> Iterator[Mount]:
+def changing(request: pytest.FixtureRequest, mount: MakeMount) -> Mount:
     where: Path = request.getfixturevalue(request.param)
     mounted = mount(where, "2M", "--immutable")
     mounted.expect_errors = True  # its server is killed
-    yield mounted
+    return mounted
 
 
 @pytest.mark.timeout(300)

@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from coordlfs.catalogue import memfds
-from coordlfs.catalogue.catalog import COUNTERS, DIRECTORY, LINKED, REGULAR, SERVED, SUPERSEDED, Catalog, node_of_path
+from coordlfs.catalogue.catalog import (
+    COUNTERS,
+    DIRECTORY,
+    LATER,
+    LINKED,
+    REGULAR,
+    SERVED,
+    SUPERSEDED,
+    Catalog,
+    node_of_path,
+)
 from coordlfs.kernel.fuse import ROOT_NODE
 from coordlfs.sources.versions import Version
 
@@ -397,6 +407,37 @@ def test_what_is_stale_is_known_to_the_next_server(fds: tuple[int, int]) -> None
     assert Catalog(*fds).stale() == []
 
 
+def test_records_of_versions_that_are_forgotten_are_used_again(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    others = [catalog.enter(0, b"%d" % number, attributes(number + 10))[0] for number in range(1900)]
+    nodes: set[int] = set()
+    records: set[int] = set()
+    for number in range(3000):  # more often than the index is built anew
+        version = attributes(2, size=number, mtime_ns=number)
+        record, changed, past = catalog.enter(0, b"f", version)
+        assert not changed
+        assert catalog.find(catalog.node(record)) == record
+        assert catalog.version(record) == Version.of(version)
+        assert catalog.flags(record) & ~LATER == REGULAR
+        assert catalog.last_miss(record) == (0, 0)
+        assert catalog.path(record) == b"f"
+        catalog.set_served(record)
+        catalog.set_last_miss(record, 7, 7)
+        nodes.add(catalog.node(record))
+        records.add(record)
+        assert (past is None) == (number == 0)
+        if past is not None:
+            node = catalog.node(past)
+            catalog.give_back(past, catalog.staleness(past))
+            assert catalog.node(past) == node, "the kernel has not been told"
+            catalog.set_fresh(past)
+            catalog.give_back(past, catalog.staleness(past))
+            assert (catalog.find(node) is None) == (number > 1), "the first leads to the others"
+    assert len(nodes) == 3000
+    assert len(records) == 3
+    assert [catalog.enter(0, b"%d" % number, attributes(number + 10))[0] for number in range(1900)] == others
+
+
 def test_a_directory_that_changed_is_recorded_by_who_sees_to_its_listing(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
     record, *_ = catalog.enter(0, b"d", attributes(2, kind=stat.S_IFDIR, mtime_ns=1))
@@ -468,7 +509,7 @@ def test_a_file_that_became_a_directory_is_one(fds: tuple[int, int]) -> None:
     file, *_ = catalog.enter(0, b"n", attributes(2))
     catalog.set_served(file)
     record, changed, _ = catalog.enter(0, b"n", directory(3))
-    assert (catalog.flags(record), changed) == (DIRECTORY, False)
+    assert (catalog.flags(record) & ~LATER, changed) == (DIRECTORY, False)
     assert record != file
 
 
