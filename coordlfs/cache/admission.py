@@ -32,7 +32,7 @@ from coordlfs.cache.epochs import Epochs
 from coordlfs.cache.keeper_protocol import MAX_PACKET, REQUEST, How, Outcome, Verb, parse_reply
 from coordlfs.cache.minio import MinIO, State
 from coordlfs.cache.stash import Stash
-from coordlfs.catalogue.catalog import OTHER_CGROUP, STALE, Catalog
+from coordlfs.catalogue.catalog import OTHER_CGROUP, SUPERSEDED, Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import cgroups, fuse, pages
 from coordlfs.kernel.libc import quick_reader, quick_write
@@ -82,7 +82,7 @@ class Pending:
     missed: bool = False  # a job's READ began it
     same_cgroup: bool = False  # every READ of it came from the keeper's own memory cgroup
     attempts: int = 0
-    awaited: int = 0  # how often it was put off: a READ was at the source, or an older version not forgotten yet
+    awaited: int = 0  # how often it was put off, since a READ was at the source
     flags: int = 0
 
 
@@ -97,7 +97,6 @@ class Link:
     receive: Callable[[], int | None]
     asked: int = 0
     full: bool = False
-    purging: list[int] = field(default_factory=list)  # records
     threads: set[int] = field(default_factory=set)  # of the process, that read as well as its first
     backlog: deque[bytes] = field(default_factory=deque)
     delayed: bool = False  # the backlog waits for answers
@@ -142,8 +141,6 @@ class Admission:
         self._asked_for_keeper = False
         self.recovering: set[int] = set()  # keepers that have not yet told what they hold
         self._orphans: dict[int, int] = {}  # records with pages that the last server knew to be pinned
-        self._stale: Counter[int] = Counter()  # records, and how often something of them has still to be let go
-        self._unpurged: list[int] = []  # records, for want of a keeper
         self._keeper_cgroups: set[bytes | None] = set()
         self._job_cgroups: dict[int, tuple[bytes | None, float]] = {}  # by pid; and until when that is believed
         self._gathering = Timer()  # ends when requests that wait for others have waited long enough
@@ -251,7 +248,9 @@ class Admission:
             return False
 
     def _admits(self, item: int, npages: int) -> bool:
-        """Take room for an item, if it is for this node to cache."""
+        """Take room for an item, if it is for this node to cache, and its name still leads to it."""
+        if self.catalog.flags(items.record_of(item)) & SUPERSEDED:
+            return False
         if self.sharing is not None and not self.sharing.owns(item):
             return False
         if self.policy.admit(item, npages):
@@ -396,37 +395,6 @@ class Admission:
                 self.drop([item])
             return given
 
-    def purge(self, record: int) -> None:
-        """Have the kernel drop old pages of a file that changed, even those that it had not yet on its lists.
-
-        A notification alone leaves pages that a processor was still collecting for the kernel's LRU lists (seen: the
-        first 8 of a file, once in 8 runs); DONTNEED empties these collections first.
-        """
-        with self.lock:
-            self.catalog.set_other_cgroup(record)  # from now on nothing of it is pinned as it lies there
-            link = next(iter(self.links.values()), None)
-            if link is None:
-                self._unpurged.append(record)
-                self._want_keeper()
-            else:
-                link.purging.append(record)
-                self._send(link, Verb.PURGE, items.item_at(record, 0), 0)
-
-    def stale(self, record: int) -> None:
-        """Something of a version past is about to be let go, the last of it by `purge`: see `Catalog.set_stale`."""
-        with self.lock:
-            self._stale[record] += 1
-            self.catalog.set_stale(record)
-
-    def _purged(self, link: Link, record: int) -> None:
-        if record not in link.purging:
-            return  # a server before this one had asked
-        link.purging.remove(record)
-        self._stale[record] -= 1
-        if self._stale[record] <= 0:
-            del self._stale[record]
-            self.catalog.set_fresh(record)
-
     def drop_file(self, record: int, size: int) -> int:
         """`drop` every item of a file that had `size` bytes."""
         if not self.catalog.pinned_pages(record) and not self._pending:
@@ -439,6 +407,16 @@ class Admission:
         with self.lock:
             few = len(wanted) <= len(self.policy.taken)
             return wanted if few else [item for item in self.policy.taken if item in wanted]
+
+    def drop_past(self, record: int) -> None:
+        """`drop` a file of which there is a newer version, and count it no longer as part of the dataset."""
+        with self.lock:
+            size = self.catalog.size(record)
+            self.drop_file(record, size)
+            if self.catalog.last_miss(record) != _UNKNOWN:
+                self.catalog.set_last_miss(record, *_UNKNOWN)
+                self.counters.add("dataset_items", -len(items.items_of(record, size)))
+                self.counters.add("dataset_bytes", -size)
 
     def is_absent(self, item: int) -> bool:
         """Whether an item is neither pinned nor on its way in or out."""
@@ -486,9 +464,6 @@ class Admission:
             self.look_at_cgroups()
             self._asked_for_keeper = False
             self._ask_waiting()
-            unpurged, self._unpurged = self._unpurged, []
-            for record in unpurged:
-                self.purge(record)
 
     def look_at_cgroups(self) -> dict[bytes | None, int]:
         """See where the keepers are charged for memory, as somebody may have moved them; one of each such cgroup."""
@@ -510,8 +485,6 @@ class Admission:
             del self._links_by_fd[link.sock.fileno()]
             link.sock.close()
             self._asked_for_keeper = True  # the supervisor is about to replace it
-            for record in link.purging:
-                self.purge(record)
             for item in self.policy.held_by(index):
                 self.catalog.add_pinned_pages(items.record_of(item), -self.policy.unpin(item))
                 self._pending[item] = Pending(flags=How.KEEP)
@@ -603,9 +576,8 @@ class Admission:
 
     def _ask(self, item: int, pending: Pending) -> None:
         pending.due = 0.0
-        if self.catalog.flags(items.record_of(item)) & STALE:
-            # The kernel is about to forget an older version of the file, and would forget the new one's pages with it.
-            self._ask_later(item, pending)
+        if self.catalog.flags(items.record_of(item)) & SUPERSEDED:
+            self._forget(item)
         elif pending.attempts >= _FORCE_FROM and not pending.same_cgroup:
             self._force(item, pending)
         else:
@@ -723,9 +695,7 @@ class Admission:
             link.asked = max(0, link.asked - 1)
             if link.delayed:
                 self._flush(link)
-            if outcome == Outcome.PURGED:
-                self._purged(link, items.record_of(item))
-            elif outcome not in (Outcome.FETCHED, Outcome.GONE):
+            if outcome not in (Outcome.FETCHED, Outcome.GONE):
                 self._answered(link, outcome, code, item)
             if self.ahead is not None:
                 self.ahead.go_on()
@@ -745,7 +715,7 @@ class Admission:
             wanted = items.items_of(record, self.catalog.size(record))
             if pinned != pages.count(self.catalog.size(record)):
                 continue  # which of its chunks it was is not known
-            if self.catalog.flags(record) & STALE:
+            if self.catalog.flags(record) & SUPERSEDED:
                 continue
             for item in wanted:
                 room = pages.count(items.length(item, self.catalog.size(record)))
@@ -761,7 +731,7 @@ class Admission:
                 continue
             if not self.policy.admit(item, pages.count(length), is_held=True):
                 self._send(link, Verb.DROP, item, 0)  # another keeper holds it, or is about to
-            elif self.catalog.flags(record) & STALE:
+            elif self.catalog.flags(record) & SUPERSEDED:
                 self.dropping.add(item)
                 self._send(link, Verb.DROP, item, 0)
             else:

@@ -127,14 +127,11 @@ class Keeper:
                 self.fillers.submit(request)
             elif request.verb == Verb.WATCH:
                 self._look(request)
-            elif request.verb == Verb.PURGE:
-                self._drop_pages(request.path, 0, 0)
-                self.sock.send(request.reply(Outcome.PURGED))
             elif request.verb == Verb.FETCH:
                 self._begin_fetch(request)
             elif request.verb == Verb.RELEASE:
                 if request.item not in self.pins:
-                    self._drop_pages(request.path, request.offset, request.length)
+                    self._drop_pages(request)
                 self.sock.send(request.reply(Outcome.GONE))
             elif request.verb == Verb.LIST:
                 self._finish_all(pinning)
@@ -156,7 +153,7 @@ class Keeper:
             if len(self.pins) >= self.limit or not self._may_lock(request.length):
                 self.sock.send(request.reply(Outcome.FULL if self.pins else Outcome.FAILED, errno.ENOMEM))
                 return False
-            request.fd = fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY)
+            request.fd = fd = self._open(request)
             if not request.flags & How.KEEP and not self._make_absent(request):
                 os.close(fd)
                 self.sock.send(request.reply(Outcome.BUSY))
@@ -168,6 +165,14 @@ class Keeper:
             self.sock.send(request.reply(Outcome.FAILED, e.errno or 0))
             return False
         return True
+
+    def _open(self, request: _Request, flags: int = 0) -> int:
+        """Open the file of a request. Raises ESTALE if its name leads to another node: a newer version of it."""
+        fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY | flags)
+        if os.fstat(fd).st_ino != request.node:
+            os.close(fd)
+            raise OSError(errno.ESTALE, "it changed")
+        return fd
 
     def _may_lock(self, length: int) -> bool:
         return self.lockable is None or self.locked + pages.count(length) * pages.PAGE <= self.lockable
@@ -181,7 +186,7 @@ class Keeper:
     def _begin_fetch(self, request: _Request) -> None:
         """Start reading. It is waited for when nothing else is asked, so that the source always has something to do."""
         with suppress(OSError):  # whoever reads it gets the error
-            request.fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY)
+            request.fd = self._open(request)
             pages.prefetch(request.fd, request.offset, request.length, self.readahead)
         self.fetching.append(request)
 
@@ -226,7 +231,7 @@ class Keeper:
         """
         around = request.flags & How.FORCE
         try:
-            fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY | (os.O_DIRECT if around else 0))
+            fd = self._open(request, os.O_DIRECT if around else 0)
             try:
                 if around:
                     self._read_around(fd, request.offset, request.offset + request.length)
@@ -257,7 +262,7 @@ class Keeper:
 
     def _look(self, request: _Request) -> None:
         with suppress(OSError):
-            request.fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY)
+            request.fd = self._open(request)
             try:
                 self._watch(request)
             finally:
@@ -290,14 +295,14 @@ class Keeper:
 
     def _drop(self, request: _Request) -> None:
         self._unpin(request.item)
-        self._drop_pages(request.path, request.offset, request.length)
+        self._drop_pages(request)
         self.sock.send(request.reply(Outcome.DROPPED))
 
-    def _drop_pages(self, path: bytes, offset: int, length: int) -> None:
+    def _drop_pages(self, request: _Request) -> None:
         with suppress(OSError):
-            fd = paths.open_beneath(self.tree, path, os.O_RDONLY)
+            fd = self._open(request)
             try:
-                pages.drop(fd, offset, length)
+                pages.drop(fd, request.offset, request.length)
             finally:
                 os.close(fd)
 

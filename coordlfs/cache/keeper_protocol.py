@@ -29,7 +29,6 @@ class Verb(IntEnum):
     PIN = 1
     DROP = 2
     LIST = 3
-    PURGE = 4  # drop what is resident of the whole file
     FETCH = 5  # read it into the page cache, and answer when it is there
     RELEASE = 6  # drop what is resident of an item that is not pinned
     FILL = 7  # read the item through the mount, so that the server has it
@@ -57,7 +56,6 @@ class Outcome(IntEnum):
     LISTED = 6
     WATCHED = 7  # an item is a sentinel from now on
     OPENED = 8  # a sentinel was opened
-    PURGED = 9
     FETCHED = 10  # or it cannot be
     GONE = 11  # let go
     FILLED = 12

@@ -19,7 +19,7 @@ from coordlfs.cache.epochs import Epochs
 from coordlfs.cache.keeper_protocol import How, Outcome, Verb
 from coordlfs.cache.minio import MinIO
 from coordlfs.cache.store import Store
-from coordlfs.catalogue.catalog import Catalog
+from coordlfs.catalogue.catalog import SUPERSEDED, Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import pages
 
@@ -117,7 +117,8 @@ class StoreAdmission(Admission):
         with self.lock:
             self.catalog.clear_pinned_pages()
             for item in self.memory.recover(self._length):
-                if self.policy.admit(item, pages.count(self._length(item))):
+                is_past = self.catalog.flags(items.record_of(item)) & SUPERSEDED
+                if not is_past and self.policy.admit(item, pages.count(self._length(item))):
                     self._pinned(_HOLDER, item)
                 else:
                     self.memory.remove(item)

@@ -2,9 +2,11 @@
 
 A node id is derived from the path relative to the dataset's root (xxh3, 63 bits), so that it survives the server
 and is the same on every node of a cluster. Two paths with one hash are told apart by hashing again with the next
-seed. Names with several hard links are one node, derived from the source's inode. A file that is replaced after bytes
-of it were handed out becomes a new node, likewise with the next seed, as it would be a new inode in the source: whoever
-has the old one open must never get bytes of the new one.
+seed. Names with several hard links are one node, derived from the source's inode.
+
+A node stands for one version of one file, from the first byte on that is handed out of it. A file that changes after
+that, in whatever way, becomes a new node, whose id is derived from the path, size and time: whoever has the old one
+open never gets bytes of the new one.
 
 The records live in memory that the supervisor owns (two memfds), about 64 bytes and the name per file, and are only
 ever appended, so that a server killed at any moment leaves a catalogue that its successor can use. The hash index is
@@ -14,6 +16,7 @@ the server's own and made anew. Any thread may find and write at any time.
 from __future__ import annotations
 
 import functools
+import itertools
 import mmap
 import os
 import stat
@@ -36,7 +39,10 @@ _MASK = (1 << 63) - 1
 COUNTERS = 128  # words of the header that are free for counters
 COUNT, NAMES_USED, _STALE = 0, 1, 2
 _RECORD = struct.Struct("=QQQQqQQQ")  # node, entry and flags, name, then as below
+_VERSION_KEY = struct.Struct("=xQq")  # after a path, which holds no NUL
 _VERSION = struct.Struct("=24xQqQ8xQ")  # of a record's words: size, mtime, inode, and above 32 bits the access
+
+_FEW_REUSED = 1 << 10  # of an index of 1 << 12 slots or more, which is half empty
 
 _NO_VERSION = Version(0, 0, 0)
 
@@ -44,6 +50,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 REGULAR, SERVED, LINKED, DIRECTORY, SUPERSEDED, OTHER_CGROUP, STALE, RENUMBERED = 1, 2, 4, 8, 16, 32, 64, 128
+LATER = 256
 
 
 def node_of_path(path: bytes, seed: int = 0) -> int:
@@ -78,6 +85,12 @@ class Catalog:
         self._numbering = numbering
         self._other_names: dict[int, set[tuple[int, bytes]]] = {}  # of files with several hard links
         self._directories: dict[int, bytes] = {0: b""}
+        self._latest: dict[bytes, int] = {}  # by what ids are hashed of, records of later versions
+        # By parent and name, records of versions that are forgotten.
+        self._free: dict[tuple[int, bytes], list[int]] = {}
+        self._reused = 0  # since the index was built: as many of its slots lead to no node
+        self._staled: dict[int, int] = {}  # of records that are stale, when they last came to be
+        self._moments = itertools.count(1)
         self.counters = self.words[HEADER_WORDS - COUNTERS : HEADER_WORDS]
         if self.words[COUNT] == 0:
             self._append(ROOT_NODE, 0, b"", DIRECTORY)
@@ -215,37 +228,29 @@ class Catalog:
         self.words[at] = access(st.st_mode, st.st_uid, st.st_gid) << 32 | self.words[at] & 0xFFFFFFFF
 
     @_locked
-    def supersedes(self, record: int, st: os.stat_result, *, is_another: bool = False) -> bool:
-        """Whether `st` is another file in the place of one of which bytes have been handed out, or another link.
+    def supersedes(self, record: int, st: os.stat_result) -> bool:
+        """Whether `st` needs another node: it is another version than the one of which bytes have been handed out.
 
-        `is_another`: it is another file, though the inode's number may be the same.
+        Or another symbolic link: the kernel keeps where one leads with the node, whatever attributes it is told.
         """
         flags = self.flags(record)
-        if flags & RENUMBERED:
-            another = is_another or not self.shows_bytes(record, st)
-        else:
-            another = is_another or st.st_ino != self.words[HEADER_WORDS + record * RECORD_WORDS + 5]
-        if stat.S_ISLNK(st.st_mode) and not flags & (REGULAR | DIRECTORY):
-            # The kernel keeps where a link leads with the node, and new attributes do not have it look again.
-            another, flags = not self.shows_bytes(record, st), flags | SERVED
-        if flags & SERVED and another:
-            self.set_stale(record)
-            self.words[HEADER_WORDS + record * RECORD_WORDS + 1] |= SUPERSEDED
-            return True
-        return bool(flags & SUPERSEDED)
+        is_link = stat.S_ISLNK(st.st_mode) and not flags & (REGULAR | DIRECTORY)
+        if (flags & SERVED or is_link) and not self.shows_bytes(record, st):
+            self.supersede(record)
+        return bool(self.flags(record) & SUPERSEDED)
 
     @_locked
     def supersede(self, record: int) -> None:
-        """The name of a file is gone: another one of that name, be it with the same inode number, is another node."""
-        if self.flags(record) & SERVED:
-            self.words[HEADER_WORDS + record * RECORD_WORDS + 1] |= SUPERSEDED
+        """The name leads to another node from now on, or nowhere: the kernel is to be told."""
+        self.set_stale(record)
+        self.words[HEADER_WORDS + record * RECORD_WORDS + 1] |= SUPERSEDED
 
     def size(self, record: int) -> int:
         """Bytes of the file, as the kernel was last told."""
         return self.words[HEADER_WORDS + record * RECORD_WORDS + 3]
 
     def flags(self, record: int) -> int:
-        """REGULAR, DIRECTORY, LINKED, SUPERSEDED, OTHER_CGROUP, STALE: see below; SERVED: bytes of it went out.
+        """REGULAR, DIRECTORY, LINKED, SUPERSEDED and so on: see below; SERVED: bytes of it went out.
 
         RENUMBERED: the inode's number says nothing.
         """
@@ -258,7 +263,7 @@ class Catalog:
         """The record of a directory entry, made if it is new, and whether its version differs from the one shown.
 
         Third, the record that it just took the place of, if it did.
-        A version that differs is NOT recorded: the pages of the old one have to go first; then call `change_version`.
+        A version that differs is NOT recorded: call `renew`.
         """
         linked = st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode)
         if linked and self._numbering is not None and self._numbering.says_nothing(st.st_dev):
@@ -268,7 +273,21 @@ class Catalog:
         else:
             directory = self.directory_path(parent)
             key = directory + b"/" + name if directory else name
-        seed, superseded = 0, None
+        record, changed, superseded = self._enter(key, parent, name, st, linked)
+        is_later = self.flags(record) & LATER
+        if self._latest or is_later:
+            before = self._latest.pop(key, record)
+            if before != record and not self.flags(before) & SUPERSEDED:
+                self.supersede(before)
+                superseded = before
+            if is_later:
+                self._latest[key] = record
+        return record, changed, superseded
+
+    def _enter(
+        self, key: bytes, parent: int, name: bytes, st: os.stat_result, linked: bool
+    ) -> tuple[int, bool, int | None]:
+        seed, superseded, is_first = 0, None, True
         while True:
             node = max(_node(key, seed) & self.id_mask, 2)
             record = self.find(node)
@@ -289,12 +308,23 @@ class Catalog:
                 kind = self._kind(st, linked)
                 if (REGULAR | DIRECTORY) & kind & flags:
                     return record, True, superseded
-                self.set_version(record, Version.of(st), kind)
+                self.set_version(record, Version.of(st), kind | flags & LATER)
                 return record, False, superseded
             if same and not flags & SUPERSEDED:
                 superseded = record
-            seed += 1
-        return self.add(node, parent, name, self._kind(st, linked), Version.of(st)), False, superseded
+            if same and is_first:
+                # From the second version on; other nodes of a cluster know no more of it than size and time.
+                key, seed, is_first = key + _VERSION_KEY.pack(st.st_size, st.st_mtime_ns), 0, False
+            else:
+                seed += 1
+        if is_first:
+            record = self.add(node, parent, name, self._kind(st, linked), Version.of(st))
+        elif free := self._free.get((parent, name)):
+            record = free.pop()
+            self._reuse(record, node, self._kind(st, linked) | LATER, Version.of(st))
+        else:
+            record = self.add(node, parent, name, self._kind(st, linked) | LATER, Version.of(st))
+        return record, False, superseded
 
     @_locked
     def add(self, node: int, parent: int, name: bytes, kind: int, version: Version) -> int:
@@ -302,6 +332,31 @@ class Catalog:
         record = self._append(node, parent, name, kind, version)
         self._insert(node, record)
         return record
+
+    @_locked
+    def give_back(self, record: int, staleness: int) -> None:
+        """Forget a version that neither the kernel nor the cache has anything of: another one may have its record.
+
+        Unless its name leads to it again, or there was something new to tell the kernel since `staleness`. That of the
+        first version stays: from it the later ones are found.
+        """
+        flags = self.flags(record)
+        is_past = flags & SUPERSEDED and flags & LATER
+        if is_past and not flags & (STALE | LINKED) and staleness == self.staleness(record):
+            self.words[HEADER_WORDS + record * RECORD_WORDS] = 0
+            self._free.setdefault(self.entry(record), []).append(record)
+
+    def _reuse(self, record: int, node: int, kind: int, version: Version) -> None:
+        at = HEADER_WORDS + record * RECORD_WORDS
+        self.words[at + 6] = self.words[at + 7] = 0
+        self.words[at + 1] &= ~0xFFFF
+        self.set_version(record, version, kind)
+        self.words[at] = node
+        self._reused += 1
+        if self._reused > _FEW_REUSED:
+            self.index, self._reused = self._build_index(len(self)), 0
+        else:
+            self._insert(node, record)
 
     @staticmethod
     def _kind(st: os.stat_result, linked: bool) -> int:
@@ -333,17 +388,31 @@ class Catalog:
         self.words[at + 1] = self.words[at + 1] & ~0xFFFF | flags
 
     @_locked
-    def change_version(self, record: int, version: Version, served: int) -> bool:
-        """Record another version, if SERVED is still `served`: else bytes of the old one have been handed out since.
+    def renew(self, record: int, version: Version) -> bool:
+        """Record that the source has another version, unless bytes of this one have been handed out: then False.
 
-        It stays: what takes the place of the file later is another one to those who got bytes of any version of it.
+        The kernel may show attributes of the one before: it is to be told before `take`.
         """
-        if self.flags(record) & SERVED != served:
+        if self.flags(record) & SERVED:
             return False
+        self.set_stale(record)
         self.set_version(record, version)
-        if served:
-            self.set_served(record)
         return True
+
+    @_locked
+    def take(self, record: int, version: Version, staleness: int) -> bool:
+        """Have a node stand for a version from now on, whose first bytes are about to be handed out.
+
+        False if it stands for another one already, or there is something new to tell the kernel since `staleness`.
+        """
+        if not self.flags(record) & SERVED:
+            if staleness != self.staleness(record):
+                return False
+            self.set_version(record, version)
+            self.words[HEADER_WORDS + record * RECORD_WORDS + 1] |= SERVED
+            if not self.flags(record) & SUPERSEDED:
+                self.set_fresh(record)
+        return self.version(record)[:3] == version[:3]
 
     def set_served(self, record: int) -> None:
         """Record that bytes of this version have been handed out."""
@@ -359,23 +428,31 @@ class Catalog:
 
     @_locked
     def set_stale(self, record: int) -> None:
-        """Record that the kernel or a keeper may hold something of another version than the one recorded.
+        """Record that the kernel may hold what is not true any more: a name that leads here, or older attributes.
 
-        To be called before that one is: a server that is killed before it has seen to it leaves it to the next one.
+        A server that is killed before it has seen to it leaves it to the next one.
         """
+        self._staled[record] = next(self._moments)
         if not self.flags(record) & STALE:
             self.words[_STALE] += 1
             self.words[HEADER_WORDS + record * RECORD_WORDS + 1] |= STALE
 
+    def staleness(self, record: int) -> int:
+        """What is to be given to `set_fresh` and `take`, to be asked for before the kernel is told."""
+        return self._staled.get(record, 0)
+
     @_locked
-    def set_fresh(self, record: int) -> None:
-        """Record that nothing of another version is held any more."""
+    def set_fresh(self, record: int, staleness: int | None = None) -> None:
+        """Record that the kernel has been told, unless there is something new to tell it since `staleness`."""
+        if staleness is not None and staleness != self._staled.get(record, 0):
+            return
+        self._staled.pop(record, None)
         if self.flags(record) & STALE:
             self.words[HEADER_WORDS + record * RECORD_WORDS + 1] &= ~STALE
             self.words[_STALE] -= 1
 
     def stale(self) -> list[int]:
-        """The records of which something of another version may be held."""
+        """The records of which the kernel is still to be told something."""
         return [r for r in range(len(self)) if self.flags(r) & STALE] if self.words[_STALE] else []
 
     def serves(self, record: int, version: Version) -> bool:
@@ -383,15 +460,17 @@ class Catalog:
         return self.serves_if(record, lambda: self.shows(record, version))
 
     def serves_if(self, record: int, is_shown: Callable[[], bool]) -> bool:
-        """`serves` a version that is shown if `is_shown` finds so.
+        """`serves` a version that is shown if `is_shown` finds so, and the kernel does not have to be told of it first.
 
-        It is seen again after that is recorded: only then does whoever records another version know of it.
+        Once that is recorded, the node is given no other version. `is_shown` is called with the lock held: no I/O.
         """
-        if not self.flags(record) & SERVED:
-            if not is_shown():
+        if self.flags(record) & SERVED:
+            return is_shown()
+        with self.lock:
+            if self.flags(record) & STALE or not is_shown():
                 return False
             self.set_served(record)
-        return is_shown()
+            return True
 
     def last_miss(self, record: int) -> tuple[int, int]:
         """Epoch of the file's last miss and the page it began at; (0, 0) if there was none."""

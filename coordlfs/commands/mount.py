@@ -264,7 +264,6 @@ def mount(
                     "noexec": options.noexec,
                     "is_remote": lies_elsewhere(root, os.fsencode(source)),
                     "fstype": None if (fstype := mounts.fstype(root)) is None else os.fsdecode(fstype),
-                    "mounted": time.time_ns(),
                     "revalidate": options.revalidate,
                     "root": root,
                     "metrics": None if metrics is None else metrics.fileno(),

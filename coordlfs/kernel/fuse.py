@@ -24,6 +24,7 @@ IOCTL_IN = struct.Struct("=QIIQII")  # fh flags cmd arg in_size out_size; what i
 IOCTL_DIR = 1 << 4  # in flags: of a directory
 IOCTL_OUT = struct.Struct("=iIII")  # result, and three of no use here
 INVAL_INODE = struct.Struct("=QqQ")  # nodeid offset length
+STORE = struct.Struct("=QQII")  # nodeid offset size padding; the bytes follow
 INVAL_ENTRY = struct.Struct("=QII")  # parent namelen flags
 
 LOOKUP, FORGET, GETATTR, SETATTR, READLINK = 1, 2, 3, 4, 5
@@ -42,7 +43,7 @@ _BODIES = {
 }
 _NOTHING = (0, False)
 
-NOTIFY_INVAL_INODE, NOTIFY_INVAL_ENTRY, NOTIFY_RESEND = 2, 3, 7
+NOTIFY_INVAL_INODE, NOTIFY_INVAL_ENTRY, NOTIFY_STORE, NOTIFY_RESEND, NOTIFY_INC_EPOCH = 2, 3, 4, 7, 8
 UNIQUE_RESENT = 1 << 63
 
 ASYNC_READ, AUTO_INVAL_DATA, DO_READDIRPLUS, ASYNC_DIO = 1 << 0, 1 << 12, 1 << 13, 1 << 15
@@ -169,6 +170,16 @@ def invalidate_inode(node: int, offset: int, length: int) -> bytes:
 def invalidate_entry(parent: int, name: bytes) -> bytes:
     """Forget that `name` in directory `parent` leads anywhere."""
     return _notification(NOTIFY_INVAL_ENTRY, INVAL_ENTRY.pack(parent, len(name), 0) + name + b"\0")
+
+
+def invalidate_all_entries() -> bytes:
+    """Look up every name anew before it is used again (Linux 6.16). Never blocks."""
+    return _notification(NOTIFY_INC_EPOCH, b"")
+
+
+def store_nothing(node: int) -> bytes:
+    """Put no byte into the page cache of `node`, which changes nothing: ENOENT if the kernel does not know it."""
+    return _notification(NOTIFY_STORE, STORE.pack(node, 0, 0, 0))
 
 
 def resend() -> bytes:

@@ -87,15 +87,6 @@ def attributes(fd: int) -> Attributes:
     return mode, uid, gid, inode, size, seconds * 10**9 + ns
 
 
-def born(fd: int) -> int | None:
-    """When a file came into being, in ns; None if the file system does not say. Raises OSError. (statx, Linux 4.11)"""
-    room = ctypes.create_string_buffer(_STATX)
-    check(libc.statx(fd, b"", _AT_EMPTY_PATH, ctypes.c_uint(_STATX_BTIME), room), "statx")
-    [found] = struct.unpack_from("=I", room)
-    seconds, ns = struct.unpack_from("=qI", room, _BTIME_AT)
-    return int(seconds * 10**9 + ns) if found & _STATX_BTIME else None
-
-
 def to_text(path: bytes) -> str:
     """A path for a message in JSON: UTF-8, and what is not as surrogates, whatever this process's locale is."""
     return path.decode("utf-8", "surrogateescape")

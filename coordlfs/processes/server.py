@@ -106,7 +106,7 @@ def serve(config: dict[str, Any]) -> None:
     records = Records(catalog)
     listings = Listings(source, namespace, Entries(records, namespace, counters))
     names = NamespaceLoop(catalog, source, namespace)
-    revalidation = Revalidation(catalog, source, namespace, reader, notifier, counters)
+    revalidation = Revalidation(catalog, source, namespace, reader, counters)
     control = Control(catalog, source, namespace, admission, revalidation, link.replace)
     sharing = _share(config, catalog, admission, reader, counters) if config["peers"] else None
     names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode, b"hint": lambda: PROTOCOL}

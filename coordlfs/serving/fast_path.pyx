@@ -792,11 +792,8 @@ cdef class FastPath:
 
     cdef bint _serves(self, Whole whole) except -1:
         """Whether bytes may be given of the version that was shown: the file has them afterwards."""
-        # That they are handed out is recorded before it is seen again which version is shown: see `Catalog.serves`.
         if not self._records.words_of(whole._record)[1] & _SERVED:
-            if not are_same(whole._shown, self._records.shown(whole._record)):
-                return False
-            self._records.catalog.set_served(whole._record)
+            return self._records.catalog.serves(whole._record, version(whole._shown)) and whole._node not in self._known_ends
         return are_same(whole._shown, self._records.shown(whole._record)) and whole._node not in self._known_ends
 
     cdef bint _answer_kept(self, fuse_in_header *header, Messages messages) except -1:

@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Callable
 
-from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, SUPERSEDED, Catalog
+from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.serving.reading import Reader
 from coordlfs.sources.directory import Source
@@ -70,32 +70,33 @@ class Namespace:
             return st
         flags = self._catalog.flags(record)
         kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
-        superseded = self._catalog.supersedes(record, st)
-        if superseded and not flags & SUPERSEDED:
-            self._reader.replaced(record)
-        if superseded or flags & (REGULAR | DIRECTORY) != kind:
+        if self._reader.supersedes(record, st) or flags & (REGULAR | DIRECTORY) != kind:
             raise OSError(errno.ESTALE, "replaced")
         if flags & REGULAR:
-            self._reader.modified(record, st, announce=False)
+            if not self._reader.modified(record, st):
+                raise OSError(errno.ESTALE, "replaced")
         else:
             self._catalog.set_version(record, Version.of(st))
         return st
 
     def enter(self, parent: int, name: bytes, st: os.stat_result, *, announce: bool = False) -> int:
-        """The record of a directory entry that has the attributes `st`; `announce` where the kernel did not ask."""
+        """The record of a directory entry that has the attributes `st`.
+
+        `announce` where the kernel did not ask: it is told, which may block, see `Reader.lead_elsewhere`.
+        """
         self._catalog.settle_entry(parent, name, st)
         record, changed, superseded = self._catalog.enter(parent, name, st)
         if superseded is not None:
             self._reader.replaced(superseded)
-        if changed and stat.S_ISREG(st.st_mode) and self._reader.supersedes(record, st):
-            self._reader.replaced(record)
-            record, changed, _ = self._catalog.enter(parent, name, st)
-        if changed and stat.S_ISREG(st.st_mode):
-            self._reader.modified(record, st, announce=announce)
-        elif changed:  # a directory, whose listing the kernel drops itself as soon as it is told the new time
-            if announce:
-                self._reader.drop_pages(record)
+        if not changed:
+            return record
+        if stat.S_ISREG(st.st_mode):
+            if not self._reader.modified(record, st):
+                return self.enter(parent, name, st, announce=announce)
+        else:  # a directory, whose listing the kernel drops itself as soon as it is told the new time
             self._catalog.set_version(record, Version.of(st))
+        if announce:
+            self._reader.announce(record)
         return record
 
     def _lstat(self, path: bytes, before_wait: Callable[[], None] | None) -> os.stat_result:

@@ -2,25 +2,26 @@
 
 The kernel shows a file as it was when it was listed. If the source holds another version by now, what happens depends
 on what a reader may have got already:
-  * nothing: it gets the new version, as if it had been listed later;
-  * bytes of a file that was since changed in place: it gets the new bytes, as in the source itself;
-  * bytes of a file that was since replaced: ESTALE, as on NFS. The name leads to a new node, which whoever opens it
-    gets; whoever has the old one open must not mix the two.
+  * nothing: the node takes the new version, as if it had been listed later, and the kernel is told before it gets any;
+  * bytes: ESTALE, as on NFS, however the file changed. The name leads to a new node, which whoever opens it gets;
+    whoever has the old one open must not mix the two.
+So all bytes that the kernel ever gets for a node are of one version.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import time
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from coordlfs.cache import items
 from coordlfs.cache.admission import Admission, Fetched
-from coordlfs.catalogue.catalog import SERVED, STALE, Catalog
+from coordlfs.catalogue.catalog import DIRECTORY, LINKED, SERVED, STALE, SUPERSEDED, Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.notifier import Notifier
@@ -31,11 +32,8 @@ from coordlfs.sources.versions import Version
 if TYPE_CHECKING:
     from coordlfs.peers.sharing import Sharing
 
-# Seconds in which the kernel forgets the pages of a file that changed: should keepers keep dying, it is a while until
-# there is one that sees to it.
-_RELEASED_WITHIN = 10.0
-_LOOK_AFTER, _LOOK_EVERY = 0.002, 0.05  # seconds
-_ATTEMPTS = 4  # at putting together a READ of a file that changes meanwhile
+_ATTEMPTS = 2  # at reading what was of another version: another thread may have had the node take the newer one
+_FEW_ITEMS = 1 << 16  # 1 TiB; a record of a larger file is not used again
 
 
 class Request(NamedTuple):
@@ -96,6 +94,8 @@ class Reader:
         self.notifier = notifier
         self.sharing: Sharing | None = None
         self.ends = Ends()
+        self._past: dict[tuple[int, bytes], set[int]] = {}  # by parent and name, records of versions that are known yet
+        self._past_lock = threading.Lock()
 
     def read(self, request: Request, into: pages.Buffer, before_wait: Callable[[], None]) -> Answer:
         """The bytes that a READ asks for: from the stash what is there, and the rest from the source.
@@ -107,12 +107,8 @@ class Reader:
         record = self.catalog.find(request.node)
         if record is None:
             raise OSError(errno.ESTALE, "unknown node")
-        for _ in range(_ATTEMPTS):
-            shown = self.catalog.size_and_mtime(record)
-            answer = self._put_together(record, request, into, before_wait)
-            if len(answer.data) == 1 or self.catalog.size_and_mtime(record) == shown:
-                break  # else the parts may be of two versions
-        self.check_end(request, sum(map(len, answer.data)), before_wait)
+        answer = self._put_together(record, request, into, before_wait)
+        self.check_end(request, sum(map(len, answer.data)))
         return answer
 
     def _put_together(
@@ -178,45 +174,21 @@ class Reader:
         """
         file, answer = begun.file, begun.answer
         st = self.source.end(file)
-        if st is None:
+        if st is None or not self.catalog.shows_bytes(answer.record, st):
             return None
         self._took(answer, begun.item, file.offset, file.length, data, st)
         answer.data.append(data)
         return self._checked(answer, file.length)
 
     def _checked(self, answer: Answer, length: int) -> Answer | None:
-        request = answer.request
-        if request.direct and self._is_stale(request.node):
-            return None
-        self.check_end(request, length)
+        self.check_end(answer.request, length)
         return answer
 
-    def check_end(self, request: Request, length: int, before_wait: Callable[[], None] | None = None) -> None:
-        """See that the kernel takes an answer of `length` bytes for the end of the file if it is short.
-
-        Of a READ around the page cache it takes from there what is missing, should it take the file for longer: that
-        is waited for until it is gone, if there is a `before_wait`. Raises ESTALE where it would go wrong.
-        """
+    def check_end(self, request: Request, length: int) -> None:
+        """Raise ESTALE if the kernel might not take an answer of `length` bytes for the end of the file, as it is."""
         node, offset, size, _, direct, _ = request
-        if length == size:
-            return
-        if not direct:
-            if self.ends.refuses(node, offset, size, offset + length):
-                raise OSError(errno.ESTALE, "its end is new")
-        elif self._is_stale(node):
-            until, pause = 0.0, _LOOK_AFTER
-            if before_wait is not None:
-                before_wait()
-                until = time.monotonic() + _RELEASED_WITHIN
-            while self._is_stale(node):
-                if time.monotonic() > until:
-                    raise OSError(errno.ESTALE, "truncated while it was read")
-                time.sleep(pause)
-                pause = min(2 * pause, _LOOK_EVERY)
-
-    def _is_stale(self, node: int) -> bool:
-        record = self.catalog.find(node)
-        return record is not None and bool(self.catalog.flags(record) & STALE)
+        if length < size and not direct and self.ends.refuses(node, offset, size, offset + length):
+            raise OSError(errno.ESTALE, "its end is new")
 
     def ask(self, request: Request, done: Callable[[memoryview | None], None], before_wait: Callable[[], None]) -> bool:
         """Ask the node that owns all that a READ wants; False if there is no such, and `read` is to be called.
@@ -225,7 +197,7 @@ class Reader:
         and to be seen through `check_end` and `account_shared`, or with None if the source is to be read.
         """
         sharing, record = self.sharing, self.catalog.find(request.node)
-        if sharing is None or record is None or (request.direct and self._is_stale(request.node)):
+        if sharing is None or record is None:
             return False
         offset, size = request.offset, min(request.size, self.catalog.size(record) - request.offset)
         item = items.item_at(record, offset)
@@ -252,30 +224,36 @@ class Reader:
             if n:
                 answer.shared.append((item, offset, n))
                 return n
-        try:
-            n, st = self.source.read(record, self.catalog.path(record), into, offset, size, before_wait)
-        except OSError as e:
-            if e.errno == errno.ENOENT and self.use_other_name(record):
-                return self._fetch(answer, item, offset, size, into, before_wait)
-            self.counters.add("source_errors")
+        for attempt in range(_ATTEMPTS):
+            try:
+                n, st = self.source.read(record, self.catalog.path(record), into, offset, size, before_wait)
+            except OSError as e:
+                if e.errno == errno.ENOENT and self.use_other_name(record):
+                    return self._fetch(answer, item, offset, size, into, before_wait)
+                self.counters.add("source_errors")
+                self.source.forget(record)
+                if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    self.vanished(record)
+                    self.notifier.call(lambda: self.lead_elsewhere(record))
+                    raise OSError(errno.ENOENT, "vanished") from e
+                raise
+            if attempt or self.catalog.shows_bytes(record, st) or not self.catalog.flags(record) & SERVED:
+                break
             self.source.forget(record)
-            if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                self.vanished(record)
-                raise OSError(errno.ENOENT, "vanished") from e
-            raise
+            self.use_other_name(record)
         n = _still_there(n, offset, st)
         self._took(answer, item, offset, n, into[:n], st)
         return n
 
     def _took(self, answer: Answer, item: int, offset: int, n: int, data: memoryview, st: os.stat_result) -> None:
-        """The source gave `n` bytes of a file that has attributes `st`."""
+        """The source gave `n` bytes of a file that has attributes `st`. Raises ESTALE if they must not be given."""
         self.counters.count_read(n)
         version = Version.of(st)
-        if self.catalog.serves_if(answer.record, lambda: self.catalog.shows_file(answer.record, st)):
-            if n:
-                answer.fetched.append(Fetched(item, offset, data, version))
-        else:
+        is_shown = self.catalog.shows_file(answer.record, st)  # may ask the source, so not under the catalogue's lock
+        if not (is_shown and self.catalog.serves(answer.record, version)):
             self._changed(answer.record, offset, st)
+        elif n:
+            answer.fetched.append(Fetched(item, offset, data, version))
 
     def account(self, answer: Answer) -> None:
         """What follows once a READ is answered: count what was missed, and admit it if there is room."""
@@ -300,111 +278,122 @@ class Reader:
         return False
 
     def vanished(self, record: int) -> None:
-        """The name of a file is gone from the source."""
-        self.catalog.supersede(record)
+        """The name of a file is gone from the source; `lead_elsewhere` is to follow."""
+        if self.catalog.flags(record) & SERVED:
+            self.catalog.supersede(record)
         self.admission.drop_file(record, self.catalog.size(record))
-        parent, name = self.catalog.entry(record)
-        self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
 
     def _changed(self, record: int, offset: int, st: os.stat_result) -> None:
-        self.counters.add("changed_files")
+        """The source gave bytes of a version that the kernel may not have been shown: raise ESTALE, or give them."""
+        staleness = self.catalog.staleness(record)
+        shown, node = self.catalog.version(record), self.catalog.node(record)
         self.source.forget(record)
-        shown = self.catalog.version(record)
-        served = self.catalog.flags(record) & SERVED  # before it is asked whether another file takes its place
-        node = self.catalog.node(record)
         if self.supersedes(record, st):
-            self.replaced(record)
-            raise OSError(errno.ESTALE, "replaced while it was read")
+            raise OSError(errno.ESTALE, "changed while it was read")
+        self.counters.add("changed_files")
         if self.catalog.is_stricter(record, st):
             # Whether this reader may read it is for the kernel to say, when it has the new attributes.
             self.admission.drop_file(record, shown.size)
             self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))
             raise OSError(errno.ESTALE, "its mode or owner changed")
-        if self.catalog.shows_bytes(record, st):
-            self.catalog.set_access(record, st)
-            self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))
-            return
         if st.st_size < shown.size:
-            # A short reply tells the kernel where the file ends now, unless the READ begins behind it: what lies before
-            # it would be zeros. Nor does the kernel listen if it was told of older attributes meanwhile.
             self.ends.notified(node, shown.size)
-            self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))  # who has got the new bytes sees the new version
-            self.drop_pages(record)
-            if offset and (served or offset >= st.st_size):
-                self.admission.drop_file(record, shown.size)
-                raise OSError(errno.ESTALE, "truncated while it was read")
+        # Before the first byte: who has got that sees these attributes, and at the old end of the file asks for them.
+        self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))
+        if not self.catalog.shows_bytes(record, st):
+            self.admission.drop_file(record, shown.size)
+        if offset and offset >= st.st_size:
+            # The kernel would take an empty reply for the end, and what lies before it for zeros.
+            raise OSError(errno.ESTALE, "truncated while it was read")
+        if self.catalog.take(record, Version.of(st), staleness):
+            self.catalog.set_access(record, st)
         else:
-            # Before the reply: at the old end of the file the reader asks for the attributes, and must get new ones.
-            self.notifier.send_now(fuse.invalidate_inode(node, -1, 0))
-            self.drop_pages(record)  # what this reply shows as well, should it be of the time before
-        # The version first: what another thread read of the old one is then kept out of the cache.
-        if not self.catalog.change_version(record, Version.of(st), served):
             self._changed(record, offset, st)
-            return
-        self.catalog.set_served(record)
-        self.admission.drop_file(record, shown.size)
 
     def supersedes(self, record: int, st: os.stat_result) -> bool:
-        """Whether `st`, another version than the one shown, is another file in the place of one that was read.
+        """Whether `st`, another version than the one shown, is another node's: the name is made to lead there then."""
+        was_superseded = self.catalog.flags(record) & SUPERSEDED
+        if not self.catalog.supersedes(record, st):
+            return False
+        if not was_superseded:
+            self.replaced(record)
+        return True
 
-        Be it with the inode number of the one that was deleted for it.
-        """
-        is_another = (
-            bool(self.catalog.flags(record) & SERVED)
-            and not self.catalog.shows_bytes(record, st)
-            and self.source.is_younger(self.catalog.path(record), self.catalog.version(record).mtime_ns)
-        )
-        return self.catalog.supersedes(record, st, is_another=is_another)
+    def modified(self, record: int, st: os.stat_result) -> bool:
+        """The attributes of a file show another version, and the kernel is about to be told them.
 
-    def modified(self, record: int, st: os.stat_result, *, announce: bool) -> None:
-        """The attributes of a file show another version: the kernel is about to be told, and drops what it has.
-
-        `announce` tells it, where it did not ask.
+        False if that is another node's.
         """
         if self.catalog.shows_bytes(record, st):
             self.catalog.set_access(record, st)
-            return
-        served = self.catalog.flags(record) & SERVED  # before it is asked whether another file takes its place
-        if self.supersedes(record, st):  # bytes were handed out a moment ago
-            self.replaced(record)
-            raise OSError(errno.ESTALE, "replaced")
+            return True
+        shown = self.catalog.version(record)
         self.counters.add("changed_files")
         self.source.forget(record)
-        size = self.catalog.size(record)
-        if announce or served:
-            self.drop_pages(record)
-        if not self.catalog.change_version(record, Version.of(st), served):
-            self.modified(record, st, announce=announce)
-            return
-        self.admission.drop_file(record, size)
+        if st.st_size < shown.size:
+            self.ends.notified(self.catalog.node(record), shown.size)
+        if not self.catalog.renew(record, Version.of(st)):  # bytes were handed out a moment ago
+            return not self.supersedes(record, st)
+        self.admission.drop_file(record, shown.size)
+        return True
 
     def recover(self) -> None:
-        """Do what a server before this one had begun when it was killed: nothing of a version past may stay."""
+        """Tell the kernel what a server before this one had not yet when it was killed."""
         for record in self.catalog.stale():
-            parent, name = self.catalog.entry(record)
-            self.ends.notified(self.catalog.node(record), fuse.LARGEST_FILE)
-            if record:
-                self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
-            self.drop_pages(record)
-
-    def drop_pages(self, record: int) -> None:
-        """Have the kernel forget the pages and attributes of what changed, in a moment; to be called before it is said.
-
-        Should this server not live to see that moment, the next one does it.
-        """
-        node, size = self.catalog.node(record), self.catalog.size(record)
-        self.admission.stale(record)
-        self.catalog.set_other_cgroup(record)
-        self.notifier.call(lambda: self.ends.notified(node, size))
-        self.notifier.send(fuse.invalidate_inode(node, 0, 0))
-        self.notifier.call(lambda: self.admission.purge(record))
+            if self.catalog.flags(record) & SUPERSEDED:
+                self.notifier.call(partial(self._settle, record))
+            else:
+                self.ends.notified(self.catalog.node(record), fuse.LARGEST_FILE)
 
     def replaced(self, record: int) -> None:
-        """The name of a file leads to another one, which has a record of its own."""
+        """The name of a file leads to another node, and to the old one nobody any more, in a moment."""
         self.counters.add("changed_files")
-        self.admission.stale(record)
         self.source.forget(record)
-        self.admission.drop_file(record, self.catalog.size(record))
-        parent, name = self.catalog.entry(record)
-        self.notifier.send(fuse.invalidate_entry(self.catalog.node(parent), name))
-        self.notifier.call(lambda: self.admission.purge(record))
+        self.admission.drop_past(record)
+        self.notifier.call(lambda: self._settle(record))
+
+    def _settle(self, record: int) -> None:
+        if self.catalog.flags(record) & STALE:  # else somebody who could not wait has done it
+            self.lead_elsewhere(record)
+
+    def lead_elsewhere(self, record: int) -> None:
+        """Have the kernel look the names of a record up anew, whatever it believes: it does so when this returns.
+
+        That blocks while somebody looks a name up beside them: not for the threads that answer.
+        """
+        staleness = self.catalog.staleness(record)
+        for parent, name in {self.catalog.entry(record), *self.catalog.other_names(record)}:
+            self.notifier.send_now(fuse.invalidate_entry(self.catalog.node(parent), name))
+        if self.catalog.flags(record) & LINKED and self.counters["server_starts"] > 1:
+            self.notifier.send_now(fuse.invalidate_all_entries())  # an earlier server may have known more names
+        if self.catalog.flags(record) & (SUPERSEDED | SERVED):  # else there are attributes to be told
+            self.catalog.set_fresh(record, staleness)
+        if self.catalog.flags(record) & SUPERSEDED:
+            self._give_back(record)
+
+    def _give_back(self, record: int) -> None:
+        """Have the records of past versions of a name used again, so that one that changes for ever takes up a few."""
+        place = self.catalog.entry(record)
+        with self._past_lock:
+            past = self._past.setdefault(place, set())
+            past.add(record)
+            for each in list(past):
+                staleness, flags = self.catalog.staleness(each), self.catalog.flags(each)
+                if not flags & SUPERSEDED:
+                    past.discard(each)  # its name leads to it again
+                elif not flags & STALE and self._is_forgotten(each):
+                    past.discard(each)
+                    self.catalog.give_back(each, staleness)
+            if not past:
+                del self._past[place]
+
+    def _is_forgotten(self, record: int) -> bool:
+        wanted = items.items_of(record, self.catalog.size(record))
+        if len(wanted) > _FEW_ITEMS or self.catalog.pinned_pages(record):
+            return False
+        return all(map(self.admission.is_absent, wanted)) and not self.notifier.is_known(self.catalog.node(record))
+
+    def announce(self, record: int) -> None:
+        """Have the kernel ask for the attributes of a record anew, and for what it keeps of a directory."""
+        is_directory = self.catalog.flags(record) & DIRECTORY
+        self.notifier.send_now(fuse.invalidate_inode(self.catalog.node(record), 0 if is_directory else -1, 0))

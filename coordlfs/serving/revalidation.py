@@ -13,14 +13,13 @@ import os
 import stat
 import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 
 import trio
 
-from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, SUPERSEDED, Catalog
+from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, STALE, SUPERSEDED, Catalog
 from coordlfs.catalogue.metrics import Counters
-from coordlfs.kernel import fuse, threads
-from coordlfs.kernel.notifier import Notifier
+from coordlfs.kernel import threads
 from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.reading import Reader
 from coordlfs.sources.directory import Neighbours, Source
@@ -45,14 +44,12 @@ class Revalidation:
         source: Source,
         namespace: Namespace,
         reader: Reader,
-        notifier: Notifier,
         counters: Counters,
     ) -> None:
         self._catalog = catalog
         self._source = source
         self._namespace = namespace
         self._reader = reader
-        self._notifier = notifier
         self._counters = counters
         self._passes, self._refreshers = trio.CapacityLimiter(_THREADS), trio.CapacityLimiter(_THREADS)
         self._gone: set[int] = set()  # what was missing already when it was last looked at
@@ -130,8 +127,13 @@ class Revalidation:
             yield self._catalog.path(parent) + b"/" + name if parent else name
 
     def check(self, record: int, neighbours: Neighbours) -> bool:
-        """Compare a record with the source; whether it had changed. What the source fails at is left for later."""
+        """Compare a record with the source; whether it had changed. What the source fails at is left for later.
+
+        When this returns, whoever opens the name gets what it leads to now.
+        """
         if self._catalog.flags(record) & SUPERSEDED:
+            if self._catalog.flags(record) & STALE:  # a reader has met the change; the kernel may not know yet
+                self._reader.lead_elsewhere(record)
             return False
         self._counters.add("checked_files")
         try:
@@ -151,32 +153,25 @@ class Revalidation:
         if record == 0 or record in self._gone or self._reader.use_other_name(record):
             return False
         self._gone.add(record)
-        self._lead_elsewhere(record)
+        self._vanished(record)
         return True
 
-    def _lead_elsewhere(self, record: int) -> None:
-        """Have the name looked up anew from now on; only then is what was cached let go, so that nobody misses it."""
-        parent, name = self._catalog.entry(record)
-        self._notifier.send_now(fuse.invalidate_entry(self._catalog.node(parent), name))
+    def _vanished(self, record: int) -> None:
         self._reader.vanished(record)
+        self._reader.lead_elsewhere(record)
 
     def _changed(self, record: int, st: os.stat_result) -> None:
         kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
         if self._catalog.flags(record) & _KINDS != kind:
-            self._lead_elsewhere(record)
-        elif kind == REGULAR:
-            parent, name = self._catalog.entry(record)
-            if st.st_ino != self._catalog.version(record).inode:
-                self._notifier.send_now(fuse.invalidate_entry(self._catalog.node(parent), name))
-            if self._catalog.shows_bytes(record, st):
-                # Only the mode or the owner: nothing but attributes is stale.
-                self._notifier.send_now(fuse.invalidate_inode(self._catalog.node(record), -1, 0))
-            with suppress(OSError):
-                self._namespace.enter(parent, name, st, announce=True)
-            if self._catalog.flags(record) & SUPERSEDED:
-                # One that is shown on needs no more than what drops its pages: a READ of its new end might miss it.
-                self._notifier.send(fuse.invalidate_inode(self._catalog.node(record), -1, 0))
-        else:
-            # With the attributes go the pages, which hold the listing of a directory, the target of a symbolic link.
-            self._reader.drop_pages(record)
+            self._vanished(record)
+            return
+        parent, name = self._catalog.entry(record)
+        if kind == DIRECTORY:
             self._catalog.set_version(record, Version.of(st))
+        else:
+            if self._namespace.enter(parent, name, st) != record:
+                self._catalog.supersede(record)
+        if self._catalog.flags(record) & SUPERSEDED:
+            self._reader.lead_elsewhere(record)
+        else:
+            self._reader.announce(record)

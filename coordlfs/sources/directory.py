@@ -145,7 +145,6 @@ class Source:
     `root` is a descriptor of it; `path`, if given, leads to what is mounted in its place once its file system is gone.
     A file system of another type than `fstype` is not in its place: it shows while nothing is mounted there.
     `is_remote`: see `lies_elsewhere`, which is asked if it is not given, and may not be where the source may be gone.
-    `since`: when it was mounted, in ns.
     Errors that may pass are returned only after a few attempts, in about half a second.
     """
 
@@ -159,14 +158,13 @@ class Source:
         since: int | None = None,
     ) -> None:
         self.root = root
-        self._since = time.time_ns() if since is None else since
         self.retries = 0
         self._path = path
         self._fstype = fstype
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, list[tuple[int, float]]] = OrderedDict()
         self._direct_refused: set[int] = set()  # devices of file systems that know no O_DIRECT
-        self.numbering = Numbering(self.lstat_once, self._since)
+        self.numbering = Numbering(self.lstat_once, time.time_ns() if since is None else since)
         self.is_remote = lies_elsewhere(root) if is_remote is None else is_remote
 
     # -- names --------------------------------------------------------------------------------------------------
@@ -233,18 +231,6 @@ class Source:
         finally:
             paths.close_at_once(fd)
 
-    def is_younger(self, path: bytes, ns: int) -> bool:
-        """Whether the file at `path` came into being at `ns` or later, and since the mount; False if that is not known.
-
-        A new file often gets the inode number of the one that was deleted before it: by this it is told from that one.
-        """
-        try:
-            with self._reference(path) as fd:
-                born = paths.born(fd)
-        except OSError:
-            return False
-        return born is not None and born >= max(ns, self._since)
-
     def readlink(self, path: bytes) -> bytes:
         """Where a symbolic link leads."""
         with self._reference(path) as fd:
@@ -305,7 +291,9 @@ class Source:
                 n = self._read(fd, into, offset, min(size, st.st_size - offset), slow)
                 before, st = st, os.fstat(fd)
                 if _same(before, st):
-                    break  # else it was written to meanwhile, and the bytes belong to neither version
+                    break
+            else:  # it was written to all the while, and the bytes belong to no version
+                raise OSError(errno.ESTALE, "it is being written to")
             keep = st.st_size >= _KEEP_OPEN_FROM
             return n, st
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import mmap
 import os
 import random
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,8 @@ from mounts import (
     read,
     resident,
 )
+
+from coordlfs.commands import cli
 
 
 def _know(mounted: Mount) -> None:
@@ -328,18 +331,18 @@ def test_replaced_while_it_is_open(source: Path, mount: MakeMount, cache: str, c
             assert asked in (None, old[offset : offset + 1000])
 
 
-def test_replaced_after_it_was_changed_in_place(source: Path, mount: MakeMount) -> None:
+def test_changed_in_place_and_then_replaced(source: Path, mount: MakeMount) -> None:
     versions = [noise(900_000, number) for number in range(3)]
     (source / "f").write_bytes(versions[0])
     mounted = mount(source, "0")
     with open(mounted.path / "f", "rb", buffering=0) as f:
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # every page is asked for by itself
         assert f.read(100) == versions[0][:100]
-        _overwrite(source / "f", versions[1])
-        assert os.pread(f.fileno(), 100, 400_000) == versions[1][400_000:400_100]
-        _replace(source / "f", versions[2])
-        asked = _or_error(lambda: os.pread(f.fileno(), 100, 800_000), errno.ESTALE)
-        assert asked in (None, versions[1][800_000:800_100])
+        for change, version in ((_overwrite, versions[1]), (_replace, versions[2])):
+            change(source / "f", version)
+            raises(errno.ESTALE, lambda: os.pread(f.fileno(), 100, 400_000))
+            _assert_soon(mounted.path / "f", version)
+        assert os.pread(f.fileno(), 100, 0) == versions[0][:100], "what was cached of it"
 
 
 @pytest.mark.parametrize("aside", [False, True], ids=["replaced", "moved-aside"])
@@ -373,26 +376,40 @@ def test_changed_in_place_while_it_is_open(source: Path, mount: MakeMount, size:
         _overwrite(source / "f", new)
         at = min(size, before) - 100_000  # far from what may have been read ahead
         asked = _or_error(lambda: os.pread(f.fileno(), 1000, at), errno.ESTALE)
-        assert asked in (None, new[at : at + 1000])
+        assert asked in (None, old[at : at + 1000])
     _assert_soon(mounted.path / "f", new)
     mounted.settle()
     assert read(mounted.path / "f") == new
     assert mounted.stats()["source"]["changed_files"] >= 1
 
 
-def test_a_mapping_follows_a_change_in_place(source: Path, mount: MakeMount) -> None:
-    # Nothing asks for attributes here, which would have the kernel look again: the server must tell it.
-    old, new = noise(20 * MIB, 1), noise(20 * MIB, 2)
-    (source / "f").write_bytes(old)
+_MAPPED = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY)
+mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+first = mapped[:5000]
+print("mapped", flush=True)
+sys.stdin.readline()
+print(mapped[:5000] == first, flush=True)
+mapped[-5000:]
+"""
+
+
+def test_a_mapping_keeps_the_version_that_it_began_with(source: Path, mount: MakeMount) -> None:
+    new = noise(20 * MIB, 2)
+    (source / "f").write_bytes(noise(20 * MIB, 1))
     mounted = mount(source, "0")
-    fd = os.open(mounted.path / "f", os.O_RDONLY)
-    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
-        assert mapped[:5000] == old[:5000]
-        _overwrite(source / "f", new)
-        assert mapped[-5000:] == new[-5000:]  # here the server learns of it
-        eventually(lambda: mapped[:5000] == new[:5000])
-        assert mapped[:] == new
-    os.close(fd)
+    job = subprocess.Popen(
+        [sys.executable, "-c", _MAPPED, mounted.path / "f"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert job.stdout is not None
+    assert job.stdout.readline() == "mapped\n"
+    _overwrite(source / "f", new)
+    coordlfs("refresh", mounted.path)
+    assert read(mounted.path / "f") == new
+    said, _ = job.communicate("\n", timeout=20)
+    assert said == "True\n"
+    assert job.returncode == -signal.SIGBUS, "a page that it had not got is of no version that it may see"
 
 
 def _read_direct(fd: int, step: int) -> bytes:
@@ -406,11 +423,14 @@ def _read_direct(fd: int, step: int) -> bytes:
 
 @pytest.mark.parametrize("step", [PAGE, MIB])
 @pytest.mark.parametrize("known", ["listed", "cached", "read"])
-def test_shrunk_and_read_around_the_page_cache(source: Path, mount: MakeMount, known: str, step: int) -> None:
-    # What such a READ leaves out the kernel takes from the page cache, where the old version may still be.
+@pytest.mark.parametrize("cache", ["0", "64M"])
+def test_shrunk_and_read_around_the_page_cache(
+    source: Path, mount: MakeMount, cache: str, known: str, step: int
+) -> None:
+    # What such a READ leaves out the kernel would take from the page cache, where the old version is.
     old, new = noise(72_422, 1), noise(36_604, 2)
     (source / "f").write_bytes(old)
-    mounted = mount(source)
+    mounted = mount(source, cache)
     os.stat(mounted.path / "f")
     if known != "listed":
         assert read(mounted.path / "f") == old
@@ -420,47 +440,11 @@ def test_shrunk_and_read_around_the_page_cache(source: Path, mount: MakeMount, k
         if known == "read":
             assert _read_direct(fd, step) == old
         _overwrite(source / "f", new)
-        assert _read_direct(fd, step) == new
-    finally:
-        os.close(fd)
-
-
-@pytest.mark.parametrize("is_killed", [False, True])
-def test_shrunk_and_read_around_the_page_cache_without_a_cache(source: Path, mount: MakeMount, is_killed: bool) -> None:
-    # No keeper has been needed so far.
-    old, new = noise(72_422, 1), noise(36_604, 2)
-    (source / "f").write_bytes(old)
-    mounted = mount(source, "0")
-    assert read(mounted.path / "f") == old
-    if is_killed:
-        mounted.expect_errors = True
-        os.kill(mounted.stats()["processes"]["server"], signal.SIGKILL)
-    assert not mounted.stats()["processes"]["keepers"]
-    fd = os.open(mounted.path / "f", os.O_RDONLY | os.O_DIRECT)
-    try:
-        _overwrite(source / "f", new)
-        assert _read_direct(fd, MIB) == new
-    finally:
-        os.close(fd)
-
-
-def test_shrunk_and_read_around_the_page_cache_while_keepers_keep_dying(source: Path, mount: MakeMount) -> None:
-    # Nobody is there to drop the old version's pages until the supervisor dares to start another keeper.
-    old, new = noise(72_422, 1), noise(36_604, 2)
-    (source / "f").write_bytes(old)
-    mounted = mount(source)
-    mounted.expect_errors = True
-    assert read(mounted.path / "f") == old
-    mounted.settle()
-    fd = os.open(mounted.path / "f", os.O_RDONLY | os.O_DIRECT)
-    try:
-        while "keepers keep dying" not in mounted.log.read_text():
-            for keeper in mounted.stats()["processes"]["keepers"]:
-                with suppress(ProcessLookupError):
-                    os.kill(keeper, signal.SIGKILL)
-        eventually(lambda: not mounted.stats()["processes"]["keepers"])
-        _overwrite(source / "f", new)
-        assert _read_direct(fd, MIB) == new
+        if known == "listed":
+            assert _read_direct(fd, step) == new
+        else:
+            raises(errno.ESTALE, lambda: _read_direct(fd, step))
+            _assert_soon(mounted.path / "f", new)
     finally:
         os.close(fd)
 
@@ -564,6 +548,131 @@ def test_after_a_storm_of_changes_all_is_as_in_the_source(source: Path, mount: M
 def _exists(path: Path) -> bool:
     """Whether a file can be read, and not only listed: a name may be known for a while after it has gone."""
     return _or_error(lambda: read(path), errno.ENOENT, errno.ESTALE) is not None
+
+
+# -- what `refresh` promises --------------------------------------------------------------------------------------
+
+_BOUNDS = [1, PAGE - 1, PAGE, PAGE + 1, 50_000, 128 * 1024, MIB - 1, MIB]
+_ROUNDS = 100  # of each kind of change, on each file system
+
+
+def _write_over(path: Path, data: bytes) -> None:
+    """The same size and other bytes, by one write: nothing but the time says that it changed."""
+    fd = os.open(path, os.O_WRONLY)
+    os.pwrite(fd, data, 0)
+    os.close(fd)
+
+
+def _truncate_to(path: Path, data: bytes) -> None:
+    os.truncate(path, len(data))
+
+
+def _append_up_to(path: Path, data: bytes) -> None:
+    with open(path, "ab") as f:
+        f.write(data[path.stat().st_size :])
+
+
+def _versions(change: Change, choice: random.Random, old: bytes) -> bytes:
+    """What a file that holds `old` is to hold after `change`."""
+    size = choice.choice(_BOUNDS)
+    if change is _write_over:
+        return choice.randbytes(len(old))
+    if change is _truncate_to:
+        return old[: choice.randrange(1, len(old))] if len(old) > 1 else old
+    if change is _append_up_to:
+        return old + choice.randbytes(choice.choice([1, 100, PAGE, 30_000]))
+    return choice.randbytes(size)
+
+
+@pytest.mark.parametrize("change", [_write_over, _truncate_to, _append_up_to, _replace, _recreate, _overwrite])
+@pytest.mark.parametrize("where", ["source", "in_memory"])
+def test_when_refresh_has_answered_a_new_open_gets_the_new_bytes(
+    request: pytest.FixtureRequest, mount: MakeMount, where: str, change: Change
+) -> None:
+    source: Path = request.getfixturevalue(where)
+    choice = random.Random(f"{where} {change.__name__}")
+    held = choice.randbytes(MIB)
+    (source / "f").write_bytes(held)
+    mounted = mount(source, "10M", "--immutable")
+    for number in range(_ROUNDS):
+        path = mounted.path / "f"
+        assert read(path) == held
+        with open(path, "rb", buffering=0) as still_open:
+            wanted = _versions(change, choice, held)
+            change(source / "f", wanted)
+            with redirect_stdout(io.StringIO()):
+                assert cli.main(["refresh", str(mounted.path)]) == 0
+            got = read(path)
+            assert got == wanted, f"round {number}: {len(held)} → {len(wanted)} bytes, got {len(got)}"
+            assert os.stat(path).st_size == len(wanted)
+            old = _or_error(still_open.read, errno.ESTALE)
+            assert old in (None, held), "who has the old version open gets bytes of that one only"
+        held = wanted
+        if len(held) < 1000 or len(held) > 2 * MIB:
+            held = choice.randbytes(MIB)
+            _replace(source / "f", held)
+            with redirect_stdout(io.StringIO()):
+                assert cli.main(["refresh", str(mounted.path)]) == 0
+
+
+@pytest.mark.parametrize("change", [_write_over, _replace])
+def test_refresh_waits_for_what_a_reader_has_noticed(source: Path, mount: MakeMount, change: Change) -> None:
+    """The change is met by a READ, which has the names look elsewhere: it may not be over when `refresh` is asked."""
+    held = noise(MIB, 0)
+    (source / "f").write_bytes(held)
+    mounted = mount(source, "0", "--immutable")
+    for number in range(1, 60):
+        with open(mounted.path / "f", "rb", buffering=0) as f:
+            assert f.read() == held
+            wanted = noise(MIB, number)
+            change(source / "f", wanted)
+            os.posix_fadvise(f.fileno(), 0, PAGE, os.POSIX_FADV_DONTNEED)
+            _or_error(partial(os.pread, f.fileno(), 100, 0), errno.ESTALE)
+            with redirect_stdout(io.StringIO()):
+                assert cli.main(["refresh", str(mounted.path)]) == 0
+            assert read(mounted.path / "f") == wanted
+        held = wanted
+
+
+@pytest.mark.parametrize("cache", ["0", "10M"])
+def test_a_file_that_changes_for_ever_takes_up_no_more_room(source: Path, mount: MakeMount, cache: str) -> None:
+    (source / "f").write_bytes(noise(50_000, 0))
+    mounted = mount(source, cache, "--immutable")
+    before = mounted.stats()["known_files"]
+    with open(mounted.path / "f", "rb", buffering=0) as f:
+        assert f.read() == noise(50_000, 0)
+        for number in range(1, 100):
+            _write_over(source / "f", noise(50_000, number))
+            with redirect_stdout(io.StringIO()):
+                assert cli.main(["refresh", str(mounted.path)]) == 0
+            assert read(mounted.path / "f") == noise(50_000, number)
+        assert os.pread(f.fileno(), 50_000, 0) in (noise(50_000, 0), b""), "who has an old version open keeps it"
+    mounted.settle()
+    figures = mounted.stats()
+    assert figures["known_files"] - before < 8
+    assert figures["epoch"]["items"] == 1
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_every_name_of_a_file_with_several_leads_to_the_new_version(
+    source: Path, mount: MakeMount, is_restarted: bool
+) -> None:
+    (source / "d").mkdir()
+    (source / "a").write_bytes(noise(50_000, 1))
+    os.link(source / "a", source / "d" / "b")
+    mounted = mount(source)
+    mounted.expect_errors = is_restarted
+    for name in ("a", "d/b"):
+        assert read(mounted.path / name) == noise(50_000, 1)
+    if is_restarted:  # the next server knows one of the names
+        before = mounted.stats()["processes"]["server"]
+        os.kill(before, signal.SIGKILL)
+        eventually(lambda: mounted.stats()["processes"]["server"] != before)
+    _write_over(source / "a", noise(50_000, 2))
+    coordlfs("refresh", mounted.path)
+    for name in ("a", "d/b"):
+        assert read(mounted.path / name) == noise(50_000, 2)
+    assert os.stat(mounted.path / "a").st_ino == os.stat(mounted.path / "d" / "b").st_ino
 
 
 # -- links planted in the source ----------------------------------------------------------------------------------

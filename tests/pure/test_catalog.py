@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from coordlfs.catalogue import memfds
-from coordlfs.catalogue.catalog import COUNTERS, DIRECTORY, LINKED, REGULAR, SERVED, SUPERSEDED, Catalog, node_of_path
+from coordlfs.catalogue.catalog import (
+    COUNTERS,
+    DIRECTORY,
+    LATER,
+    LINKED,
+    REGULAR,
+    SERVED,
+    SUPERSEDED,
+    Catalog,
+    node_of_path,
+)
 from coordlfs.kernel.fuse import ROOT_NODE
 from coordlfs.sources.versions import Version
 
@@ -75,6 +85,7 @@ class Model(RuleBasedStateMachine):
         self.links: dict[int, int] = {}  # inode → node
         self.shown: dict[int, tuple[bytes, Version | None]] = {ROOT_NODE: (b"", None)}  # every node there ever was
         self.served: set[int] = set()
+        self.later: set[int] = set()  # nodes whose id is of a version
         self.restart()
 
     def teardown(self) -> None:
@@ -145,9 +156,11 @@ class Model(RuleBasedStateMachine):
             mtime_ns=old.st_mtime_ns - (what == "touched") * 10**18,
         )
         _, now = self.enter(parent, name, self.source[at])
-        if what == "replaced" and node in self.served:
-            assert now not in self.shown, "whoever has the old file open would read the new one"
+        is_later = node in self.later and what != "replaced"  # that one has the same size and time
+        if what != "nothing" and (node in self.served or is_later):
+            assert now not in self.shown, "whoever has the old version open would read the new one"
             self.node[at] = now
+            self.later.add(now)
         else:
             assert now == node
         self.shown[now] = (self.path(*at), Version.of(self.source[at]))
@@ -361,9 +374,8 @@ def test_a_replaced_node_stays_so_though_its_inode_number_comes_back(fds: tuple[
 def test_what_is_made_anew_is_another_node_though_it_gets_the_same_inode_number(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
     old, *_ = catalog.enter(0, b"f", attributes(2, size=1))
-    catalog.supersede(old)
     assert catalog.enter(0, b"f", attributes(2, size=2))[:2] == (old, True), "nobody has read of it"
-    catalog.set_version(old, Version.of(attributes(2, size=2)))
+    assert catalog.renew(old, Version.of(attributes(2, size=2)))
     catalog.set_served(old)
     catalog.supersede(old)  # its name was seen to be gone
     new, *_ = catalog.enter(0, b"f", attributes(2, size=3))
@@ -378,8 +390,8 @@ def test_what_is_stale_is_known_to_the_next_server(fds: tuple[int, int]) -> None
     kept, *_ = catalog.enter(0, b"f", attributes(2, size=1))
     replaced, *_ = catalog.enter(0, b"g", attributes(3, size=1))
     assert catalog.stale() == []
-    catalog.set_stale(kept)
-    catalog.set_stale(kept)
+    assert catalog.renew(kept, Version.of(attributes(2, size=2)))
+    assert catalog.renew(kept, Version.of(attributes(2, size=3)))
     catalog.set_version(kept, Version.of(attributes(2, size=2)), REGULAR)
     assert Catalog(*fds).stale() == [kept]
     catalog.set_served(replaced)
@@ -389,6 +401,37 @@ def test_what_is_stale_is_known_to_the_next_server(fds: tuple[int, int]) -> None
     catalog.set_fresh(kept)
     catalog.set_fresh(replaced)
     assert Catalog(*fds).stale() == []
+
+
+def test_records_of_versions_that_are_forgotten_are_used_again(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    others = [catalog.enter(0, b"%d" % number, attributes(number + 10))[0] for number in range(1900)]
+    nodes: set[int] = set()
+    records: set[int] = set()
+    for number in range(3000):  # more often than the index is built anew
+        version = attributes(2, size=number, mtime_ns=number)
+        record, changed, past = catalog.enter(0, b"f", version)
+        assert not changed
+        assert catalog.find(catalog.node(record)) == record
+        assert catalog.version(record) == Version.of(version)
+        assert catalog.flags(record) & ~LATER == REGULAR
+        assert catalog.last_miss(record) == (0, 0)
+        assert catalog.path(record) == b"f"
+        catalog.set_served(record)
+        catalog.set_last_miss(record, 7, 7)
+        nodes.add(catalog.node(record))
+        records.add(record)
+        assert (past is None) == (number == 0)
+        if past is not None:
+            node = catalog.node(past)
+            catalog.give_back(past, catalog.staleness(past))
+            assert catalog.node(past) == node, "the kernel has not been told"
+            catalog.set_fresh(past)
+            catalog.give_back(past, catalog.staleness(past))
+            assert (catalog.find(node) is None) == (number > 1), "the first leads to the others"
+    assert len(nodes) == 3000
+    assert len(records) == 3
+    assert [catalog.enter(0, b"%d" % number, attributes(number + 10))[0] for number in range(1900)] == others
 
 
 def test_a_directory_that_changed_is_recorded_by_who_sees_to_its_listing(fds: tuple[int, int]) -> None:
@@ -409,12 +452,52 @@ def test_a_symbolic_link_that_leads_elsewhere_is_another_node(fds: tuple[int, in
     assert catalog.flags(record) & SUPERSEDED
 
 
-def test_bytes_of_an_older_version_that_were_handed_out_are_remembered(fds: tuple[int, int]) -> None:
+def test_a_node_takes_versions_until_bytes_of_one_are_handed_out(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
+    first, second, third = (Version.of(attributes(2, mtime_ns=time)) for time in (1, 2, 3))
     record, *_ = catalog.enter(0, b"f", attributes(2, mtime_ns=1))
-    catalog.set_served(record)
-    assert catalog.change_version(record, Version.of(attributes(2, mtime_ns=2)), SERVED)
-    assert catalog.supersedes(record, attributes(3, mtime_ns=3))
+    assert catalog.serves_if(record, lambda: False) is False
+    assert catalog.renew(record, second)
+    assert not catalog.serves(record, second), "the kernel has not been told"
+    staleness = catalog.staleness(record)
+    assert catalog.renew(record, third)
+    assert not catalog.take(record, second, staleness), "the kernel may be told of the third version just now"
+    assert catalog.version(record) == third
+    assert catalog.take(record, second, catalog.staleness(record))
+    assert catalog.serves(record, second)
+    assert catalog.stale() == []
+    assert not catalog.take(record, third, catalog.staleness(record))
+    assert not catalog.renew(record, first)
+    assert catalog.version(record) == second
+
+
+def test_what_comes_to_be_stale_while_the_kernel_is_told_stays_so(fds: tuple[int, int]) -> None:
+    catalog = Catalog(*fds)
+    record, *_ = catalog.enter(0, b"f", attributes(2))
+    catalog.supersede(record)
+    staleness = catalog.staleness(record)
+    catalog.set_fresh(record)
+    catalog.supersede(record)
+    catalog.set_fresh(record, staleness)
+    assert catalog.stale() == [record]
+    catalog.set_fresh(record, catalog.staleness(record))
+    assert catalog.stale() == []
+
+
+def test_nodes_of_versions_are_the_same_on_every_node_of_a_cluster(fds: tuple[int, int]) -> None:
+    """Whichever versions each of them has seen before."""
+    here = Catalog(*fds)
+    versions = [attributes(number, size=number, mtime_ns=-number) for number in range(2, 6)]
+    nodes = []
+    for version in versions:
+        record, *_ = here.enter(0, b"f", version)
+        here.set_served(record)
+        nodes.append(here.node(record))
+    assert len(set(nodes)) == 4
+    with memory() as others:
+        there = Catalog(*others)
+        there.set_served(there.enter(0, b"f", versions[2])[0])
+        assert there.node(there.enter(0, b"f", versions[3])[0]) == nodes[3]
 
 
 def test_a_file_that_became_a_directory_is_one(fds: tuple[int, int]) -> None:
@@ -422,7 +505,7 @@ def test_a_file_that_became_a_directory_is_one(fds: tuple[int, int]) -> None:
     file, *_ = catalog.enter(0, b"n", attributes(2))
     catalog.set_served(file)
     record, changed, _ = catalog.enter(0, b"n", directory(3))
-    assert (catalog.flags(record), changed) == (DIRECTORY, False)
+    assert (catalog.flags(record) & ~LATER, changed) == (DIRECTORY, False)
     assert record != file
 
 

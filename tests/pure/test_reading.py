@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,10 +61,8 @@ def test_a_file_that_is_replaced_just_as_it_is_first_read_is_another_file(catalo
     with _reader(catalog, counters, tmp_path) as reader:
         (tmp_path / "new").write_bytes(b"new bytes")
         os.replace(tmp_path / "new", path)
-        with pytest.raises(OSError) as caught:
-            reader.modified(record, path.stat(), announce=False)
+        assert not reader.modified(record, path.stat())
     assert given == [True], "a reader got the old bytes meanwhile"
-    assert caught.value.errno == errno.ESTALE
     assert catalog.flags(record) & SUPERSEDED
     assert catalog.version(record) == Version.of(old)
 

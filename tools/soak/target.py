@@ -35,8 +35,13 @@ class Target:
         return figures
 
     def processes(self, module: str) -> list[int]:
-        """Those of the mount's processes that run `coordlfs.MODULE`, as soon as they are started."""
-        return [pid for pid in children(self.supervisor) if f"coordlfs.{module}" in _words(pid)]
+        """Those of the mount's processes that run a module of this name of coordlfs, as soon as they are started."""
+        suffix = "." + module
+        return [
+            pid
+            for pid in children(self.supervisor)
+            if any(word.startswith("coordlfs.") and word.endswith(suffix) for word in _words(pid))
+        ]
 
     def is_mounted(self) -> bool:
         """Whether anything is mounted at its mountpoint; nobody is asked but the kernel."""
