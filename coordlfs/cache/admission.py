@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from coordlfs.cache import items
 from coordlfs.cache.epochs import Epochs
+from coordlfs.cache.interfaces import Announced, Owners
 from coordlfs.cache.keeper_protocol import MAX_PACKET, REQUEST, How, Outcome, Verb, parse_reply
 from coordlfs.cache.minio import MinIO, State
 from coordlfs.cache.stash import Stash
@@ -40,10 +41,8 @@ from coordlfs.kernel.timer import Timer
 from coordlfs.sources.versions import Version
 
 if TYPE_CHECKING:
-    from coordlfs.cache.fetch_ahead import FetchAhead
     from coordlfs.cache.store import Store
     from coordlfs.kernel.notifier import Notifier
-    from coordlfs.peers.sharing import Sharing
 
 log = logging.getLogger(__name__)
 
@@ -150,8 +149,8 @@ class Admission:
         self.fd = self._events.fileno()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
-        self.sharing: Sharing | None = None  # with other nodes, each of which caches what it owns
-        self.ahead: FetchAhead | None = None  # of readers that say what they will read
+        self.sharing: Owners | None = None  # with other nodes, each of which caches what it owns
+        self.ahead: Announced | None = None  # of readers that say what they will read
         self.notifier: Notifier | None = None
         self.is_awaited: Callable[[int, int], bool] = lambda node, offset: False  # whether a job waits for bytes there
 

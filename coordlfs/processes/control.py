@@ -16,7 +16,7 @@ import secrets
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -28,6 +28,9 @@ from coordlfs.kernel import pages, paths, threads
 from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.revalidation import Revalidation
 from coordlfs.sources.directory import Source
+
+if TYPE_CHECKING:
+    from coordlfs.peers.sharing import Sharing
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ class Control:
         admission: Admission,
         revalidation: Revalidation,
         replace: Callable[[int], None],
+        sharing: Sharing | None,
     ) -> None:
         self._catalog = catalog
         self._source = source
@@ -63,6 +67,7 @@ class Control:
         self.name = f"coordlfs-{secrets.token_hex(16)}"
         self._revalidation = revalidation
         self._replace = replace
+        self._sharing = sharing
         self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {
             "admit": self._admit,
             "drop": self._drop,
@@ -168,8 +173,7 @@ class Control:
 
     async def _peers(self, request: dict[str, Any]) -> dict[str, Any]:
         """The nodes that share the cache."""
-        sharing = self._admission.sharing
-        return {"nodes": sharing.table() if sharing else []}
+        return {"nodes": self._sharing.table() if self._sharing else []}
 
     async def _drop(self, request: dict[str, Any]) -> dict[str, int]:
         """Let files go (all of them if no paths are given), and wait until they are gone."""

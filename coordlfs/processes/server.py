@@ -101,14 +101,14 @@ def serve(config: dict[str, Any]) -> None:
     reader = Reader(catalog, source, admission, counters, notifier)
     memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
     ahead = admission.ahead = FetchAhead(catalog, admission, epochs, counters, memory_watch)
-    stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source, ahead)
+    sharing = _share(config, catalog, admission, reader, counters) if config["peers"] else None
+    stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source, ahead, sharing)
     namespace = Namespace(catalog, source, reader, counters)
     records = Records(catalog)
     listings = Listings(source, namespace, Entries(records, namespace, counters))
     names = NamespaceLoop(catalog, source, namespace)
     revalidation = Revalidation(catalog, source, namespace, reader, counters)
-    control = Control(catalog, source, namespace, admission, revalidation, link.replace)
-    sharing = _share(config, catalog, admission, reader, counters) if config["peers"] else None
+    control = Control(catalog, source, namespace, admission, revalidation, link.replace, sharing)
     names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode, b"hint": lambda: PROTOCOL}
 
     with ExitStack() as stack:
@@ -149,7 +149,9 @@ def serve(config: dict[str, Any]) -> None:
             background.append(partial(revalidation.run, config["revalidate"]))
         if config["metrics"] is not None:
             exporter.serve(config["metrics"], stats.collect)
-        _run_or_exit(link, _tasks, config["mountpoint"], config.get("mount_device"), loop, link, admission, background)
+        _run_or_exit(
+            link, _tasks, config["mountpoint"], config.get("mount_device"), loop, link, admission, sharing, background
+        )
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
 
@@ -199,6 +201,7 @@ async def _tasks(
     loop: DataLoop,
     link: SupervisorLink,
     admission: Admission,
+    sharing: Sharing | None,
     background: list[Callable[[], Awaitable[None]]],
 ) -> None:
     token = trio.lowlevel.current_trio_token()
@@ -217,7 +220,7 @@ async def _tasks(
 
         loop.on_end = unmounted
         loop.start()
-        nursery.start_soon(link.run, admission, orphaned)
+        nursery.start_soon(link.run, admission, sharing, orphaned)
         for task in background:
             nursery.start_soon(task)
         try:

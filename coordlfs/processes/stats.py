@@ -9,7 +9,7 @@ import json
 import os
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coordlfs import __version__
 from coordlfs.cache import residence
@@ -21,6 +21,9 @@ from coordlfs.catalogue.catalog import Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import pages
 from coordlfs.sources.directory import Source
+
+if TYPE_CHECKING:
+    from coordlfs.peers.sharing import Sharing
 
 _RATE_WINDOW = 2.0  # seconds
 
@@ -38,6 +41,7 @@ class Stats:
         memory_watch: MemoryWatch,
         source: Source,
         ahead: FetchAhead,
+        sharing: Sharing | None,
     ) -> None:
         self._config = config
         self._catalog = catalog
@@ -47,6 +51,7 @@ class Stats:
         self._memory = memory_watch
         self._source = source
         self._ahead = ahead
+        self._sharing = sharing
         self._started = time.time()
         self._mark = (time.monotonic(), 0)
         self._rate = 0.0
@@ -91,7 +96,7 @@ class Stats:
                 "supervisor": self._config["parent"],
                 "server": os.getpid(),
                 "keepers": keepers,
-                "peer_server": self._admission.sharing.pid if self._admission.sharing else None,
+                "peer_server": self._sharing.pid if self._sharing else None,
             },
             "server_starts": c["server_starts"],
             "residence": self._config["residence"],
@@ -150,7 +155,7 @@ class Stats:
                 "failures": c["peer_failures"],
                 "bad_payloads": c["peer_bad_payloads"],
                 "skipped": c["peer_skipped"],
-                **(self._admission.sharing.summary() if self._admission.sharing else {}),
+                **(self._sharing.summary() if self._sharing else {}),
             },
             "hints": self._ahead.figures(),
             "epochs": self._epochs.current.number,

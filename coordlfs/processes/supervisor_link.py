@@ -18,6 +18,9 @@ import trio
 from coordlfs.cache.keeper_protocol import receive, send
 
 if TYPE_CHECKING:
+    from coordlfs.peers.sharing import Sharing
+
+if TYPE_CHECKING:
     from coordlfs.cache.admission import Admission
 
 
@@ -48,7 +51,7 @@ class SupervisorLink:
         """Ask for a new server, or a new keeper, in place of the one with this process id."""
         send(self._sock, {"replace": pid})
 
-    async def run(self, admission: Admission, on_death: Callable[[], None]) -> None:
+    async def run(self, admission: Admission, sharing: Sharing | None, on_death: Callable[[], None]) -> None:
         """Take what the supervisor says, until cancelled or it is dead, which is told by calling `on_death`."""
         self._sock.setblocking(False)
         while True:
@@ -68,8 +71,8 @@ class SupervisorLink:
                     admission.lose_keeper(index)
                 case {"keeper": {"index": int(index), "pid": int(pid)}}, [fd] if stat.S_ISSOCK(os.fstat(fd).st_mode):
                     admission.add_keeper(index, pid, socket.socket(fileno=fd))
-                case {"peer_server": int(pid)}, [fd] if admission.sharing and stat.S_ISSOCK(os.fstat(fd).st_mode):
-                    admission.sharing.attach(pid, socket.socket(fileno=fd))
+                case {"peer_server": int(pid)}, [fd] if sharing and stat.S_ISSOCK(os.fstat(fd).st_mode):
+                    sharing.attach(pid, socket.socket(fileno=fd))
                 case _:
                     log.warning("the supervisor sent what is no message")
                     for fd in fds:
