@@ -553,7 +553,7 @@ def _exists(path: Path) -> bool:
 # -- what `refresh` promises --------------------------------------------------------------------------------------
 
 _BOUNDS = [1, PAGE - 1, PAGE, PAGE + 1, 50_000, 128 * 1024, MIB - 1, MIB]
-_ROUNDS = 100  # of each kind of change, on each file system
+_ROUNDS = 30  # of each kind of change, on each file system
 
 
 def _write_over(path: Path, data: bytes) -> None:

@@ -234,6 +234,6 @@ def test_an_open_file_is_one_version(changing: Mount) -> None:
     run_state_machine_as_test(
         OfThisMount,
         settings=settings(
-            max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

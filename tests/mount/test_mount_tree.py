@@ -246,7 +246,7 @@ def test_random_trees_equal_their_source(source: Path, mount: MakeMount) -> None
     numbers = itertools.count()
 
     # Not shrunk: a tree that fails once does so, as a rule, for what happened in time and not for what it holds.
-    @settings(max_examples=25, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(_trees)
     def check(tree: Directory) -> None:
         name = b"%d" % next(numbers)
