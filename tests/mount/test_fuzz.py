@@ -327,9 +327,10 @@ def test_requests_to_a_keeper(source: Path) -> None:
         pairs = {"socket": lambda c, fd: c.update(socket=fd)}
         keeper = Harness(stack, "coordlfs.cache.keeper", config, pairs, [tree])
         sock = keeper.sockets["socket"]
+        inode = (source / "item-00000").stat().st_ino  # a keeper opens by path, and compares
 
         def pin(item: int) -> None:
-            sock.send(REQUEST.pack(Verb.PIN, How.KEEP, item, 5, 0, 1000) + b"item-00000")
+            sock.send(REQUEST.pack(Verb.PIN, How.KEEP, item, inode, 0, 1000) + b"item-00000")
             while True:
                 packet = sock.recv(keeper_protocol.MAX_PACKET)
                 assert packet, "the keeper died"

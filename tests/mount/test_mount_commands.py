@@ -454,7 +454,7 @@ def test_any_path_is_mounted_and_shown(
     mountpoint = place / os.fsdecode(name + b"[/y]".replace(b"/", b""))
     mounted = mount(named, mountpoint=mountpoint)
     assert read(mounted.path / "f") == noise(5000)
-    shown = os.fsdecode(name).encode(encoding.partition(":")[0], "backslashreplace").decode("ascii", "ignore")
+    shown = os.fsdecode(name).encode(errors="backslashreplace").decode("ascii", "ignore")
     text = coordlfs("status", mounted.path).stdout
     assert shown in text.encode("ascii", "ignore").decode()
     coordlfs("status")

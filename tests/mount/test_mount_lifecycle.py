@@ -557,16 +557,17 @@ class TestRun:
             job.communicate()
         eventually(lambda: mentions(source) == [])
 
+    @pytest.mark.parametrize("stop", ["wrapper", "group", "command"])
     @pytest.mark.parametrize("go_on", ["wrapper", "group", "command"])
-    def test_it_stops_and_goes_on_with_the_command(self, source: Path, go_on: str) -> None:
+    def test_it_stops_and_goes_on_with_the_command(self, source: Path, stop: str, go_on: str) -> None:
         job = _start_run(source, "import os, sys\nprint(os.getpid(), flush=True)\nsys.exit(int(sys.stdin.readline()))")
         try:
             command = int(_line(job))
-            for stop, number in ((job.pid, signal.SIGTSTP), (-job.pid, signal.SIGTSTP), (command, signal.SIGSTOP)):
-                os.kill(stop, number)
-                eventually(lambda: process.is_stopped(job.pid) and process.is_stopped(command))
-                os.kill({"wrapper": job.pid, "group": -job.pid, "command": command}[go_on], signal.SIGCONT)
-                eventually(lambda: not process.is_stopped(job.pid) and not process.is_stopped(command))
+            whom = {"wrapper": job.pid, "group": -job.pid, "command": command}
+            os.kill(whom[stop], signal.SIGSTOP if stop == "command" else signal.SIGTSTP)
+            eventually(lambda: process.is_stopped(job.pid) and process.is_stopped(command))
+            os.kill(whom[go_on], signal.SIGCONT)
+            eventually(lambda: not process.is_stopped(job.pid) and not process.is_stopped(command))
             job.communicate("5\n", timeout=30)
             assert job.returncode == 5
         finally:
