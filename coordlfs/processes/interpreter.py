@@ -7,10 +7,12 @@ before it is known that they do not, and so imports nothing but what the interpr
 from __future__ import annotations
 
 import os
+import site
 import sys
 
 import coordlfs
 
+_NEEDED = "trio", "pyfuse3", "xxhash", "numpy", "rich"
 _FLAGS = ("-E", "-P", "-X", "utf8")  # no PYTHON* variables, no directory of the script, UTF-8 whatever the locale
 _HARMLESS = frozenset(
     {"PYTHONDONTWRITEBYTECODE", "PYTHONFAULTHANDLER", "PYTHONHASHSEED", "PYTHONNOUSERSITE", "PYTHONUNBUFFERED"}
@@ -19,19 +21,33 @@ _HARMLESS = frozenset(
 
 def command(module: str) -> list[str]:
     """The beginning of the command line that runs a module of coordlfs."""
-    place = _place()
-    if place is None:
+    places = _places()
+    if not places:
         return [sys.executable, *_FLAGS, "-m", module]
-    find = f"import sys; sys.path.append({place!r}); import runpy; "
+    find = f"import sys; sys.path += {places!r}; import runpy; "
     return [sys.executable, *_FLAGS, "-c", f"{find}runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"]
 
 
-def _place() -> str | None:
-    """The directory in which coordlfs is found, if an interpreter that is told nothing might not look there."""
-    root = os.path.dirname(os.path.dirname(os.path.realpath(coordlfs.__file__)))
-    known = {os.path.realpath(path) for path in sys.path if "site-packages" in path or "dist-packages" in path}
-    found = {os.path.realpath(path) for path in sys.path if path or os.path.isdir(".")}
-    return root if root in found - known else None
+def _places() -> list[str]:
+    """Where coordlfs and what it needs are found, if an interpreter that is told nothing might not look there.
+
+    They are searched last, so that nothing else that lies there hides a module of Python's own or of an installation.
+    """
+    known = {os.path.realpath(path) for path in (*site.getsitepackages(), site.getusersitepackages())}
+    found = dict.fromkeys(os.path.realpath(path) for path in sys.path if path or os.path.isdir("."))
+    root = _root()
+    return [path for path in found if path not in known and (path == root or _holds_what_is_needed(path))]
+
+
+def _root() -> str:
+    return os.path.dirname(os.path.dirname(os.path.realpath(coordlfs.__file__)))
+
+
+def _holds_what_is_needed(path: str) -> bool:
+    try:
+        return any(entry.partition(".")[0] in _NEEDED for entry in os.listdir(path))
+    except OSError:
+        return False
 
 
 def isolate(module: str) -> None:
@@ -71,7 +87,7 @@ def _forget_working_directory() -> None:
     if sys.flags.safe_path or not sys.path:
         return
     first = os.path.realpath(sys.path[0]) if sys.path[0] or os.path.isdir(".") else ""
-    place = _place()
+    place = _root()
     del sys.path[0]
     if place == first:
         sys.path.append(place)

@@ -21,6 +21,7 @@ from coordlfs.commands.mounted import stats
 from coordlfs.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"
+pytestmark = pytest.mark.xdist_group("mount.coordlfs")  # which is installed while a test runs
 HELPER = Path("/sbin/mount.coordlfs")
 
 # -- mount(8) -----------------------------------------------------------------------------------------------------
