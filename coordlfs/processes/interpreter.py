@@ -12,7 +12,6 @@ import sys
 
 import coordlfs
 
-_NEEDED = "trio", "pyfuse3", "xxhash", "numpy", "rich"
 _FLAGS = ("-E", "-P", "-X", "utf8")  # no PYTHON* variables, no directory of the script, UTF-8 whatever the locale
 _HARMLESS = frozenset(
     {"PYTHONDONTWRITEBYTECODE", "PYTHONFAULTHANDLER", "PYTHONHASHSEED", "PYTHONNOUSERSITE", "PYTHONUNBUFFERED"}
@@ -21,31 +20,36 @@ _HARMLESS = frozenset(
 
 def command(module: str) -> list[str]:
     """The beginning of the command line that runs a module of coordlfs."""
-    places = _places()
-    if not places:
+    before, last = _places()
+    if not before and not last:
         return [sys.executable, *_FLAGS, "-m", module]
-    find = f"import sys; sys.path += {places!r}; import runpy; "
+    find = (
+        "import sys, runpy; at = next((i for i, p in enumerate(sys.path) if p.endswith('-packages')), len(sys.path)); "
+        f"sys.path[at:at] = {before!r}; sys.path += {last!r}; "
+    )
     return [sys.executable, *_FLAGS, "-c", f"{find}runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"]
 
 
-def _places() -> list[str]:
+def _places() -> tuple[list[str], list[str]]:
     """Where coordlfs and what it needs are found, if an interpreter that is told nothing might not look there.
 
-    They are searched last, so that nothing else that lies there hides a module of Python's own or of an installation.
+    First where its dependencies are installed, as by PYTHONPATH, which are searched before other installations; then
+    where only coordlfs is, which is searched last, so that nothing else that lies there hides a module.
     """
     known = {os.path.realpath(path) for path in (*site.getsitepackages(), site.getusersitepackages())}
     found = dict.fromkeys(os.path.realpath(path) for path in sys.path if path or os.path.isdir("."))
-    root = _root()
-    return [path for path in found if path not in known and (path == root or _holds_what_is_needed(path))]
+    others = [path for path in found if path not in known]
+    before = [path for path in others if _holds_dependencies(path)]
+    return before, [path for path in others if path == _root() and path not in before]
 
 
 def _root() -> str:
     return os.path.dirname(os.path.dirname(os.path.realpath(coordlfs.__file__)))
 
 
-def _holds_what_is_needed(path: str) -> bool:
+def _holds_dependencies(path: str) -> bool:
     try:
-        return any(entry.partition(".")[0] in _NEEDED for entry in os.listdir(path))
+        return any(entry.partition(".")[0] == "pyfuse3" for entry in os.listdir(path))  # which nobody else has
     except OSError:
         return False
 
