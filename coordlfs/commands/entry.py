@@ -8,12 +8,13 @@ from __future__ import annotations
 from coordlfs.processes import interpreter
 
 
-def coordlfs() -> int:
-    """The command `coordlfs`."""
-    interpreter.isolate("coordlfs")
+def coordlfs(words: list[str] | None = None) -> int:
+    """The command `coordlfs`. With `words` for its arguments, it runs in a program of others and leaves that as it is."""
+    if words is None:
+        interpreter.isolate("coordlfs")
     from coordlfs.commands import cli
 
-    return cli.main()
+    return cli.main(words)
 
 
 def mount_coordlfs() -> int:
