@@ -9,7 +9,7 @@ from coordlfs.processes import interpreter
 
 
 def coordlfs(words: list[str] | None = None) -> int:
-    """The command `coordlfs`. With `words` for its arguments, it runs in a program of others and leaves that as it is."""
+    """The command `coordlfs`; with `words` for its arguments it is part of another program, left as it is."""
     if words is None:
         interpreter.isolate("coordlfs")
     from coordlfs.commands import cli
