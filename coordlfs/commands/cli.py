@@ -295,10 +295,10 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def _of_environment(error: BaseException) -> str | None:
     """What is wrong with the process's surroundings, where that explains an error."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        return "the working directory is gone: change into one that exists"
+    if not _has_working_directory():
+        return "the working directory is gone: change to one that exists"
+    if isinstance(error, FileNotFoundError):
+        return None  # no limit makes a file vanish
     what = "not enough memory" if isinstance(error, MemoryError) else str(error)
     if (hint := limits.hint()) or isinstance(error, MemoryError):
         return f"{what}{hint}"
@@ -332,11 +332,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"coordlfs: {e}", file=sys.stderr)
         return e.status
-    except FileNotFoundError:
-        if _has_working_directory():
-            raise
-        print("coordlfs: the working directory is gone: change to one that exists", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -14,9 +14,9 @@ from coordlfs.kernel.libc import check, libc, quick
 SYS_OPENAT2 = 437
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_CACHED = 0x02, 0x04, 0x08, 0x20
 _LONGEST = 4095
-_AT_EMPTY_PATH, _STATX_ATTRIBUTES, _STATX_BTIME = 0x1000, 0x35B, 0x800
+_AT_EMPTY_PATH, _STATX_ATTRIBUTES = 0x1000, 0x35B
 _WANTED = ctypes.c_uint(_STATX_ATTRIBUTES)
-_STATX, _BTIME_AT = 256, 80  # bytes
+_STATX = 256  # bytes
 _ATTRIBUTES = struct.Struct("=20xIIH2xQQ64xqI")  # of struct statx: uid gid mode inode size, mtime and its nanoseconds
 _HOW = struct.Struct("=QQQ")
 HOW_SIZE = _HOW.size

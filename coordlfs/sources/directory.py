@@ -144,6 +144,7 @@ class Source:
 
     `root` is a descriptor of it; `path`, if given, leads to what is mounted in its place once its file system is gone.
     A file system of another type than `fstype` is not in its place: it shows while nothing is mounted there.
+    `since`: when it was mounted, in ns; now, if it is not given.
     `is_remote`: see `lies_elsewhere`, which is asked if it is not given, and may not be where the source may be gone.
     Errors that may pass are returned only after a few attempts, in about half a second.
     """
