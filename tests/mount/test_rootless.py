@@ -564,8 +564,10 @@ def test_the_doctor_says_what_it_costs(somebody: User) -> None:
 
 def test_a_keeper_is_full_when_it_has_locked_what_it_may(place: Path) -> None:
     """Of several keepers each has its own limit, and says so, whatever was in one batch of requests."""
+    nodes = []
     for number in range(4):
         (place / str(number)).write_bytes(noise(PAGE + 1))  # two pages
+        nodes.append((place / str(number)).stat().st_ino)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     tree = os.open(place, os.O_RDONLY)
     with ours, theirs:
@@ -574,7 +576,9 @@ def test_a_keeper_is_full_when_it_has_locked_what_it_may(place: Path) -> None:
         def ask(verb: Verb, *numbers: int) -> dict[int, Outcome]:
             keeper._serve(
                 [
-                    _Request(REQUEST.pack(verb, How.KEEP, n, 0, 0, PAGE + 1 if n < 4 else CHUNK) + b"%d" % (n % 4))
+                    _Request(
+                        REQUEST.pack(verb, How.KEEP, n, nodes[n % 4], 0, PAGE + 1 if n < 4 else CHUNK) + b"%d" % (n % 4)
+                    )
                     for n in numbers
                 ]
             )
