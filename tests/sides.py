@@ -16,7 +16,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from coordlfs.cache.admission import Admission
+from coordlfs.cache.announcements import Announcements
 from coordlfs.cache.epochs import Epochs
+from coordlfs.cache.interfaces import Invalidator
 from coordlfs.cache.minio import MinIO
 from coordlfs.cache.stash import Stash
 from coordlfs.catalogue import memfds
@@ -28,6 +30,7 @@ from coordlfs.serving.entries import Entries
 from coordlfs.serving.fast_path import FastPath
 from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.reading import Reader, Request
+from coordlfs.serving.waits import Waits
 from coordlfs.sources.directory import Source
 
 PID = 4242
@@ -47,6 +50,7 @@ class Side:
     theirs: socket.socket
     left: list[tuple[int, Request]] = field(default_factory=list)
     refused: list[tuple[int, Exception]] = field(default_factory=list)
+    waits: Waits = field(default_factory=Waits)
 
     def path(self) -> FastPath:
         """The fast path of it, which has its failures in `left` and `refused`."""
@@ -61,7 +65,7 @@ class Side:
             self.refused.append((unique, error))
 
         return FastPath(
-            self.device.fileno(), Records(self.catalog), self.reader, refuse, leave, end_wait, self.watch, {}
+            self.device.fileno(), Records(self.catalog), self.reader, refuse, leave, end_wait, self.watch, self.waits
         )
 
     def entries(self) -> Entries:
@@ -86,6 +90,20 @@ class Side:
         ]
 
 
+def admission_of(
+    catalog: Catalog, policy: MinIO, stash: Stash, counters: Counters, invalidator: Invalidator
+) -> Admission:
+    """Admission of a mount that no reader announces anything to, and that stands alone."""
+    epochs = Epochs()
+    announced = Announcements(catalog, policy, epochs, counters)
+    return Admission(
+        *(catalog, policy, stash, epochs, counters, lambda: None),
+        announced=announced,
+        awaited=Waits(),
+        invalidator=invalidator,
+    )
+
+
 @contextmanager
 def side_of(directory: Path, capacity: int = 0, *, id_bits: int = 63) -> Iterator[Side]:
     """The parts for a mount of a directory; node ids of few bits collide."""
@@ -104,8 +122,8 @@ def side_of(directory: Path, capacity: int = 0, *, id_bits: int = 63) -> Iterato
         catalog = Catalog(*fds, id_bits=id_bits)
         counters = Counters(catalog.counters)
         source = Source(root, is_remote=False)
-        admission = Admission(catalog, MinIO(capacity), Stash(1 << 20), Epochs(), counters, lambda: None)
-        admission.notifier = notifier = Notifier(device.fileno())
+        notifier = Notifier(device.fileno())
+        admission = admission_of(catalog, MinIO(capacity), Stash(1 << 20), counters, notifier)
         reader = Reader(catalog, source, admission, counters, notifier)
         watch = os.eventfd(0)
         stack.callback(os.close, watch)

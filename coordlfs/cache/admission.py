@@ -13,7 +13,6 @@ module watches the clock.
 from __future__ import annotations
 
 import errno
-import heapq
 import logging
 import os
 import random
@@ -22,40 +21,36 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from coordlfs.cache import items
+from coordlfs.cache.accounting import Accounts
 from coordlfs.cache.epochs import Epochs
-from coordlfs.cache.interfaces import Announced, Owners
-from coordlfs.cache.keeper_protocol import MAX_PACKET, REQUEST, How, Outcome, Verb, parse_reply
+from coordlfs.cache.interfaces import Announced, Awaited, Invalidator, Owners
+from coordlfs.cache.keeper_protocol import How, Outcome, Reply, Verb
+from coordlfs.cache.keepers import Keepers, Link
+from coordlfs.cache.memory_cgroups import MemoryCgroups
 from coordlfs.cache.minio import MinIO, State
+from coordlfs.cache.pending import Pending, PendingItems
 from coordlfs.cache.stash import Stash
 from coordlfs.catalogue.catalog import OTHER_CGROUP, SUPERSEDED, Catalog
 from coordlfs.catalogue.metrics import Counters
-from coordlfs.kernel import cgroups, fuse, pages
-from coordlfs.kernel.libc import quick_reader, quick_write
-from coordlfs.kernel.timer import Timer
+from coordlfs.kernel import pages
+from coordlfs.kernel.libc import quick_write
 from coordlfs.sources.versions import Version
 
 if TYPE_CHECKING:
     from coordlfs.cache.store import Store
-    from coordlfs.kernel.notifier import Notifier
 
 log = logging.getLogger(__name__)
 
-_WINDOW = 64  # requests that a keeper has not answered
-# To wake a process for one item costs more than to pin it: PIN requests wait for each other, though not for long.
-_TOGETHER, _GATHERS = 16, 0.002
 _AT_ONCE = 16  # answers of one keeper that are taken before who serves looks for messages again
 IDLE = 0.05  # seconds without a READ after which an item that was read in part is pinned whole
 RETRY = (0.002, 0.02, 0.2, 1.0, 4.0)  # seconds between attempts while somebody uses the pages
 _ENOUGH = 48  # of them, and items on their way, above which nothing is fetched ahead
 _PENDING = 256
-_UNKNOWN, _NEVER_MISSED = (0, 0), (0, 0xFFFFFFFF)  # instead of the epoch and page of a last miss
-_CGROUP_KNOWN = 1.0  # seconds that a process is believed to stay in its cgroup
 _AWAITED = 0.1, 100  # seconds after which it is seen again whether an item can be asked for, and how often
 _ONE = (1).to_bytes(8, sys.byteorder)  # what wakes whoever waits for an eventfd
 _FORCE_FROM = 2  # the attempt from which pages are dropped even where a job maps them
@@ -70,41 +65,11 @@ class Fetched(NamedTuple):
     version: Version  # of the file, which the bytes belong to
 
 
-@dataclass(slots=True)
-class Pending:
-    """An item on its way to be pinned."""
-
-    due: float = 0.0  # when it is asked for, while it is not with a keeper
-    keeper: int | None = None  # who is asked
-    contended: bool = False  # a job READ it since
-    cancelled: bool = False
-    missed: bool = False  # a job's READ began it
-    same_cgroup: bool = False  # every READ of it came from the keeper's own memory cgroup
-    attempts: int = 0
-    awaited: int = 0  # how often it was put off, since a READ was at the source
-    flags: int = 0
-
-
-@dataclass(slots=True)
-class Link:
-    """One keeper, as the server sees it."""
-
-    index: int
-    pid: int
-    sock: socket.socket
-    packet: bytearray  # what `receive` received last
-    receive: Callable[[], int | None]
-    asked: int = 0
-    full: bool = False
-    threads: set[int] = field(default_factory=set)  # of the process, that read as well as its first
-    backlog: deque[bytes] = field(default_factory=deque)
-    delayed: bool = False  # the backlog waits for answers
-
-
 class Admission:
-    """The cache's books. Every method may be called from any thread; `run` is the thread of its own.
+    """Which items are cached, and which are on their way there. Every method may be called from any thread.
 
-    `receive` is to be called when `fd` is readable, and every so often while nobody has time to wait for that.
+    `run` is the thread of its own. `receive` is to be called when `fd` is readable, and every so often while nobody has
+    time to wait for that.
     """
 
     served_from = "stash_bytes"  # the counter of bytes that `stashed` finds
@@ -119,49 +84,52 @@ class Admission:
         epochs: Epochs,
         counters: Counters,
         more_keepers: Callable[[], None],
+        *,
+        announced: Announced,
+        awaited: Awaited,
+        invalidator: Invalidator,
+        owners: Owners | None = None,
     ) -> None:
+        """`more_keepers` asks the supervisor for another keeper. `owners`: None if this node shares with no other."""
         self.catalog = catalog
         self.policy = policy
         self.stash = stash
-        self.epochs = epochs
         self.counters = counters
-        self.links: dict[int, Link] = {}
-        self._links_by_fd: dict[int, Link] = {}
-        self.keeper_pids: frozenset[int] = frozenset()
-        self.keeper_threads: frozenset[int] = frozenset()  # by which the kernel names who reads
-        self._more_keepers = more_keepers
+        self.announced = announced
+        self.accounts = Accounts(catalog, policy, epochs, counters, announced)
+        self._awaited = awaited
+        self._invalidator = invalidator
+        self._owners = owners
+        self._keepers = Keepers(catalog, more_keepers)
+        self._cgroups = MemoryCgroups()
+        self.fd = self._keepers.fd
         self.lock = threading.RLock()
-        self._pending: dict[int, Pending] = {}
-        self._clock: list[tuple[float, int]] = []  # when items are due; stale where `due` says otherwise
-        self._chunk_misses: dict[int, tuple[int, int]] = {}  # of files of several items
+        self._pending = PendingItems()
         self.skipped: set[int] = set()  # items without room in the stash, until they miss anew
         self.dropping: set[int] = set()
-        self._waiting: deque[int] = deque()  # for a keeper with room
-        self._asked_for_keeper = False
         self.recovering: set[int] = set()  # keepers that have not yet told what they hold
         self._orphans: dict[int, int] = {}  # records with pages that the last server knew to be pinned
-        self._keeper_cgroups: set[bytes | None] = set()
-        self._job_cgroups: dict[int, tuple[bytes | None, float]] = {}  # by pid; and until when that is believed
-        self._gathering = Timer()  # ends when requests that wait for others have waited long enough
-        self._is_gathering = False
-        self._events = select.epoll()
-        self._events.register(self._gathering.fd, select.EPOLLIN | select.EPOLLET)
-        self.fd = self._events.fileno()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
-        self.sharing: Owners | None = None  # with other nodes, each of which caches what it owns
-        self.ahead: Announced | None = None  # of readers that say what they will read
-        self.notifier: Notifier | None = None
-        self.is_awaited: Callable[[int, int], bool] = lambda node, offset: False  # whether a job waits for bytes there
+
+    @property
+    def keeper_pids(self) -> frozenset[int]:
+        """The processes that pin, or read, what is cached."""
+        return self._keepers.pids
+
+    @property
+    def keeper_threads(self) -> frozenset[int]:
+        """All threads of them, by which the kernel names who reads."""
+        return self._keepers.threads
 
     # -- called by the data loop --------------------------------------------------------------------------------
 
     def stashed(self, item: int, offset: int, size: int, end: int, pid: int) -> list[memoryview | int]:
         """`Stash.parts` of an item of a file that ends at `end`, for process `pid`: it need not be read again."""
-        if item not in self._pending:
+        if item not in self._pending.by_item:
             return [size]
         with self.lock:
-            pending = self._pending.get(item)
+            pending = self._pending.by_item.get(item)
             if pending is not None and pid not in self.keeper_threads:
                 pending.same_cgroup = self._is_same_cgroup(items.record_of(item), pid)
                 pending.contended = not pending.same_cgroup
@@ -179,10 +147,10 @@ class Admission:
             if not self.catalog.shows(record, version):
                 return  # another thread has seen a newer version meanwhile
             if direct:
-                self._know(record, file_size)
+                self.accounts.know(record, file_size)
                 return  # it fills no cache, and may read a page many times an epoch
             if not for_peer:
-                self._count_miss(record, item, offset, len(data), file_size)
+                self._count_miss(item, offset, len(data), file_size)
             if self.recovering:
                 return
             state = self.policy.state(item)
@@ -197,13 +165,13 @@ class Admission:
     def _take(self, item: int, offset: int, data: memoryview, file_size: int, pid: int, *, for_peer: bool) -> None:
         """Take on an item that is absent and has room, or add to one that is on its way."""
         record, length = items.record_of(item), items.length(item, file_size)
-        pending = self._pending.get(item)
+        pending = self._pending.by_item.get(item)
         if pending is None:
             if not length or item in self.skipped or not self._admits(item, pages.count(length)):
                 return
             same_cgroup = self._is_same_cgroup(record, pid)
             if same_cgroup and len(data) == length:
-                self._ask(item, self._pending.setdefault(item, Pending(missed=not for_peer, same_cgroup=True)))
+                self._ask(item, self._pending.by_item.setdefault(item, Pending(missed=not for_peer, same_cgroup=True)))
                 return
             if not self.stash.reserve(item, length):
                 self.policy.release(item)
@@ -211,7 +179,7 @@ class Admission:
                 if len(data) < length:
                     self.skipped.add(item)  # admitted with the next READ, it would have this one read again
                 return
-            pending = self._pending[item] = Pending(missed=not for_peer, same_cgroup=same_cgroup)
+            pending = self._pending.by_item[item] = Pending(missed=not for_peer, same_cgroup=same_cgroup)
             self.stash.put(item, offset, data)
         else:
             pending.same_cgroup = self._is_same_cgroup(record, pid)
@@ -233,10 +201,10 @@ class Admission:
         with self.lock:
             file_size = self.catalog.size(record)
             if direct:
-                self._know(record, file_size)
+                self.accounts.know(record, file_size)
             else:
-                self._count_miss(record, item, offset, 0, file_size)
-                self.epochs.current.peer_bytes += nbytes
+                self._count_miss(item, offset, 0, file_size)
+                self.accounts.given_by_peer(nbytes)
 
     def has_room(self, npages: int) -> bool:
         """Whether so much more could be admitted now. If not, what belongs to other nodes begins to give way."""
@@ -250,7 +218,7 @@ class Admission:
         """Take room for an item, if it is for this node to cache, and its name still leads to it."""
         if self.catalog.flags(items.record_of(item)) & SUPERSEDED:
             return False
-        if self.sharing is not None and not self.sharing.owns(item):
+        if self._owners is not None and not self._owners.owns(item):
             return False
         if self.policy.admit(item, npages):
             return True
@@ -258,8 +226,8 @@ class Admission:
         return False
 
     def _give_way(self, npages: int) -> None:
-        if self.sharing is not None and npages <= self.policy.capacity:
-            self.drop(self.sharing.displaced(npages))
+        if self._owners is not None and npages <= self.policy.capacity:
+            self.drop(self._owners.displaced(npages))
 
     def keep(self, fetched: Fetched) -> None:
         """The keeper's READ was answered from the source: should the item have to be pinned again, its bytes are here.
@@ -271,11 +239,11 @@ class Admission:
         with self.lock:
             if not self.catalog.shows(record, version):
                 return
-            pending = self._pending.get(item)
-            if self.ahead is not None and self.ahead.wants(record):
-                self._count_miss(record, item, offset, len(data), version.size)
+            pending = self._pending.by_item.get(item)
+            if record in self.announced.wanted:
+                self._count_miss(item, offset, len(data), version.size)
             elif pending is not None and pending.missed:
-                self.epochs.current.bytes += len(data)  # the rest of what a reader began with
+                self.accounts.continue_miss(len(data))
             if pending is not None:
                 self._add(item, offset, data)
 
@@ -284,49 +252,13 @@ class Admission:
 
     def _is_same_cgroup(self, record: int, pid: int) -> bool:
         """Whether every process that has read of the file so far, `pid` too, is charged where the keepers are."""
-        if not self._shares_cgroup(pid):
+        if not self._cgroups.is_keepers(pid):
             self.catalog.set_other_cgroup(record)
         return not self.catalog.flags(record) & OTHER_CGROUP
 
-    def _shares_cgroup(self, pid: int) -> bool:
-        """Whether a job is charged for memory where every keeper is; remembered for a moment."""
-        now = time.monotonic()
-        known = self._job_cgroups.get(pid)
-        if known is None or known[1] < now:
-            if len(self._job_cgroups) > 1000:
-                self._job_cgroups.clear()
-            known = self._job_cgroups[pid] = (cgroups.of_memory(pid), now + _CGROUP_KNOWN)
-        return known[0] is not None and self._keeper_cgroups == {known[0]}
-
-    def _count_miss(self, record: int, item: int, offset: int, nbytes: int, file_size: int) -> None:
-        of_file = self._know(record, file_size)
-        if self.ahead is not None:
-            self.ahead.missed(record, nbytes)
-        whole = file_size <= items.CHUNK
-        last = of_file if whole else self._chunk_misses.get(item, _NEVER_MISSED)
-        remember = self.epochs.miss(last, offset // pages.PAGE, nbytes, self.unpinned)
-        if remember is None:
-            return
-        self.skipped.discard(item)
-        if nbytes and of_file[0] != remember[0]:
-            self.counters.add("source_files")
-        if not whole:
-            self._chunk_misses[item] = remember
-        self.catalog.set_last_miss(record, *remember)  # of a large file: when any of it missed
-
-    def _know(self, record: int, file_size: int) -> tuple[int, int]:
-        """From the first read on, a file counts as part of the dataset; its last miss."""
-        last = self.catalog.last_miss(record)
-        if last != _UNKNOWN:
-            return last
-        self.catalog.set_last_miss(record, *_NEVER_MISSED)
-        self.counters.add("dataset_items", len(items.items_of(record, file_size)))
-        self.counters.add("dataset_bytes", file_size)
-        return _NEVER_MISSED
-
-    def unpinned(self) -> int:
-        """Bytes that were ever read and are not pinned: what an epoch that begins now will read."""
-        return max(0, self.counters["dataset_bytes"] - self.policy.pinned_pages * pages.PAGE)
+    def _count_miss(self, item: int, offset: int, nbytes: int, file_size: int) -> None:
+        if self.accounts.miss(item, offset, nbytes, file_size):
+            self.skipped.discard(item)
 
     # -- called by whoever wants items in or out ----------------------------------------------------------------
 
@@ -338,18 +270,16 @@ class Admission:
                 size = self.catalog.size(items.record_of(item))
                 room = pages.count(items.length(item, size))
                 if item not in self.dropping and self._admits(item, room):
-                    self._know(items.record_of(item), size)
+                    self.accounts.know(items.record_of(item), size)
                     self.stash.reserve(item, items.length(item, size))  # for `keep`; without room it goes without
-                    self._ask_unless_awaited(item, self._pending.setdefault(item, Pending()))
+                    self._ask_unless_awaited(item, self._pending.by_item.setdefault(item, Pending()))
                     taken += 1
         return taken
 
     def flush(self) -> None:
         """Ask the keepers now for what waits for more of the same."""
         with self.lock:
-            self._is_gathering = False  # if the timer ends all the same, there is nothing to send
-            for link in self.links.values():
-                self._flush(link)
+            self._keepers.flush()
 
     def drop(self, unwanted: Iterable[int]) -> int:
         """Have items let go, pinned or on their way; how many there were."""
@@ -359,15 +289,15 @@ class Admission:
                 if item in self.dropping or self.policy.state(item) is State.ABSENT:
                     continue
                 dropped += 1
-                pending = self._pending.get(item)
+                pending = self._pending.by_item.get(item)
                 holder = self.policy.holder(item)
                 if pending is not None and pending.keeper is not None:
                     pending.cancelled = True  # the keeper's answer brings it back here
                     self.stash.remove(item)
-                elif holder is not None and holder in self.links:
+                elif holder is not None and holder in self._keepers.links:
                     self.dropping.add(item)
                     self.catalog.add_pinned_pages(items.record_of(item), -self.policy.unpin(item))
-                    self._send(self.links[holder], Verb.DROP, item, 0)
+                    self._keepers.ask(self._keepers.links[holder], Verb.DROP, item)
                 else:
                     self._forget(item)
         return dropped
@@ -383,7 +313,7 @@ class Admission:
             self.policy.capacity = capacity
             if self.policy.used <= capacity:
                 return 0
-            leaving = self.dropping | {item for item, pending in self._pending.items() if pending.cancelled}
+            leaving = self.dropping | {item for item, pending in self._pending.by_item.items() if pending.cancelled}
             excess = self.policy.used - capacity - sum(map(self.policy.pages, leaving))
             candidates = [item for item in self.policy.items() if item not in leaving]
             random.shuffle(candidates)
@@ -396,7 +326,7 @@ class Admission:
 
     def drop_file(self, record: int, size: int) -> int:
         """`drop` every item of a file that had `size` bytes."""
-        if not self.catalog.pinned_pages(record) and not self._pending:
+        if not self.catalog.pinned_pages(record) and not self._pending.by_item:
             return 0
         with self.lock:
             return self.drop(self.held(items.items_of(record, size)))
@@ -412,10 +342,7 @@ class Admission:
         with self.lock:
             size = self.catalog.size(record)
             self.drop_file(record, size)
-            if self.catalog.last_miss(record) != _UNKNOWN:
-                self.catalog.set_last_miss(record, *_UNKNOWN)
-                self.counters.add("dataset_items", -len(items.items_of(record, size)))
-                self.counters.add("dataset_bytes", -size)
+            self.accounts.forget(record, size)
 
     def is_absent(self, item: int) -> bool:
         """Whether an item is neither pinned nor on its way in or out."""
@@ -423,99 +350,107 @@ class Admission:
 
     def is_pending(self, item: int) -> bool:
         """Whether an item is on its way to be pinned."""
-        return item in self._pending
+        return item in self._pending.by_item
 
     def settled(self, wanted: Iterable[int]) -> bool:
         """Whether none of the items is on its way in or out."""
-        return not any(item in self._pending or item in self.dropping for item in wanted)
+        return not any(item in self._pending.by_item or item in self.dropping for item in wanted)
 
     def is_busy(self) -> bool:
         """Whether the keepers have enough to do for now, or there is none (then one is asked for)."""
         with self.lock:
-            if not self.links:
-                self._want_keeper()
-            asked = sum(link.asked + len(link.backlog) for link in self.links.values())
-            enough = asked >= _ENOUGH or len(self._pending) >= _PENDING
-            return not self.links or bool(self.recovering) or enough or not self.stash.has_room(items.CHUNK)
+            if not self._keepers.links:
+                self._keepers.want()
+                return True
+            enough = self._keepers.load() >= _ENOUGH or len(self._pending.by_item) >= _PENDING
+            return enough or bool(self.recovering) or not self.stash.has_room(items.CHUNK)
 
     def fetch(self, item: int) -> None:
         """Have a keeper read an item that is not to be pinned into the page cache."""
         with self.lock:
-            self._send(next(iter(self.links.values())), Verb.FETCH, item, 0)
+            self._ask_any(Verb.FETCH, item)
 
     def release(self, item: int) -> None:
         """Have what is resident of an item dropped, unless it is pinned."""
         with self.lock:
-            if self.links:
-                self._send(next(iter(self.links.values())), Verb.RELEASE, item, 0)
+            self._ask_any(Verb.RELEASE, item)
+
+    def _ask_any(self, verb: Verb, item: int) -> None:
+        link = self._keepers.first()
+        if link is not None:
+            self._keepers.ask(link, verb, item)
 
     # -- keepers ------------------------------------------------------------------------------------------------
 
     def add_keeper(self, index: int, pid: int, sock: socket.socket) -> None:
         """A keeper joins, a new one or one that a server before this one had."""
-        sock.setblocking(False)
         with self.lock:
-            packet, fd = bytearray(MAX_PACKET), sock.fileno()
-            self.links[index] = self._links_by_fd[fd] = Link(index, pid, sock, packet, quick_reader(fd, packet))
-            self._events.register(fd, select.EPOLLIN)
-            self.keeper_pids |= {pid}
-            self.keeper_threads |= {pid}
+            self._keepers.add(index, pid, sock)
             self.look_at_cgroups()
-            self._asked_for_keeper = False
             self._ask_waiting()
 
     def look_at_cgroups(self) -> dict[bytes | None, int]:
         """See where the keepers are charged for memory, as somebody may have moved them; one of each such cgroup."""
         with self.lock:
-            found = {cgroups.of_memory(pid): pid for pid in self.keeper_pids}
-            self._keeper_cgroups = set(found)
-            return found
+            return self._cgroups.look(self._keepers.pids)
 
     def lose_keeper(self, index: int) -> None:
         """A keeper died, and its pins with it. What it held is pinned again as it is, as long as it is resident."""
         with self.lock:
-            link = self.links.pop(index, None)
-            if link is None:
+            if not self._keepers.remove(index):
                 return
-            self.keeper_pids -= {link.pid}
-            self.keeper_threads -= {link.pid, *link.threads}
-            # Closing would not end it, since the supervisor has the same socket.
-            self._events.unregister(link.sock)
-            del self._links_by_fd[link.sock.fileno()]
-            link.sock.close()
-            self._asked_for_keeper = True  # the supervisor is about to replace it
             for item in self.policy.held_by(index):
                 self.catalog.add_pinned_pages(items.record_of(item), -self.policy.unpin(item))
-                self._pending[item] = Pending(flags=How.KEEP)
-                self._waiting.append(item)
-            for item, pending in self._pending.items():
-                if pending.keeper == index:
-                    pending.keeper = None
-                    self._waiting.append(item)
+                self._pin_again(item)
+            self._pending.lose_keeper(index)
             for item in [i for i in self.dropping if self.policy.holder(i) is None]:
                 self._forget(item)
             self._recovered(index)
             self._ask_waiting()
 
+    def _pin_again(self, item: int) -> None:
+        """Have an item pinned whose pages are resident, as they are."""
+        self._pending.by_item[item] = Pending(flags=How.KEEP)
+        self._pending.wait_for_keeper(item)
+
     def recover(self) -> None:
         """Ask the keepers what they hold: for a server that takes over from one that died."""
         with self.lock:
             self._orphans = self.catalog.clear_pinned_pages()
-            for link in self.links.values():
+            for link in self._keepers.links.values():
                 self.recovering.add(link.index)
-                self._send(link, Verb.LIST, 0, 0)
-            if not self.links:
+                self._keepers.ask(link, Verb.LIST)
+            if not self._keepers.links:
                 # They died with the last server, and their successors will be told; or there was none without a cache.
-                self._asked_for_keeper = self.policy.capacity > 0
+                if self.policy.capacity > 0:
+                    self._keepers.expect()
                 self._adopt_orphans()
 
-    def receive(self) -> None:
-        """Take what the keepers have said, and ask them for what has waited for more of the same."""
-        for fd, _ in self._events.poll(0):
-            if fd == self._gathering.fd:
+    def receive(self) -> bool:
+        """Take what the keepers have said, and ask them for what has waited for more of the same.
+
+        Whether they said anything.
+        """
+        spoke = False
+        for link in self._keepers.spoke():
+            if link is None:
                 self.flush()
-            elif link := self._links_by_fd.get(fd):
+            else:
+                spoke = True
                 self._receive(link)
+        return spoke
+
+    def _receive(self, link: Link) -> None:
+        for _ in range(_AT_ONCE):
+            with self.lock:
+                try:
+                    reply = self._keepers.hear(link)
+                except EOFError:
+                    self.lose_keeper(link.index)
+                    return
+                if reply is None:
+                    return
+                self._take_reply(link, reply)
 
     def run(self) -> None:
         """Watch the clock, until `close`."""
@@ -538,20 +473,16 @@ class Admission:
         quick_write(self._wake_fd, _ONE)
 
     def _later(self, item: int, delay: float) -> None:
-        due = self._pending[item].due = time.monotonic() + delay
-        heapq.heappush(self._clock, (due, item))
-        if self._clock[0] == (due, item):
+        if self._pending.postpone(item, time.monotonic() + delay):
             self._wake()
 
     def _run_due(self) -> int | None:
         """Ask for what is due; milliseconds until something else is."""
         now = time.monotonic()
-        while self._clock and self._clock[0][0] <= now:
-            due, item = heapq.heappop(self._clock)
-            pending = self._pending.get(item)
-            if pending is not None and pending.due == due:
-                self._ask_unless_awaited(item, pending)
-        return max(1, int((self._clock[0][0] - now) * 1000)) if self._clock else None
+        for item in self._pending.due(now):
+            self._ask_unless_awaited(item, self._pending.by_item[item])
+        due = self._pending.next_due()
+        return None if due is None else max(1, int((due - now) * 1000))
 
     def _ask_unless_awaited(self, item: int, pending: Pending) -> None:
         """Ask for an item of which not all was read, unless a job's READ of it is at the source.
@@ -559,7 +490,7 @@ class Admission:
         The keeper would wait for that one, for ever if the source hangs, and all that it is asked would wait with it.
         """
         record = items.record_of(item)
-        if self.is_awaited(self.catalog.node(record), items.span(item, self.catalog.size(record))[0]):
+        if self._awaited.is_awaited(self.catalog.node(record), items.span(item, self.catalog.size(record))[0]):
             self._ask_later(item, pending)
         else:
             self._ask(item, pending)
@@ -592,24 +523,18 @@ class Admission:
 
         def dropped() -> None:
             with self.lock:
-                if self._pending.get(item) is pending and pending.keeper is None:
+                if self._pending.by_item.get(item) is pending and pending.keeper is None:
                     self._ask_keeper(item, pending, How.FORCE)
 
-        message = fuse.invalidate_inode(self.catalog.node(record), offset, length)
-        if self.notifier is None or not self.notifier.send_alone(message, dropped):
+        if not self._invalidator.drop_pages(self.catalog.node(record), offset, length, dropped):
             self.counters.add("not_admitted")
             self._forget(item)
 
-    def _want_keeper(self) -> None:
-        if not self._asked_for_keeper:
-            self._asked_for_keeper = True
-            self._more_keepers()
-
     def _ask_keeper(self, item: int, pending: Pending, flags: int) -> None:
-        link = next((link for link in self.links.values() if not link.full), None)
+        link = self._keepers.with_room()
         if link is None:
-            self._waiting.append(item)
-            self._want_keeper()
+            self._pending.wait_for_keeper(item)
+            self._keepers.want()
             return
         pending.keeper = link.index
         pending.contended = False
@@ -617,88 +542,28 @@ class Admission:
         if pending.same_cgroup:
             # Every page was allocated by a READ that was charged where the keeper is: they are pinned as they are.
             flags |= How.KEEP
-        self._send(link, self._verb, item, flags)
+        self._keepers.ask(link, self._verb, item, flags)
 
     def _ask_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, deque()
-        for item in waiting:
-            pending = self._pending.get(item)
-            if pending is not None and pending.keeper is None:
+        for item in self._pending.take_waiting():
+            pending = self._pending.by_item.get(item)
+            if pending is not None:
                 self._ask_unless_awaited(item, pending)
 
-    def _send(self, link: Link, verb: Verb, item: int, flags: int) -> None:
-        record = items.record_of(item)
-        offset, length = items.span(item, self.catalog.size(record))
-        packet = REQUEST.pack(verb, flags, item, self.catalog.node(record), offset, length)
-        link.backlog.append(packet + self.catalog.path(record))
-        if verb != Verb.PIN or len(link.backlog) >= _TOGETHER:
-            self._flush(link)
-        else:
-            self._flush_in(_GATHERS)
-
-    def _flush_in(self, seconds: float) -> None:
-        """Have `receive` send what waits then, if it is not to do so already."""
-        if not self._is_gathering:
-            self._is_gathering = True
-            self._gathering.start(seconds)
-
-    def _flush(self, link: Link) -> None:
-        while link.backlog and link.asked < _WINDOW:
-            try:
-                quick_write(link.sock.fileno(), link.backlog[0])
-            except (BlockingIOError, OSError):  # full, or dying: the supervisor will say so
-                if not link.asked:  # no answer will come that has it tried again
-                    self._flush_in(RETRY[1])
-                break
-            link.backlog.popleft()
-            link.asked += 1
-        link.delayed = bool(link.backlog)
-
-    def _receive(self, link: Link) -> None:
-        for _ in range(_AT_ONCE):
-            with self.lock:
-                if not self._receive_one(link):
-                    return
-
-    def _receive_one(self, link: Link) -> bool:
-        """Take what a keeper says; False if that is nothing more."""
-        if self.links.get(link.index) is not link:
-            return False  # and its descriptor's number may be another one's by now
-        try:
-            n = link.receive()
-        except OSError:
-            return False
-        if n is None:
-            return False
-        if not n:
-            self.lose_keeper(link.index)
-            return False
-        try:
-            outcome, code, item, pins = parse_reply(bytes(link.packet[:n]))
-        except ValueError as e:
-            log.warning("keeper %d: %s", link.pid, e)
-            return True
-        if outcome == Outcome.LISTED:
-            self._learn(link, pins)
-            if not pins:
-                link.asked = max(0, link.asked - 1)
-                self._recovered(link.index)
-        elif outcome == Outcome.WATCHED:
-            self.epochs.watch(item)
-        elif outcome == Outcome.THREAD:
-            link.threads.add(item)
-            self.keeper_threads |= {item}
-        elif outcome == Outcome.OPENED:
-            self.epochs.opened(item, time.monotonic(), self.unpinned())
-        else:
-            link.asked = max(0, link.asked - 1)
-            if link.delayed:
-                self._flush(link)
-            if outcome not in (Outcome.FETCHED, Outcome.GONE):
-                self._answered(link, outcome, code, item)
-            if self.ahead is not None:
-                self.ahead.go_on()
-        return True
+    def _take_reply(self, link: Link, reply: Reply) -> None:
+        match reply.outcome:
+            case Outcome.LISTED:
+                self._learn(link, reply.pins)
+                if not reply.pins:
+                    self._recovered(link.index)
+            case Outcome.WATCHED:
+                self.accounts.epochs.watch(reply.item)
+            case Outcome.OPENED:
+                self.accounts.epochs.opened(reply.item, time.monotonic(), self.accounts.unpinned())
+            case Outcome.THREAD | Outcome.FETCHED | Outcome.GONE | Outcome.SEEN:
+                pass
+            case _:
+                self._answered(link, reply.outcome, reply.code, reply.item)
 
     def _recovered(self, index: int) -> None:
         """A keeper has told what it holds, or will not."""
@@ -719,8 +584,7 @@ class Admission:
             for item in wanted:
                 room = pages.count(items.length(item, self.catalog.size(record)))
                 if item not in self.dropping and self.policy.admit(item, room):
-                    self._pending[item] = Pending(flags=How.KEEP)
-                    self._waiting.append(item)
+                    self._pin_again(item)
         self._ask_waiting()
 
     def _learn(self, link: Link, pins: list[tuple[int, int]]) -> None:
@@ -729,10 +593,10 @@ class Admission:
             if record >= len(self.catalog) or not 0 < length <= items.CHUNK or self.policy.holder(item) == link.index:
                 continue
             if not self.policy.admit(item, pages.count(length), is_held=True):
-                self._send(link, Verb.DROP, item, 0)  # another keeper holds it, or is about to
+                self._keepers.ask(link, Verb.DROP, item)  # another keeper holds it, or is about to
             elif self.catalog.flags(record) & SUPERSEDED:
                 self.dropping.add(item)
-                self._send(link, Verb.DROP, item, 0)
+                self._keepers.ask(link, Verb.DROP, item)
             else:
                 self._pinned(link.index, item)
 
@@ -743,21 +607,19 @@ class Admission:
     def _answered(self, link: Link, outcome: Outcome, code: int, item: int) -> None:
         if outcome is Outcome.DROPPED:
             self.dropping.discard(item)
-            link.full = False
-            if item not in self._pending and self.policy.holder(item) in (None, link.index):
+            if item not in self._pending.by_item and self.policy.holder(item) in (None, link.index):
                 self._forget(item)
             return
-        pending = self._pending.get(item)
+        pending = self._pending.by_item.get(item)
         if pending is None or pending.keeper != link.index:
             return
         pending.keeper = None
         if pending.cancelled:
             self._abandon(link, item)
         elif outcome is Outcome.FULL:
-            link.full = True
             self._ask(item, pending)
         elif outcome is Outcome.PINNED and not pending.contended:
-            del self._pending[item]
+            del self._pending.by_item[item]
             self.stash.remove(item)
             self._pinned(link.index, item)
         elif outcome is Outcome.FAILED:
@@ -781,16 +643,16 @@ class Admission:
 
     def _abandon(self, link: Link, item: int) -> None:
         """Give up on an item that the keeper may have pinned."""
-        self._pending.pop(item, None)
+        self._pending.by_item.pop(item, None)
         self.stash.remove(item)
         self.dropping.add(item)
-        self._send(link, Verb.DROP, item, 0)
+        self._keepers.ask(link, Verb.DROP, item)
 
     def _forget(self, item: int) -> None:
-        self._pending.pop(item, None)
+        self._pending.by_item.pop(item, None)
         self.dropping.discard(item)
         self.stash.remove(item)
-        self.epochs.unwatch(item)
+        self.accounts.epochs.unwatch(item)
         pinned = self.policy.release(item)
         if pinned:
             self.catalog.add_pinned_pages(items.record_of(item), -pinned)
@@ -801,4 +663,4 @@ class Admission:
     def outcomes(self) -> Counter[str]:
         """How many items are in which state, for `status`."""
         with self.lock:
-            return Counter(pinned=len(self.policy), on_their_way=len(self._pending))
+            return Counter(pinned=len(self.policy), on_their_way=len(self._pending.by_item))

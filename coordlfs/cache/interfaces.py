@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 
@@ -18,11 +19,26 @@ class Owners(Protocol):
 class Announced(Protocol):
     """What readers said they will ask for."""
 
-    def wants(self, record: int) -> bool:
-        """Whether a reader announced the file."""
+    @property
+    def wanted(self) -> Collection[int]:
+        """The records of the files that some reader announced."""
 
     def missed(self, record: int, nbytes: int) -> None:
         """`nbytes` of a file were read from the source."""
 
-    def go_on(self) -> None:
-        """A keeper answered: it may have time for more."""
+
+class Awaited(Protocol):
+    """Which READs of jobs are at the source."""
+
+    def is_awaited(self, node: int, offset: int) -> bool:
+        """Whether somebody waits for the source's bytes of a chunk of a file, but for a keeper."""
+
+
+class Invalidator(Protocol):
+    """Has the kernel forget."""
+
+    def drop_pages(self, node: int, offset: int, length: int, then: Callable[[], None]) -> bool:
+        """Have a file's pages dropped even where jobs map them, and `then` called, be it much later.
+
+        False if that cannot be done now.
+        """

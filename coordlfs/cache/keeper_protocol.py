@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from coordlfs.cache import items
 
@@ -73,12 +73,21 @@ def parse_request(packet: bytes) -> tuple[Verb, int, int, int, int, int, bytes]:
     return Verb(verb), flags, item, node, offset, length, packet[REQUEST.size :]
 
 
-def parse_reply(packet: bytes) -> tuple[Outcome, int, int, list[tuple[int, int]]]:
-    """Outcome, errno, item, and the pins (item and length) of a list. Raises ValueError for what is no reply."""
+class Reply(NamedTuple):
+    """What a keeper said."""
+
+    outcome: Outcome
+    code: int  # errno
+    item: int
+    pins: list[tuple[int, int]]  # items and lengths of a list
+
+
+def parse_reply(packet: bytes) -> Reply:
+    """Raises ValueError for what is no reply."""
     if len(packet) < REPLY.size or (len(packet) - REPLY.size) % PINS.size:
         raise ValueError("a reply is cut off")
     outcome, _, code, item = REPLY.unpack_from(packet)
-    return Outcome(outcome), code, item, list(PINS.iter_unpack(packet[REPLY.size :]))
+    return Reply(Outcome(outcome), code, item, list(PINS.iter_unpack(packet[REPLY.size :])))
 
 
 def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:

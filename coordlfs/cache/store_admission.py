@@ -14,10 +14,13 @@ import socket
 from collections.abc import Callable
 
 from coordlfs.cache import items
-from coordlfs.cache.admission import IDLE, Admission, Link, Pending
+from coordlfs.cache.admission import IDLE, Admission
 from coordlfs.cache.epochs import Epochs
+from coordlfs.cache.interfaces import Announced, Awaited, Invalidator, Owners
 from coordlfs.cache.keeper_protocol import How, Outcome, Verb
+from coordlfs.cache.keepers import Link
 from coordlfs.cache.minio import MinIO
+from coordlfs.cache.pending import Pending
 from coordlfs.cache.store import Store
 from coordlfs.catalogue.catalog import SUPERSEDED, Catalog
 from coordlfs.catalogue.metrics import Counters
@@ -43,9 +46,25 @@ class StoreAdmission(Admission):
         epochs: Epochs,
         counters: Counters,
         more_keepers: Callable[[], None],
+        *,
+        announced: Announced,
+        awaited: Awaited,
+        invalidator: Invalidator,
+        owners: Owners | None = None,
     ) -> None:
         self.memory = Store(fd, policy.capacity, lambda item: catalog.stamp(items.record_of(item)))
-        super().__init__(catalog, policy, self.memory, epochs, counters, more_keepers)
+        super().__init__(
+            catalog,
+            policy,
+            self.memory,
+            epochs,
+            counters,
+            more_keepers,
+            announced=announced,
+            awaited=awaited,
+            invalidator=invalidator,
+            owners=owners,
+        )
         self._watched = 0
 
     def stashed(self, item: int, offset: int, size: int, end: int, pid: int) -> list[memoryview | int]:
@@ -57,7 +76,7 @@ class StoreAdmission(Admission):
             self.drop([item])  # else it came to be cached while this READ was at the source
 
     def _take(self, item: int, offset: int, data: memoryview, file_size: int, pid: int, *, for_peer: bool) -> None:
-        if item not in self._pending:
+        if item not in self._pending.by_item:
             length = items.length(item, file_size)
             if not length or not self._admits(item, pages.count(length)):
                 return
@@ -65,15 +84,15 @@ class StoreAdmission(Admission):
                 self.policy.release(item)
                 self.counters.add("not_admitted")
                 return
-            self._pending[item] = Pending(missed=not for_peer)
+            self._pending.by_item[item] = Pending(missed=not for_peer)
         self._add(item, offset, data)
 
     def _add(self, item: int, offset: int, data: memoryview) -> None:
-        pending = self._pending[item]
+        pending = self._pending.by_item[item]
         pending.awaited = 0
         self.memory.put(item, offset, data)
         if self.memory.is_whole(item):
-            del self._pending[item]
+            del self._pending.by_item[item]
             self._pinned(_HOLDER, item)
             self._watch(item)
         elif pending.keeper is None and not pending.attempts:
@@ -81,7 +100,7 @@ class StoreAdmission(Admission):
 
     def _ask(self, item: int, pending: Pending) -> None:
         pending.due = 0.0
-        is_announced = self.ahead is not None and self.ahead.wants(items.record_of(item))
+        is_announced = items.record_of(item) in self.announced.wanted
         flags = How.FORCE if pending.attempts else How.KEEP if is_announced else 0
         self._ask_keeper(item, pending, flags)
 
@@ -96,20 +115,20 @@ class StoreAdmission(Admission):
 
     def _watch(self, item: int) -> None:
         """Have some of the first files watched, from which epochs are told where nothing misses."""
-        link = next(iter(self.links.values()), None)
+        link = self._keepers.first()
         record = items.record_of(item)
         if link is not None and self._watched < _SENTINELS and self.catalog.size(record) <= items.CHUNK:
             self._watched += 1
-            self._send(link, Verb.WATCH, item, 0)
+            self._keepers.ask(link, Verb.WATCH, item)
 
     def _answered(self, link: Link, outcome: Outcome, code: int, item: int) -> None:
-        pending = self._pending.get(item)
+        pending = self._pending.by_item.get(item)
         if outcome is Outcome.FILLED and pending is not None and not pending.cancelled and not pending.attempts:
             # What it read last may be about to be added: a thread answers the kernel first.
             pending.keeper = None
             pending.attempts = 1
             self._later(item, _ADDED)
-        elif outcome is not Outcome.SEEN:
+        else:
             super()._answered(link, outcome, code, item)
 
     def recover(self) -> None:
@@ -122,10 +141,10 @@ class StoreAdmission(Admission):
                     self._pinned(_HOLDER, item)
                 else:
                     self.memory.remove(item)
-            for link in self.links.values():
-                self._send(link, Verb.LIST, 0, 0)  # its threads
-            if not self.links:  # it died with the last server, and is being replaced
-                self._asked_for_keeper = True
+            for link in self._keepers.links.values():
+                self._keepers.ask(link, Verb.LIST)  # its threads
+            if not self._keepers.links:  # it died with the last server, and is being replaced
+                self._keepers.expect()
 
     def _length(self, item: int) -> int:
         record = items.record_of(item)

@@ -50,16 +50,17 @@ class Notifier:
             return e.errno != errno.ENOENT
         return True
 
-    def send_alone(self, message: bytes, then: Callable[[], None]) -> bool:
-        """Have a notification written now and `then` called, by a thread that may be held up for ever by a hung source.
+    def drop_pages(self, node: int, offset: int, length: int, then: Callable[[], None]) -> bool:
+        """Have a file's pages dropped even where jobs map them, and `then` called.
 
-        False if too many are held up already, or there is no thread to be had.
+        By a thread that may be held up for ever by a hung source; False if too many are held up already, or there is no
+        thread to be had.
         """
         if not self._alone.acquire(blocking=False):
             return False
 
         def run() -> None:
-            self.send_now(message)
+            self.send_now(fuse.invalidate_inode(node, offset, length))
             self._alone.release()
             then()
 

@@ -25,6 +25,7 @@ import trio
 from coordlfs import logs
 from coordlfs.cache import items
 from coordlfs.cache.admission import Admission
+from coordlfs.cache.announcements import Announcements
 from coordlfs.cache.epochs import Epoch, Epochs
 from coordlfs.cache.fetch_ahead import PROTOCOL, FetchAhead
 from coordlfs.cache.governor import Governor
@@ -47,9 +48,11 @@ from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.namespace_loop import TASKS, NamespaceLoop
 from coordlfs.serving.reading import Reader
 from coordlfs.serving.revalidation import Revalidation
+from coordlfs.serving.waits import Waits
 from coordlfs.sources.directory import Source
 
 if TYPE_CHECKING:
+    from coordlfs.peers.placement import Placement
     from coordlfs.peers.sharing import Sharing
 
 log = logging.getLogger(__name__)
@@ -96,12 +99,21 @@ def serve(config: dict[str, Any]) -> None:
     epochs = Epochs(Epoch(counters["epochs_before"]))
     policy = MinIO(config["capacity"] // pages.PAGE)
     link = SupervisorLink(config["link"])
-    admission = _admission(config, catalog, policy, epochs, counters, link)
-    notifier = admission.notifier = Notifier(device)
-    reader = Reader(catalog, source, admission, counters, notifier)
+    notifier = Notifier(device)
+    waits = Waits()
+    announcements = Announcements(catalog, policy, epochs, counters)
+    placement = _placement(config, catalog, policy) if config["peers"] else None
+    admission = _admission(
+        *(config, catalog, policy, epochs, counters, link.want_keeper),
+        announced=announcements,
+        awaited=waits,
+        invalidator=notifier,
+        owners=placement,
+    )
+    sharing = None if placement is None else _share(config, catalog, placement, admission, counters)
+    reader = Reader(catalog, source, admission, counters, notifier, sharing)
     memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
-    ahead = admission.ahead = FetchAhead(catalog, admission, epochs, counters, memory_watch)
-    sharing = _share(config, catalog, admission, reader, counters) if config["peers"] else None
+    ahead = FetchAhead(catalog, admission, announcements, counters, memory_watch)
     stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source, ahead, sharing)
     namespace = Namespace(catalog, source, reader, counters)
     records = Records(catalog)
@@ -121,8 +133,7 @@ def serve(config: dict[str, Any]) -> None:
             if config["resend"]:
                 os.write(device, fuse.resend())
         counters.add("server_starts")
-        loop = DataLoop(device, ours, records, reader, namespace, listings, ahead, counters)
-        admission.is_awaited = loop.is_awaited
+        loop = DataLoop(device, ours, records, reader, namespace, listings, ahead, counters, waits)
         threads = [
             threading.Thread(target=_relay, args=(ours, device, loop.name_answered), name="relay"),
             threading.Thread(target=admission.run, name="admission"),
@@ -142,7 +153,7 @@ def serve(config: dict[str, Any]) -> None:
             control.run,
             memory_watch.run,
             ahead.run,
-            partial(_tick, stats, loop, admission, epochs, counters),
+            partial(_tick, stats, loop, ahead, epochs, counters),
             partial(pyfuse3.main, max_tasks=TASKS),
         ]
         if config["revalidate"]:
@@ -157,24 +168,35 @@ def serve(config: dict[str, Any]) -> None:
 
 
 def _admission(
-    config: dict[str, Any], catalog: Catalog, policy: MinIO, epochs: Epochs, counters: Counters, link: SupervisorLink
+    config: dict[str, Any],
+    catalog: Catalog,
+    policy: MinIO,
+    epochs: Epochs,
+    counters: Counters,
+    more_keepers: Callable[[], None],
+    **others: Any,
 ) -> Admission:
     if config["memory"] is not None:
         from coordlfs.cache.store_admission import StoreAdmission  # here, since few mounts need it
 
-        return StoreAdmission(catalog, policy, config["memory"], epochs, counters, link.want_keeper)
+        return StoreAdmission(catalog, policy, config["memory"], epochs, counters, more_keepers, **others)
     stash = Stash(min(_STASH_MOST, max(_STASH_LEAST, config["capacity"] // 8)))
-    return Admission(catalog, policy, stash, epochs, counters, link.want_keeper)
+    return Admission(catalog, policy, stash, epochs, counters, more_keepers, **others)
+
+
+def _placement(config: dict[str, Any], catalog: Catalog, policy: MinIO) -> Placement:
+    from coordlfs.peers.ownership import Node  # here, since a node that stands alone needs none of it
+    from coordlfs.peers.placement import Placement
+
+    return Placement(Node(config["peers"]["name"], config["capacity"]), catalog, policy)
 
 
 def _share(
-    config: dict[str, Any], catalog: Catalog, admission: Admission, reader: Reader, counters: Counters
+    config: dict[str, Any], catalog: Catalog, placement: Placement, admission: Admission, counters: Counters
 ) -> Sharing:
+    from coordlfs.peers.sharing import Sharing  # as above
 
-    from coordlfs.peers.sharing import Sharing  # here, since a node that stands alone needs none of it
-
-    sharing = Sharing(config, catalog, admission, counters)
-    admission.sharing = reader.sharing = sharing
+    sharing = Sharing(config["peers"], catalog, placement, admission, counters)
     sharing.attach(config["peer_server"]["pid"], socket.socket(fileno=config["peer_server"]["socket"]))
     return sharing
 
@@ -239,11 +261,11 @@ class _LateImports:
         log.warning("%s is imported only now: it belongs to what is imported before the server serves", name)
 
 
-async def _tick(stats: Stats, loop: DataLoop, admission: Admission, epochs: Epochs, counters: Counters) -> None:
+async def _tick(stats: Stats, loop: DataLoop, ahead: FetchAhead, epochs: Epochs, counters: Counters) -> None:
     while True:
         stats.tick()
         loop.look_at_waits()
-        admission.receive()  # should so many of the loop wait for the source that nobody listens to the keepers
+        ahead.receive()  # should so many of the loop wait for the source that nobody listens to the keepers
         counters.set("epochs_before", epochs.current.number)
         await trio.sleep(0.5)
 

@@ -26,9 +26,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
-from coordlfs.cache import hints, items
+from coordlfs.cache import hints
 from coordlfs.cache.fetch_ahead import FetchAhead
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.catalogue.records import Records
@@ -40,6 +39,7 @@ from coordlfs.serving.fast_path import FastPath, Messages
 from coordlfs.serving.listings import Listings
 from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.reading import Answer, Begun, Reader, Request
+from coordlfs.serving.waits import Part, Wait, Waits
 from coordlfs.sources.directory import pread_all
 
 log = logging.getLogger(__name__)
@@ -73,26 +73,6 @@ _LAST_OFFSET = (1 << 63) - 1 - fuse.MAX_READ
 _SIZE_BITS = 0x3FFF << 16  # of an ioctl's number
 _HANDLE = struct.Struct("=Q")
 _NOBODY_WAITS = frozenset({errno.ENOENT, errno.ENODEV})  # the caller gave up; unmounted
-
-
-@dataclass(slots=True)
-class _Wait:
-    """A request that waits for the source."""
-
-    since: float
-    is_keepers: bool
-    interrupted: bool = False
-    holds_thread: bool = False
-    is_replaced: bool = False  # by another thread
-    is_over: bool = False
-    bytes_of: tuple[int, int] | None = None  # what it waits for: node, and number of the chunk
-    unique: int = 0  # the request's number, of a wait on the fast path
-    untold: int = 0  # the thread that waits, if the kernel will not tell of its signals: it reads with O_DIRECT
-
-
-def _part(asked: Request) -> tuple[int, int]:
-    """Node, and number of the chunk, of a READ."""
-    return asked.node, asked.offset // items.CHUNK
 
 
 @contextmanager
@@ -145,6 +125,7 @@ class DataLoop:
         listings: Listings,
         ahead: FetchAhead,
         counters: Counters,
+        waits: Waits,
     ) -> None:
         self.on_end: Callable[[], None] = lambda: None
         self._device = device
@@ -160,24 +141,22 @@ class DataLoop:
         self._waiting = 0  # for the source
         self._parked = 0
         self._parking = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
-        self._waits: dict[int, _Wait] = {}  # by the request's number
-        self._hung: set[tuple[int, int] | None] = set()  # what a keeper was told in place of the source
+        self._waits = waits
         self._returned: deque[tuple[int, Request, bool]] = deque()  # READs that are to hold a thread; interrupted?
         self._disk = None if reader.source.is_remote else _disk()
         self._called = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
         self._no_thread_until = 0.0
         self._watch = os.eventfd(0, os.EFD_CLOEXEC)  # written to when somebody is to look for long waits
-        self._early: dict[int, float] = {}  # requests that were interrupted before they were seen to wait, and when
         self._fast_path = FastPath(
-            *(device, records, reader, self._refuse, self._return, self._end_fast_wait), self._watch, self._early
+            *(device, records, reader, self._refuse, self._return, self._end_fast_wait), self._watch, waits
         )
         self._messages: list[Messages] = []  # of the threads
         is_fast = self._fast_path.answers_reads and reader.admission.hits_ask_nobody
         self._running = _RUNNING_ON_FAST_PATH if is_fast else _RUNNING
-        self._begun: dict[int, tuple[int, Begun, _Wait]] = {}  # READs that the disk works on, by slot
+        self._begun: dict[int, tuple[int, Begun, Wait]] = {}  # READs that the disk works on, by slot
         # What to call when a descriptor is readable: READs that nobody waits for can be answered, or a keeper has.
         self._finishers: dict[int, Callable[[], None]] = {
-            reader.admission.fd: reader.admission.receive,
+            reader.admission.fd: ahead.receive,
             self._called: self._hear_call,
         }
         if self._disk is not None:
@@ -216,7 +195,7 @@ class DataLoop:
 
     # -- how many threads run -----------------------------------------------------------------------------------
 
-    def _replace(self, wait: _Wait) -> None:
+    def _replace(self, wait: Wait) -> None:
         """See that others serve while a thread waits for the source."""
         with self._lock:
             if wait.is_over or wait.is_replaced or not wait.holds_thread:
@@ -232,7 +211,7 @@ class DataLoop:
                 wait.is_replaced = False  # it is tried again while it waits
                 self._waiting -= 1
 
-    def _hold_no_thread(self, wait: _Wait) -> None:
+    def _hold_no_thread(self, wait: Wait) -> None:
         """What is waited for goes on without this thread."""
         with self._lock:
             wait.holds_thread = False
@@ -240,16 +219,16 @@ class DataLoop:
                 wait.is_replaced = False
                 self._waiting -= 1
 
-    def _end_wait(self, unique: int, wait: _Wait) -> None:
-        if self._waits.get(unique) is wait:  # else it goes on in another way
-            del self._waits[unique]
-        self._hung.discard(wait.bytes_of)
+    def _end_wait(self, unique: int, wait: Wait) -> None:
+        if self._waits.by_request.get(unique) is wait:  # else it goes on in another way
+            del self._waits.by_request[unique]
+        self._waits.hung.discard(wait.bytes_of)
         with self._lock:
             wait.is_over = True
             if wait.is_replaced:
                 self._waiting -= 1
 
-    def _end_fast_wait(self, wait: _Wait) -> None:
+    def _end_fast_wait(self, wait: Wait) -> None:
         self._end_wait(wait.unique, wait)
 
     def _watch_waits(self) -> None:
@@ -275,25 +254,25 @@ class DataLoop:
         if not self._fast_path.is_watched:
             os.eventfd_write(self._watch, 1)
 
-    def _held(self, before: float = math.inf) -> list[_Wait]:
+    def _held(self, before: float = math.inf) -> list[Wait]:
         """The waits that hold a thread whose place none has taken: on the fast path, those that began `before` then."""
         for messages in list(self._messages):
             if messages.awaited_since < before:
                 self._wait_of(messages, messages.awaited)
-        return [wait for wait in list(self._waits.values()) if wait.holds_thread and not wait.is_replaced]
+        return [wait for wait in list(self._waits.by_request.values()) if wait.holds_thread and not wait.is_replaced]
 
     def _wait_of(self, messages: Messages, unique: int) -> None:
         """See to it that the wait of a thread on the fast path is known, if it is for this request."""
-        before: _Wait | None = messages.wait  # that the disk took a read, perhaps: after which it waits for a name
+        before: Wait | None = messages.wait  # that the disk took a read, perhaps: after which it waits for a name
         if not unique or messages.awaited != unique or (before is not None and before.unique == unique):
             return
         is_keepers = messages.awaited_by in self._reader.admission.keeper_threads
-        wait = _Wait(messages.awaited_since, is_keepers, unique in self._early, holds_thread=True, unique=unique)
+        wait = Wait(messages.awaited_since, is_keepers, unique in self._waits.early, holds_thread=True, unique=unique)
         with self._lock:
             # The thread sees to it when it has the interpreter, which nothing lets go of between these lines.
-            if messages.awaited != unique or messages.wait is not before or unique in self._waits:
+            if messages.awaited != unique or messages.wait is not before or unique in self._waits.by_request:
                 return
-            messages.wait = self._waits[unique] = wait
+            messages.wait = self._waits.by_request[unique] = wait
         if before is not None:
             self._end_fast_wait(before)
 
@@ -421,30 +400,30 @@ class DataLoop:
             for messages in list(self._messages):
                 self._wait_of(messages, interrupted)
             is_reading = self._fast_path.interrupt(interrupted)  # though it may be about to be, and have a wait as well
-            wait = self._waits.get(interrupted)
+            wait = self._waits.by_request.get(interrupted)
             if wait is not None:
                 wait.interrupted = True
             elif not is_reading:
-                self._early[interrupted] = time.monotonic()
+                self._waits.early[interrupted] = time.monotonic()
         elif opcode == fuse.READDIRPLUS:
             self._counters.add("name_requests")
             _, position, size, _, _, _ = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
             self._answer(unique, pid, self._list, unique, node, position, memoryview(into)[: min(size, fuse.MAX_READ)])
         elif opcode in _NAMES:
             self._counters.add("name_requests")
-            self._waits[unique] = _Wait(time.monotonic(), False, unique in self._early)
+            self._waits.by_request[unique] = Wait(time.monotonic(), False, unique in self._waits.early)
             self._names.send(message)
         elif opcode not in _SILENT:
             self._counters.add("direct_opens")
             self._reply(fuse.error_reply(unique, errno.ENOSYS))
 
-    def _hold(self, unique: int, pid: int, reads: Request | None, *, interrupted: bool = False) -> _Wait:
+    def _hold(self, unique: int, pid: int, reads: Request | None, *, interrupted: bool = False) -> Wait:
         """A request that may have to wait for the source, and so far holds this thread."""
         is_keepers = pid in self._reader.admission.keeper_threads
-        interrupted = interrupted or unique in self._early
-        wait = self._waits[unique] = _Wait(time.monotonic(), is_keepers, interrupted, holds_thread=True)
+        interrupted = interrupted or unique in self._waits.early
+        wait = self._waits.by_request[unique] = Wait(time.monotonic(), is_keepers, interrupted, holds_thread=True)
         if reads is not None:
-            wait.bytes_of = _part(reads)
+            wait.bytes_of = Part.at(reads.node, reads.offset)
             wait.untold = reads.pid if reads.direct else 0
         return wait
 
@@ -458,7 +437,7 @@ class DataLoop:
         interrupted: bool = False,
     ) -> None:
         """Call `method` with a way to say that it is about to wait; its error is the answer, if it raises one."""
-        wait: _Wait | None = None
+        wait: Wait | None = None
 
         def before_wait() -> None:
             nonlocal wait
@@ -486,7 +465,7 @@ class DataLoop:
 
     def name_answered(self, unique: int) -> None:
         """The namespace loop has answered a request."""
-        self._waits.pop(unique, None)
+        self._waits.by_request.pop(unique, None)
 
     def look_at_waits(self) -> None:
         """Answer, in place of the source, what has waited for it for too long. Called every so often.
@@ -497,11 +476,11 @@ class DataLoop:
         is_given_up = functools.cache(is_called_off)
         for messages in list(self._messages):
             self._wait_of(messages, messages.awaited)
-        for unique in [unique for unique, since in list(self._early.items()) if now - since > _EARLY_FOR]:
-            del self._early[unique]
+        for unique in [unique for unique, since in list(self._waits.early.items()) if now - since > _EARLY_FOR]:
+            del self._waits.early[unique]
         for unique in self._fast_path.given_up(now - _GIVEN_UP_AFTER):
             self._give_up(unique)
-        for unique, wait in self._waits.copy().items():
+        for unique, wait in self._waits.by_request.copy().items():
             waited = now - wait.since
             if wait.holds_thread and waited > _BRIEF:
                 self._replace(wait)
@@ -510,19 +489,12 @@ class DataLoop:
                 self._give_up(unique)
             elif wait.is_keepers and waited > _KEEPER_WAITS:
                 wait.is_keepers = False
-                self._hung.add(wait.bytes_of)
+                self._waits.hung.add(wait.bytes_of)
                 self._reply(fuse.error_reply(unique, errno.EIO))
 
     def _give_up(self, unique: int) -> None:
         self._counters.add("interrupted")
         self._reply(fuse.error_reply(unique, errno.EINTR))
-
-    def is_awaited(self, node: int, offset: int) -> bool:
-        """Whether somebody waits for the source's bytes of a chunk of a file, but for a keeper that is told in time."""
-        part = node, offset // items.CHUNK
-        if not part[1] and self._fast_path.is_reading(node):
-            return True
-        return any(wait.bytes_of == part and not wait.is_keepers for wait in list(self._waits.values()))
 
     def _lookup(self, unique: int, parent: int, name: bytes, before_wait: Callable[[], None]) -> None:
         record, st = self._namespace.lookup(self._namespace.record_of(parent), name, before_wait)
@@ -544,10 +516,10 @@ class DataLoop:
     def _read(self, unique: int, asked: Request, into: pages.Buffer, before_wait: Callable[[], None]) -> None:
         if asked.offset > _LAST_OFFSET:
             raise OSError(errno.EINVAL, "no file is so long")
-        if self._hung and _part(asked) in self._hung and asked.pid in self._reader.admission.keeper_threads:
+        if self._waits.hung and self._hangs_for_keeper(asked):
             raise OSError(errno.EIO, "it hangs, and the keeper has more to do")
         if self._reader.sharing is not None:
-            wait = self._waits[unique] = _Wait(time.monotonic(), False, unique in self._early)
+            wait = self._waits.by_request[unique] = Wait(time.monotonic(), False, unique in self._waits.early)
             if self._reader.ask(asked, functools.partial(self._shared, unique, asked, wait), before_wait):
                 return  # it is answered when the other node has
             self._end_wait(unique, wait)
@@ -559,6 +531,10 @@ class DataLoop:
         elif not self._begin_read(unique, begun):
             before_wait()
             self._read_begun(unique, begun, into)
+
+    def _hangs_for_keeper(self, asked: Request) -> bool:
+        is_keepers = asked.pid in self._reader.admission.keeper_threads
+        return is_keepers and Part.at(asked.node, asked.offset) in self._waits.hung
 
     def _read_begun(self, unique: int, begun: Begun, into: pages.Buffer) -> None:
         file = begun.file
@@ -616,7 +592,7 @@ class DataLoop:
             finally:
                 disk.give(slot)
 
-    def _shared(self, unique: int, asked: Request, wait: _Wait, data: memoryview | None) -> None:
+    def _shared(self, unique: int, asked: Request, wait: Wait, data: memoryview | None) -> None:
         """Another node has answered a READ, or has not; called by whatever thread."""
         self._end_wait(unique, wait)
         if data is None:

@@ -287,7 +287,8 @@ cdef class Messages:
 cdef class Whole:
     """A READ of a whole file, which is open, and has `size` bytes if no other version of it than the one shown."""
 
-    cdef uint64_t _unique, _node, _record
+    cdef readonly uint64_t node
+    cdef uint64_t _unique, _record
     cdef uint32_t _asked, _pid
     cdef Shown _shown
     cdef object _data
@@ -297,7 +298,7 @@ cdef class Whole:
 
     cdef object _request(self):
         """It, as the others know it."""
-        return Request(self._node, 0, min(self._asked, _MAX_READ), self._pid, False)
+        return Request(self.node, 0, min(self._asked, _MAX_READ), self._pid, False)
 
 
 cdef class FastPath:
@@ -306,7 +307,8 @@ cdef class FastPath:
     `fd` is readable when it has read something, which `receive` then sees to; -1 where it is not read in this way.
     `refuse` answers with an error, `read_anew` has a READ answered by somebody else; `end_wait`: see `Messages`. Who
     looks for long waits sets `is_watched` as long as it does; an eventfd, `watch`, is written to when it is to begin.
-    `early` holds the numbers of READs that were interrupted before they were begun.
+    `waits`, a `coordlfs.serving.waits.Waits`, holds the numbers of READs that were interrupted before they were begun,
+    and is told which the disk works on.
     Thread-safe.
     """
 
@@ -329,18 +331,19 @@ cdef class FastPath:
     cdef int _rests, _turn
     cdef Records _records
 
-    def __init__(self, device, Records records not None, reader, refuse, read_anew, end_wait, watch, early):
+    def __init__(self, device, Records records not None, reader, refuse, read_anew, end_wait, watch, waits):
         self._device, self._root = device, reader.source.root
         self._records, self._source, self._admission = records, reader.source, reader.admission
-        self._policy, self._epochs = reader.admission.policy, reader.admission.epochs
+        self._policy, self._epochs = reader.admission.policy, reader.admission.accounts.epochs
         self._counters, self._known_ends = reader.counters, reader.ends.notified_of
         self._counts = reader.counters.words
         self._admission_lock, self._counters_lock = self._admission.lock, reader.counters.lock
         self._refuse, self._read_anew, self._end_wait = refuse, read_anew, end_wait
-        self._watch, self.is_watched, self._early = watch, False, early
+        self._watch, self.is_watched, self._early = watch, False, waits.early
         self._answers_names = not reader.source.is_remote
         self.answers_reads = self._answers_names and reader.sharing is None
-        self.fd, self._disk, self._n_free, self._begun = -1, 0, 0, [None] * _SLOTS
+        self.fd, self._disk, self._n_free, self._begun = -1, 0, 0, waits.disk
+        self._begun.extend([None] * _SLOTS)
         if self.answers_reads and not set_up(_SLOTS, &self._disk):
             self.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         if self.fd >= 0:
@@ -355,13 +358,6 @@ cdef class FastPath:
         """`fd` is readable: it is no longer, until the disk has read more than what `receive` then finds."""
         cdef uint64_t n = 0
         read(self.fd, &n, sizeof(n))
-
-    def is_reading(self, node):
-        """Whether the disk reads the beginning of a file, for somebody who waits for it."""
-        for whole in self._begun:
-            if whole is not None and (<Whole>whole)._node == node:
-                return True
-        return False
 
     def interrupt(self, unique):
         """Who waits for a READ gives up; False if the disk does not read for it."""
@@ -496,11 +492,11 @@ cdef class FastPath:
 
     cdef bint _counts_only(self, Whole given) except -1:
         """Count a miss as `Admission.missed` does, if there is nothing more to it; else False, and nothing was done."""
-        admission, policy, ahead = self._admission, self._policy, self._admission.ahead
+        admission, policy = self._admission, self._policy
         cdef uint64_t size = given._shown.size
         if policy.used + (size + _PAGE - 1) // _PAGE <= policy.capacity or admission.recovering:
             return False
-        if admission.skipped or (ahead is not None and ahead.orders.wanted):
+        if admission.skipped or admission.announced.wanted:
             return False
         cdef uint64_t *words = self._records.words_of(given._record)
         cdef uint64_t epoch, last
@@ -714,7 +710,7 @@ cdef class FastPath:
             return False  # it might be no file any more
         cdef Whole whole = Whole()
         whole._unique = header.unique
-        whole._node, whole._pid, whole._asked = header.nodeid, header.pid, (<fuse_read_in *>(header + 1)).size
+        whole.node, whole._pid, whole._asked = header.nodeid, header.pid, (<fuse_read_in *>(header + 1)).size
         whole._record, whole._shown = found.record, found.shown
         if found.kind == BYTES:
             return self._serves(whole) and self._give(whole, messages)
@@ -793,8 +789,8 @@ cdef class FastPath:
     cdef bint _serves(self, Whole whole) except -1:
         """Whether bytes may be given of the version that was shown: the file has them afterwards."""
         if not self._records.words_of(whole._record)[1] & _SERVED:
-            return self._records.catalog.serves(whole._record, version(whole._shown)) and whole._node not in self._known_ends
-        return are_same(whole._shown, self._records.shown(whole._record)) and whole._node not in self._known_ends
+            return self._records.catalog.serves(whole._record, version(whole._shown)) and whole.node not in self._known_ends
+        return are_same(whole._shown, self._records.shown(whole._record)) and whole.node not in self._known_ends
 
     cdef bint _answer_kept(self, fuse_in_header *header, Messages messages) except -1:
         """Answer with what need not be read, if that is all of it."""

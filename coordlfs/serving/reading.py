@@ -86,13 +86,14 @@ class Reader:
         admission: Admission,
         counters: Counters,
         notifier: Notifier,
+        sharing: Sharing | None = None,
     ) -> None:
         self.catalog = catalog
         self.source = source
         self.admission = admission
         self.counters = counters
         self.notifier = notifier
-        self.sharing: Sharing | None = None
+        self.sharing = sharing
         self.ends = Ends()
         self._past: dict[tuple[int, bytes], set[int]] = {}  # by parent and name, records of versions that are known yet
         self._past_lock = threading.Lock()

@@ -48,6 +48,7 @@ from coordlfs.errors import UserError
 from coordlfs.peers import connection, link, protocol, settings
 from coordlfs.peers.connection import Credentials
 from coordlfs.peers.ownership import Node, Ownership, key_of
+from coordlfs.peers.placement import Placement
 from coordlfs.peers.protocol import ProtocolError, Reply, Request, Status, Verb
 from coordlfs.peers.sharing import Sharing
 
@@ -221,7 +222,7 @@ def test_what_gives_way_is_found_while_questions_are_answered(key_file: Path) ->
     count, page = 50_000, 4096
     own, other = Node("127.0.0.1:1", count * page), Node("127.0.0.1:2", 2 * count * page)
     mine = {"name": own.name, "key_file": str(key_file), "own_key": False}
-    config = {"peers": mine | dict.fromkeys(("tls_cert", "tls_key", "tls_ca")), "capacity": own.weight}
+    config = mine | dict.fromkeys(("tls_cert", "tls_key", "tls_ca"))
     policy = MinIO(count)
     fds = memfds.allocate()
     with ExitStack() as stack:
@@ -239,7 +240,8 @@ def test_what_gives_way_is_found_while_questions_are_answered(key_file: Path) ->
             if ownership.owner(key_of(node_of_path(name), 0)) == other:
                 wanted.add(item)
         admission: Any = SimpleNamespace(policy=policy, lock=threading.RLock(), has_room=lambda npages: False)
-        sharing = Sharing(config, catalog, admission, Counters(catalog.counters))
+        placement = Placement(own, catalog, policy)
+        sharing = Sharing(config, catalog, placement, admission, Counters(catalog.counters))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for sock in (ours, theirs):
             stack.callback(sock.close)
@@ -259,7 +261,7 @@ def test_what_gives_way_is_found_while_questions_are_answered(key_file: Path) ->
 
         def displaced() -> list[int]:
             with admission.lock:
-                return sharing.displaced(1)
+                return placement.displaced(1)
 
         tell()
         assert displaced() == []  # it is alone

@@ -46,7 +46,7 @@ def _ask(side: Side, path: FastPath, messages: Messages, message: bytes) -> byte
     side.theirs.send(message)
     messages.unlooked = 0
     n = path.receive(messages, 1)
-    while n == 0 and path.is_reading(fuse.IN_HEADER.unpack_from(message)[3]):
+    while n == 0 and side.waits.is_awaited(fuse.IN_HEADER.unpack_from(message)[3], 0):
         assert select.select([path.fd], [], [], 10)[0], "the disk does not read"
         path.hear()
         messages.unlooked = 0
@@ -115,7 +115,7 @@ def test_names_and_bytes_are_those_of_the_python_code(
                 fetched = Fetched(items.item_at(record, 0), 0, memoryview(data), version)
                 theirs.reader.admission.missed(fetched, PID, False)
                 assert ours.records() == theirs.records()
-                assert ours.reader.admission.epochs == theirs.reader.admission.epochs
+                assert ours.reader.admission.accounts.epochs == theirs.reader.admission.accounts.epochs
         assert ours.figures() == theirs.figures()
         assert not ours.refused
         assert not ours.left
@@ -232,7 +232,7 @@ def test_a_read_of_the_disk_is_known_and_can_be_given_up(tmp_path: Path) -> None
         side.theirs.send(_read(5, node, 102_400))
         messages.unlooked = 0
         path.receive(messages, 1)
-        if path.is_reading(node):  # else the disk was as quick
+        if side.waits.is_awaited(node, 0):  # else the disk was as quick
             assert not path.interrupt(6)
             assert path.interrupt(5)
             assert path.given_up(0.0) == []
@@ -243,7 +243,7 @@ def test_a_read_of_the_disk_is_known_and_can_be_given_up(tmp_path: Path) -> None
             messages.unlooked = 0
             assert path.receive(messages, 1) == 0
         assert side.theirs.recv(200_000) == fuse.OUT_HEADER.pack(100_016, 0, 5) + bytes(100_000)
-        assert not path.is_reading(node)
+        assert not side.waits.is_awaited(node, 0)
 
 
 def test_ioctls_of_files_are_refused_at_once(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from sides import admission_of
 
-from coordlfs.cache.admission import Admission
-from coordlfs.cache.epochs import Epochs
 from coordlfs.cache.minio import MinIO
 from coordlfs.cache.stash import Stash
 from coordlfs.catalogue import memfds
@@ -37,8 +36,8 @@ def _reader(catalog: Catalog, counters: Counters, directory: Path) -> Iterator[R
     root = os.open(directory, os.O_RDONLY)
     try:
         with open(os.devnull, "rb+") as device:
-            admission = Admission(catalog, MinIO(0), Stash(0), Epochs(), counters, lambda: None)
-            admission.notifier = notifier = Notifier(device.fileno())
+            notifier = Notifier(device.fileno())
+            admission = admission_of(catalog, MinIO(0), Stash(0), counters, notifier)
             yield Reader(catalog, Source(root, is_remote=False), admission, counters, notifier)
     finally:
         os.close(root)
