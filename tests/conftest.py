@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import hypothesis
 import idle_reclaim
 import pytest
 from mounts import Cgroup, MakeMount, Mount, coordlfs, unmount_lazily
@@ -18,6 +19,11 @@ from coordlfs.kernel import process
 
 # Those that take long come first, so that no worker has one left when the others are done.
 _LAYERS = ("whole", "loader", "analyser", "cluster", "mount", "kernel", "pure")
+
+
+# An example may take as long as the machine is busy.
+hypothesis.settings.register_profile("coordlfs", deadline=None)
+hypothesis.settings.load_profile("coordlfs")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -36,7 +36,7 @@ def test_what_did_not_change_stays(source: Path, place: Path, mount: MakeMount, 
             for _ in range(3):
                 changed = _refreshed(mounted.path)
             assert changed.endswith(" 0 had changed\n")
-            drop_caches()
+            mounted.forget()
             assert begun + f.read() == read(source / names[1])
         figures = mounted.settle()
         if links == 1:
@@ -87,6 +87,7 @@ def _overlay(lower: Path, place: Path) -> Iterator[Path]:
         unmount_lazily(merged)
 
 
+@pytest.mark.alone  # it has the kernel forget all that it may
 def test_an_overlay_of_two_file_systems(in_memory: Path, place: Path, mount: MakeMount) -> None:
     """Its directories get new numbers as the kernel forgets them."""
     for name in ("a", "b"):

@@ -102,7 +102,26 @@ class Dropped:
 
 
 def drop(files: Sequence[File]) -> Dropped:
-    """Take the files out of the page cache: each with posix_fadvise, then, if that did not do it and root asks, all."""
+    """Take the files out of the page cache: each with posix_fadvise, then, if that did not do it and root asks, all.
+
+    What was written and is not yet on disk cannot be dropped, so it is written first.
+    """
+    for is_dirty in (False, True):
+        if is_dirty:
+            os.sync()
+        _advise(files)
+        share = resident_share(files)
+        if share is None or share <= _COLD:
+            return Dropped("posix_fadvise(DONTNEED) on each file", None if share is None else True)
+    with suppress(OSError):
+        _DROP_CACHES.write_text("1")
+        share = resident_share(files)
+        if share is not None and share <= _COLD:
+            return Dropped("/proc/sys/vm/drop_caches", True)
+    return Dropped(f"nothing helped: {share or 0:.0%} of the files stays in the page cache", False)
+
+
+def _advise(files: Sequence[File]) -> None:
     for file in files:
         with suppress(OSError):
             fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -110,16 +129,6 @@ def drop(files: Sequence[File]) -> Dropped:
                 pages.drop(fd, 0, 0)
             finally:
                 os.close(fd)
-    share = resident_share(files)
-    if share is None or share <= _COLD:
-        return Dropped("posix_fadvise(DONTNEED) on each file", None if share is None else True)
-    with suppress(OSError):
-        os.sync()
-        _DROP_CACHES.write_text("1")
-        share = resident_share(files)
-        if share is not None and share <= _COLD:
-            return Dropped("/proc/sys/vm/drop_caches", True)
-    return Dropped(f"nothing helped: {share or 0:.0%} of the files stays in the page cache", False)
 
 
 def resident_bytes(files: Sequence[File]) -> int:
