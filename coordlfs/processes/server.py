@@ -282,6 +282,7 @@ def main() -> None:
     logs.configure(config["log"], "server", config["mountpoint"], config["source"])
     os.chdir("/")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's to handle
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # see `kernel.leases`
     threading.excepthook = _exit_with_thread
     try:
         serve(config)

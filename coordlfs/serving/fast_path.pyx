@@ -17,7 +17,7 @@ from libc.errno cimport EAGAIN, ENODEV, ENOENT, ENOTTY, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memchr, memset, strerror
 from posix.fcntl cimport O_NONBLOCK, O_NOCTTY, O_RDONLY
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close, read, write
 
 from coordlfs.kernel.linux cimport (
@@ -41,6 +41,7 @@ from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.pages import PAGE
 from coordlfs.catalogue.metrics import NAMES
 from coordlfs.serving.reading import Request
+from coordlfs.sources.versions import YOUNG_NS
 
 cdef extern from *:
     """
@@ -199,6 +200,7 @@ cdef struct Found:  # what a message asks for
 
 cdef uint64_t _PAGE = PAGE, _LARGEST = fuse.MAX_READ - 1, _MAX_READ = fuse.MAX_READ
 cdef uint32_t _REGULAR = REGULAR, _SERVED = SERVED, _LINKED = LINKED
+cdef int64_t _YOUNG = YOUNG_NS
 cdef uint32_t _READ_SIZE = sizeof(fuse_in_header) + sizeof(fuse_read_in)
 cdef int _CHUNK_BITS = items.item_at(1, 0).bit_length() - 1
 cdef int _READS = NAMES.index("reads"), _SOURCE_READS = NAMES.index("source_reads")
@@ -708,6 +710,8 @@ cdef class FastPath:
             return False
         if found.fd < 0 or not are_same(found.shown, self._records.shown_by(&found.st)):
             return False  # it might be no file any more
+        if not self._records.words_of(found.record)[1] & _SERVED and self._is_young(found):
+            return False  # it might be being written to
         cdef Whole whole = Whole()
         whole._unique = header.unique
         whole.node, whole._pid, whole._asked = header.nodeid, header.pid, (<fuse_read_in *>(header + 1)).size
@@ -715,6 +719,13 @@ cdef class FastPath:
         if found.kind == BYTES:
             return self._serves(whole) and self._give(whole, messages)
         return self._begin(whole, messages)
+
+    cdef bint _is_young(self, Found *found) noexcept:
+        """`versions.is_young`."""
+        cdef timespec now
+        clock_gettime(CLOCK_REALTIME, &now)
+        cdef int64_t age = <int64_t>now.tv_sec * 1_000_000_000 + now.tv_nsec - <int64_t>found.shown.mtime_ns
+        return -_YOUNG < age < _YOUNG
 
     cdef bint _give(self, Whole whole, Messages messages) except -1:
         cdef uint64_t size = whole._shown.size

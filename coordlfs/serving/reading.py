@@ -156,7 +156,8 @@ class Reader:
             return None
         if self.admission.stashed(item, offset, size, shown.size, request.pid) != [size]:
             return None
-        found = self.source.begin(record, catalog.path(record), into, offset, size)
+        is_first = not catalog.flags(record) & SERVED
+        found = self.source.begin(record, catalog.path(record), into, offset, size, is_first=is_first)
         if found is None:
             return None
         if isinstance(found, Opened):
@@ -227,7 +228,9 @@ class Reader:
                 return n
         for attempt in range(_ATTEMPTS):
             try:
-                n, st = self.source.read(record, self.catalog.path(record), into, offset, size, before_wait)
+                is_first = not self.catalog.flags(record) & SERVED
+                path = self.catalog.path(record)
+                n, st = self.source.read(record, path, into, offset, size, before_wait, is_first=is_first)
             except OSError as e:
                 if e.errno == errno.ENOENT and self.use_other_name(record):
                     return self._fetch(answer, item, offset, size, into, before_wait)

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from mmap import mmap
 from typing import TypeVar
 
-from coordlfs.kernel import mounts, pages, paths
+from coordlfs.kernel import leases, mounts, pages, paths
 from coordlfs.sources.numbering import Numbering
-from coordlfs.sources.versions import Version
+from coordlfs.sources.versions import Version, is_young
 
 T = TypeVar("T")
 
@@ -37,6 +37,8 @@ _ASK_OTHERS = frozenset({b"fuseblk", b"gfs2", b"ocfs2"})  # though they have a b
 _ROOT_IS_GONE = frozenset({errno.ENOTCONN, errno.ESTALE})
 _ATTEMPTS = 4  # at reading a file that is written to meanwhile
 _KEPT_FOR = 1.0  # seconds after which a name is looked at again
+# Two writes within a tick of the kernel's clock give a file the same time.
+_TICK_NS, _SETTLE_EVERY, _SETTLES_WITHIN = 20_000_000, 0.005, 2.0
 
 
 def lies_elsewhere(root: int, path: bytes | None = None) -> bool:
@@ -270,17 +272,27 @@ class Source:
         offset: int,
         size: int,
         slow: Callable[[], None],
+        *,
+        is_first: bool = False,
     ) -> tuple[int, os.stat_result]:
         """Read up to `size` bytes at `offset` into page-aligned memory; how many, and the attributes they belong to.
 
-        `record` names the file for the descriptors that are kept. `slow` is called before what will wait.
+        `record` names the file for the descriptors that are kept. `slow` is called before what will wait. `is_first`:
+        a file that has just changed is read when that is over, as far as can be told; see `versions.is_young`.
         """
         if self.is_remote:
             slow()
-        return self._persistently(lambda: self._read_file(record, path, into, offset, size, slow), slow)
+        return self._persistently(lambda: self._read_file(record, path, into, offset, size, slow, is_first), slow)
 
     def _read_file(
-        self, record: int, path: bytes, into: mmap | memoryview, offset: int, size: int, slow: Callable[[], None]
+        self,
+        record: int,
+        path: bytes,
+        into: mmap | memoryview,
+        offset: int,
+        size: int,
+        slow: Callable[[], None],
+        is_first: bool,
     ) -> tuple[int, os.stat_result]:
         fd, opened = self._take(record) or (self._open(path, slow), time.monotonic())
         keep = False
@@ -289,6 +301,9 @@ class Source:
             if not stat.S_ISREG(st.st_mode):
                 raise FileNotFoundError(errno.ENOENT, "no longer a regular file")
             for _ in range(_ATTEMPTS):
+                if is_first and is_young(st.st_mtime_ns, time.time_ns()):
+                    slow()
+                    st = self._settled(fd)
                 n = self._read(fd, into, offset, min(size, st.st_size - offset), slow)
                 before, st = st, os.fstat(fd)
                 if _same(before, st):
@@ -305,12 +320,27 @@ class Source:
             else:
                 paths.close_at_once(fd)
 
-    def begin(self, record: int, path: bytes, into: memoryview, offset: int, size: int) -> Version | Opened | None:
+    def _settled(self, fd: int) -> os.stat_result:
+        """Wait until nobody writes to a file that has just changed, but not for ever; its attributes then."""
+        until = time.monotonic() + _SETTLES_WITHIN
+        while True:
+            now = time.time_ns()
+            is_free = not self.is_remote and leases.nobody_writes(fd)
+            st = os.fstat(fd)
+            if is_free and now - st.st_mtime_ns >= _TICK_NS:
+                return st  # nobody wrote to it at `now`, nor has begun to since
+            if not is_young(st.st_mtime_ns, now) or time.monotonic() > until:
+                return st
+            time.sleep(_SETTLE_EVERY)
+
+    def begin(
+        self, record: int, path: bytes, into: memoryview, offset: int, size: int, *, is_first: bool = False
+    ) -> Version | Opened | None:
         """Read `size` bytes at `offset`, a multiple of the page size, if the page cache holds all of them; never waits.
 
         Returns the version that the file has afterwards: if it is not the one that it had before, it may have been
         written to meanwhile, and `read` is to be called. So it is if None is returned, whatever the reason. Otherwise
-        the disk has to be read, which is to be followed by `end`.
+        the disk has to be read, which is to be followed by `end`. `is_first`: see `read`.
         """
         if self.is_remote:
             return None
@@ -325,6 +355,8 @@ class Source:
             taken = fd, 0.0
         fd, since = taken
         try:
+            if is_first and is_young(os.fstat(fd).st_mtime_ns, time.time_ns()):
+                return None
             npages = pages.count(size)
             cached = pages.resident(fd, offset, npages * pages.PAGE)
             if cached == npages:

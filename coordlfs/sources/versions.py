@@ -8,6 +8,7 @@ from typing import NamedTuple
 from coordlfs.kernel import paths
 
 _HALF = 1 << 63
+YOUNG_NS = 1_000_000_000
 
 
 class Version(NamedTuple):
@@ -28,6 +29,15 @@ class Version(NamedTuple):
         """The version that an open file shows, without letting another thread run meanwhile. Raises OSError."""
         mode, uid, gid, inode, size, mtime_ns = paths.attributes(fd)
         return cls(size, _signed(mtime_ns), inode, access(mode, uid, gid))
+
+
+def is_young(mtime_ns: int, now_ns: int) -> bool:
+    """Whether a file changed so recently that what changed it may not be over.
+
+    A write sets the time before it copies, so that for as long as it takes, the file has bytes of two versions, the
+    size and time of the new one, and keeps them.
+    """
+    return abs(now_ns - mtime_ns) < YOUNG_NS
 
 
 def _signed(ns: int) -> int:

@@ -37,6 +37,7 @@ from mounts import (
 )
 
 from coordlfs.commands import cli
+from coordlfs.commands.client import Client
 
 
 def _know(mounted: Mount) -> None:
@@ -615,6 +616,33 @@ def test_when_refresh_has_answered_a_new_open_gets_the_new_bytes(
             _replace(source / "f", held)
             with redirect_stdout(io.StringIO()):
                 assert cli.main(["refresh", str(mounted.path)]) == 0
+
+
+def test_a_write_that_takes_long_is_not_kept_by_half(source: Path, mount: MakeMount) -> None:
+    """It sets the time before it copies, so that what is read meanwhile looks like the new version."""
+    size = 64 * MIB
+    (source / "f").write_bytes(bytes(size))
+    mounted = mount(source, "200M", "--immutable")
+    over, client = threading.Event(), Client(str(mounted.path))
+
+    def look() -> None:
+        while not over.is_set():
+            client.ask("refresh", paths=[""])
+            with suppress(OSError), open(mounted.path / "f", "rb") as f:
+                while f.read(MIB):
+                    pass
+
+    with ThreadPoolExecutor() as pool:
+        looking = pool.submit(look)
+        try:
+            for number in range(1, 6):
+                _write_over(source / "f", bytes([number]) * size)
+                coordlfs("refresh", mounted.path)
+                assert {*read(mounted.path / "f")} == {number}
+        finally:
+            over.set()
+        looking.result(PATIENCE)
+    client.close()
 
 
 @pytest.mark.parametrize("change", [_write_over, _replace])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sides import ENTRY_NAMES, LARGEST, PID, TREES, Side, make, side_of
+from sides import ENTRY_NAMES, LARGEST, PID, TREES, Side, age, make, side_of
 
 from coordlfs.cache import items
 from coordlfs.cache.admission import Fetched
@@ -195,6 +195,7 @@ def test_while_there_is_room_items_are_admitted(tmp_path: Path) -> None:
     contents = {b"%d" % i: os.urandom(50_000 + i) for i in range(4)}
     for name, data in contents.items():
         (tmp_path / os.fsdecode(name)).write_bytes(data)
+        age(tmp_path / os.fsdecode(name))
     with side_of(tmp_path, 1000) as side:
         path, messages = side.path(), _messages()
         for name in contents:
@@ -221,6 +222,7 @@ def test_while_there_is_room_items_are_admitted(tmp_path: Path) -> None:
 def test_a_read_of_the_disk_is_known_and_can_be_given_up(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(bytes(100_000))
+    age(file)
     with open(file, "rb") as f:
         os.fsync(f.fileno())
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -244,6 +246,16 @@ def test_a_read_of_the_disk_is_known_and_can_be_given_up(tmp_path: Path) -> None
             assert path.receive(messages, 1) == 0
         assert side.theirs.recv(200_000) == fuse.OUT_HEADER.pack(100_016, 0, 5) + bytes(100_000)
         assert not side.waits.is_awaited(node, 0)
+
+
+def test_a_file_that_has_just_changed_is_left_to_others_until_bytes_of_it_went_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"new")
+    with side_of(tmp_path) as side:
+        path, messages, record = _served(side, b"file")
+        message = _read(5, side.catalog.node(record), pages.PAGE)
+        assert _ask(side, path, messages, message) is None
+        assert side.catalog.serves(record, side.catalog.version(record))
+        assert _ask(side, path, messages, message) == fuse.OUT_HEADER.pack(19, 0, 5) + b"new"
 
 
 def test_ioctls_of_files_are_refused_at_once(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from sides import admission_of
+from sides import admission_of, age
 
 from coordlfs.cache.minio import MinIO
 from coordlfs.cache.stash import Stash
@@ -71,6 +71,7 @@ def test_bytes_of_before_a_change_are_not_given_as_those_after_it(
 ) -> None:
     path = place / "f"
     path.write_bytes(b"old")
+    age(path)
     record, *_ = catalog.enter(0, b"f", path.stat())
     look = Version.of_open
 

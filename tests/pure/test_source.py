@@ -281,3 +281,33 @@ def test_extended_attributes_are_those_of_the_name_itself(reader: Reader) -> Non
 
 def test_figures_of_the_file_system_are_the_sources(reader: Reader) -> None:
     assert reader.source.statvfs().f_blocks == os.statvfs(reader.root).f_blocks
+
+
+@pytest.mark.parametrize("size", [8192, 3 * MIB])
+def test_a_file_is_read_first_when_nobody_writes_to_it(source: Path, reader: Reader, size: int) -> None:
+    """A write sets the time before it copies: until it is over, the file has bytes of two versions and the new time."""
+    path, into = source / "f", memoryview(pages.buffer(size))
+    path.write_bytes(b"old." * (size // 4))
+    half, begun, over = b"new." * (size // 8), threading.Event(), threading.Event()
+
+    def write() -> None:
+        with open(path, "rb+", buffering=0) as f:
+            f.write(half)
+            time = os.fstat(f.fileno()).st_mtime_ns
+            begun.set()
+            over.wait(240)
+            f.write(half)
+            os.utime(f.fileno(), ns=(time, time))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    begun.wait(240)
+    # Called before it waits for the writer, who goes on only then.
+    n, _ = reader.source.read(1, b"f", into, 0, size, over.set, is_first=True)
+    writer.join()
+    assert n == size
+    assert bytes(into) == half + half
+    path.write_bytes(b"gone")
+    with open(path, "ab"):  # by somebody who never ends: not for ever
+        n, _ = reader.source.read(1, b"f", into, 0, size, lambda: None, is_first=True)
+    assert bytes(into[:n]) == b"gone"
