@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from coordlfs_tools.bench.network import Host
+from coordlfs_tools.lab.network import Host
 from hypothesis import given
 from hypothesis import strategies as st
 from mounts import PATIENCE, MakeMount, Mount, coordlfs, eventually, read, write_files

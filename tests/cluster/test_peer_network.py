@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import random
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import liars
 import pytest
-from coordlfs_tools.bench.network import Host, network
+from coordlfs_tools.lab.network import Host, network
 from liars import Liar, introduction
 from mounts import MIB, PATIENCE, MakeMount, Mount, eventually, read, unmount_lazily, write_files
 from test_peer_discovery import Etcd
@@ -34,8 +33,7 @@ def _listen(host: Host) -> socket.socket:
     made = []
 
     def work() -> None:
-        with open(f"/run/netns/{host.namespace}") as there:
-            assert ctypes.CDLL(None, use_errno=True).setns(there.fileno(), 0x40000000) == 0
+        host.enter()
         made.append(socket.create_server((host.address, 7070)))
 
     thread = threading.Thread(target=work)

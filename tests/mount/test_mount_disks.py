@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from coordlfs_tools.faulty_fs import Faulty, served
+from coordlfs_tools.lab.faulty_fs import Faulty, served
 from mounts import MIB, PAGE, PATIENCE, MakeMount, drop_caches, forget, noise, raises, read, resident
 
 from coordlfs.kernel import pages

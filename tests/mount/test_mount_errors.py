@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from coordlfs_tools.faulty_fs import Faulty
+from coordlfs_tools.lab.faulty_fs import Faulty
 from mounts import (
     COORDLFS,
     MIB,

@@ -17,7 +17,7 @@ from mounts import NOBODY, PATIENCE, eventually, mountpoints
 pytest.importorskip("PIL", reason="the demonstration needs the extra `tools`")
 pytest.importorskip("torch", reason="the demonstration needs the extra `loader`")
 
-from coordlfs_tools.demo import photos
+from coordlfs_tools.lab import photos
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "demo.sh"

@@ -26,8 +26,8 @@ from coordlfs_tools.bench import (
     tensorsocket,
     tree,
 )
-from coordlfs_tools.bench.machine import BenchError
 from coordlfs_tools.bench.report import Context, Figure, table
+from coordlfs_tools.lab.errors import LabError
 
 _BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
     "hits": (hits.run, "cached files against the warm page cache"),
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     if os.geteuid() and arguments.name not in _WITHOUT_ROOT:
-        raise BenchError("mounting, cgroups and emptying the page cache need root: run as root")
+        raise LabError("mounting, cgroups and emptying the page cache need root: run as root")
     context = Context(arguments.dir, quick=arguments.quick, rounds=arguments.rounds)
     if context.quick:
         context.say("A quick run shows that the benchmarks work: what it measures says nothing.")
@@ -101,7 +101,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing stays mounted
     try:
         return _run(_parser().parse_args())
-    except BenchError as e:
+    except LabError as e:
         print(f"bench: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -16,9 +16,12 @@ from typing import Any
 from coordlfs_tools.analyze import runs as analyse
 from coordlfs_tools.analyze.hook.coordlfs_stall_hook.config import Section
 from coordlfs_tools.analyze.model import TODAY, Change, Job, predict
-from coordlfs_tools.bench import dataset, mounts
-from coordlfs_tools.bench.machine import BenchError, Group, cgroup, drop_caches
+from coordlfs_tools.bench import dataset
 from coordlfs_tools.bench.report import Bound, Context, Figure
+from coordlfs_tools.lab import mounts
+from coordlfs_tools.lab.cgroups import Cgroup, cgroup
+from coordlfs_tools.lab.errors import LabError
+from coordlfs_tools.lab.machine import drop_caches
 from coordlfs_tools.storage.files import drop, listed
 
 _BATCH = 16
@@ -118,14 +121,14 @@ def _hook_costs(context: Context) -> list[Figure]:
     ]
 
 
-def _analyse(context: Context, case: _Case, data: Path, group: Group) -> dict[str, Any]:
+def _analyse(context: Context, case: _Case, data: Path, group: Cgroup) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="coordlfs-bench-") as directory:
         out = f"{directory}/out.json"
         command = [mounts.COORDLFS, "analyze"]
         command += [f"--data={data}", f"--json={out}", f"--rounds={context.rounds(3)}", "--", *case.command(data)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT, preexec_fn=group.join)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT, preexec_fn=group.enter)
         if done.returncode:
-            raise BenchError(done.stderr.strip())
+            raise LabError(done.stderr.strip())
         found: dict[str, Any] = json.loads(Path(out).read_text())
         return found
 
@@ -169,7 +172,7 @@ def _compared(name: str, predicted: float, real: list[float], bound: float) -> F
     return Figure(f"{name}: prediction, % off", [100 * abs(predicted / median(real) - 1)], Bound(bound), sides)
 
 
-def _real(context: Context, case: _Case, data: Path, share: float, group: Group) -> list[float]:
+def _real(context: Context, case: _Case, data: Path, share: float, group: Cgroup) -> list[float]:
     """The steady epochs of the job on a mount that caches a share of the data."""
     drop_caches()
     room = int(share * _FILES) * _FILE if share < 1 else _FILES * _FILE + (1 << 20)
@@ -181,7 +184,7 @@ def _real(context: Context, case: _Case, data: Path, share: float, group: Group)
             drop(listed(mount.point))
             done = subprocess.run(case.command(mount.point), capture_output=True, text=True, timeout=_LIMIT)
             if done.returncode:
-                raise BenchError(done.stderr.strip())
+                raise LabError(done.stderr.strip())
             seconds += [float(epoch) for epoch in _EPOCH.findall(done.stdout)]
         context.say(f"  {share:.0%}, {case.workers} workers: {_words(seconds)} s")
         return seconds

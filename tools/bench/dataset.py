@@ -83,7 +83,7 @@ def _write_equal(root: Path, files: int, size: int) -> None:
 
 def photographs(directory: Path, files: int) -> Path:
     """`files` JPEG files that decode as photographs do, made if they are not there. Needs the extra `tools`."""
-    from coordlfs_tools.demo import photos  # Pillow is not needed for anything else here
+    from coordlfs_tools.lab import photos  # Pillow is not needed for anything else here
 
     root = directory / f"photos-{files}"
     _make(root, {"files": files}, lambda: list(photos.write(root, files)))

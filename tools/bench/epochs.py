@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from coordlfs_tools.bench import mounts, reader
+from coordlfs_tools.bench import reader
 from coordlfs_tools.bench.dataset import Images
-from coordlfs_tools.bench.machine import Group, cgroup, drop_caches
 from coordlfs_tools.bench.report import Bound, Context, Figure
+from coordlfs_tools.lab import mounts
+from coordlfs_tools.lab.cgroups import Cgroup, cgroup
+from coordlfs_tools.lab.machine import drop_caches
 
 _CAPACITIES = (0.35, 0.50, 0.65, 0.80)  # of the dataset
 _READERS = 8
@@ -77,7 +79,7 @@ def _page_cache_alone(context: Context, data: Images, memory: int, epochs: int) 
         return [_epoch(data.root, data, seed, [job]) for seed in range(1, epochs + 1)]
 
 
-def _epoch(root: Path, data: Images, seed: int, groups: list[Group]) -> int:
+def _epoch(root: Path, data: Images, seed: int, groups: list[Cgroup]) -> int:
     """Read everything once, from the last of the groups; bytes that all of them read from the disk."""
     before = sum(group.disk_bytes() for group in groups)
     reader.read(root, data.paths, _READERS, seed, groups[-1])

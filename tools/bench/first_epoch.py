@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from coordlfs_tools.bench import dataset, loader_runs, mounts, reader
+from coordlfs_tools.bench import dataset, loader_runs, reader
 from coordlfs_tools.bench.dataset import Images
 from coordlfs_tools.bench.loader_job import PHOTOS, PLAIN, Spec
-from coordlfs_tools.bench.machine import cgroup, drop_caches
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
+from coordlfs_tools.lab import mounts
+from coordlfs_tools.lab.cgroups import cgroup
+from coordlfs_tools.lab.machine import drop_caches
 
 _READERS = 8
 _ROUNDS = 5

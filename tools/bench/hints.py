@@ -12,10 +12,13 @@ import sys
 from collections.abc import Callable
 from statistics import median
 
-from coordlfs_tools.bench import mounts, reader
+from coordlfs_tools.bench import reader
 from coordlfs_tools.bench.dataset import Images
-from coordlfs_tools.bench.machine import BenchError, cgroup, drop_pages
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate
+from coordlfs_tools.lab import mounts
+from coordlfs_tools.lab.cgroups import cgroup
+from coordlfs_tools.lab.errors import LabError
+from coordlfs_tools.lab.machine import drop_pages
 
 _THROTTLE = 25_000_000  # bytes per second
 _FILES, _QUICK_FILES = 4_000, 600
@@ -116,5 +119,5 @@ def _train(data: Images, mount: mounts.Mount, compute: float, seed: int, *, work
         [sys.executable, "-c", _TRAINING], input=json.dumps(given), capture_output=True, text=True, timeout=_LIMIT
     )
     if done.returncode:
-        raise BenchError(f"the training failed: {done.stderr.strip()}")
+        raise LabError(f"the training failed: {done.stderr.strip()}")
     return float(json.loads(done.stdout)["seconds"])

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
-from coordlfs_tools.bench import mounts, reader
+from coordlfs_tools.bench import reader
 from coordlfs_tools.bench.dataset import Images
-from coordlfs_tools.bench.machine import BenchError, drop_caches
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
+from coordlfs_tools.lab import mounts
+from coordlfs_tools.lab.errors import LabError
+from coordlfs_tools.lab.machine import drop_caches
 
 _ROUNDS = 12
 _PER_PLACEMENT = 2  # rounds with the same pages
@@ -41,7 +43,7 @@ def run(context: Context) -> list[Figure]:
             mount.warm()
             pinned = mount.settled()["pinned_items"]
             if pinned != len(data.paths):
-                raise BenchError(f"only {pinned} of {len(data.paths)} files were cached")
+                raise LabError(f"only {pinned} of {len(data.paths)} files were cached")
             for threads, hits in found.items():
                 context.say(f" pages {number + 1} of {placements}, {threads} reader{'s' * (threads > 1)}")
                 hits.append(_compare(context, mount, data, threads))
@@ -99,7 +101,7 @@ def run_guarded(context: Context) -> list[Figure]:
         with mounts.coordlfs(data.root, data.allocated * 11 // 10, options=options) as mount:
             reader.read(mount.point, data.paths, 2, 0)
             if (pinned := mount.settled()["pinned_items"]) != len(data.paths):
-                raise BenchError(f"only {pinned} of {len(data.paths)} files were cached")
+                raise LabError(f"only {pinned} of {len(data.paths)} files were cached")
             for threads in (1, 2):
                 figures.append(_compare_guarded(context, mount, data, threads, guards, is_scraped=bool(options)))
     return figures

@@ -21,7 +21,8 @@ from threading import Condition, Event, Thread
 from typing import IO, Any
 
 import numpy as np
-from coordlfs_tools.bench.machine import BenchError
+from coordlfs_tools.lab import processes
+from coordlfs_tools.lab.errors import LabError
 
 _PR_SET_CHILD_SUBREAPER = 36
 _SAMPLE = 0.2  # seconds between two looks at the CPU time
@@ -75,11 +76,11 @@ class Job:
             self._process.stdin.flush()
 
     def wait(self, event: str, limit: float) -> Message:
-        """The first message with this event. Raises BenchError if it does not come within `limit` seconds."""
+        """The first message with this event. Raises LabError if it does not come within `limit` seconds."""
         return self.wait_until(lambda messages: next((m for m in messages if m["event"] == event), None), limit, event)
 
     def wait_until(self, found: Callable[[Sequence[Message]], Message | None], limit: float, what: str) -> Message:
-        """The message that `found` chooses from all so far. Raises BenchError if none comes within `limit` seconds."""
+        """The message that `found` chooses from all so far. Raises LabError if none comes within `limit` seconds."""
         deadline = time.monotonic() + limit
         with self._news:
             while (message := found(self.messages)) is None:
@@ -87,7 +88,7 @@ class Job:
                 left = deadline - time.monotonic()
                 if ended or left <= 0:
                     how = "a job ended" if ended else f"a job took more than {limit:.0f} s"
-                    raise BenchError(f"{how} before it said {what!r}: {self._last_words()}")
+                    raise LabError(f"{how} before it said {what!r}: {self._last_words()}")
                 self._news.wait(left)
             return message
 
@@ -134,13 +135,13 @@ class Node:
 
     def pids(self) -> set[int]:
         """All processes of the run, as /proc shows them now."""
-        parents = _parents()
+        parents = processes.parents()
         ours = set(_children(os.getpid(), parents)) - self._others
         return ours.union(*(_descendants(pid, parents) for pid in ours))
 
     def below(self, pid: int) -> set[int]:
         """The processes that a process started, and those that these started."""
-        return _descendants(pid, _parents())
+        return _descendants(pid, processes.parents())
 
     def cpu_seconds(self) -> float:
         """Seconds of CPU that the run's processes have taken so far, those that ended included."""
@@ -148,12 +149,12 @@ class Node:
         return reaped.ru_utime + reaped.ru_stime + sum(map(_cpu_of, self.pids()))
 
     def end(self) -> None:
-        """Kill all processes of the run and reap them. Raises BenchError if one stays."""
+        """Kill all processes of the run and reap them. Raises LabError if one stays."""
         deadline = time.monotonic() + _ENDING
         own = {job.pid for job in self.jobs}
-        while pids := {pid for pid in self.pids() if pid not in own or _state(pid) != "Z"}:
+        while pids := {pid for pid in self.pids() if pid not in own or processes.is_alive(pid)}:
             if time.monotonic() > deadline:
-                raise BenchError(f"processes {sorted(pids)} cannot be killed")
+                raise LabError(f"processes {sorted(pids)} cannot be killed")
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -170,7 +171,7 @@ def node() -> Iterator[Node]:
     """A place to run jobs in; in the end nothing that they started is left."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        raise BenchError(f"prctl: {os.strerror(ctypes.get_errno())}")
+        raise LabError(f"prctl: {os.strerror(ctypes.get_errno())}")
     with ExitStack() as stack:
         result = Node(stack)
         stack.callback(libc.prctl, _PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
@@ -211,30 +212,9 @@ class CpuClock:
         return float(after - before)
 
 
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on; none if there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def _state(pid: int) -> str:
-    return (_stat(pid) or ["X"])[0]
-
-
 def _cpu_of(pid: int) -> float:
     """Seconds of CPU of a process and of those of its children that it has reaped."""
-    return sum(map(int, _stat(pid)[11:15])) / _TICK
-
-
-def _parents() -> dict[int, int]:
-    parents = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and (fields := _stat(int(entry))):
-            parents[int(entry)] = int(fields[1])
-    return parents
+    return sum(map(int, processes.stat(pid)[11:15])) / _TICK
 
 
 def _descendants(pid: int, parents: Mapping[int, int]) -> set[int]:
@@ -246,4 +226,4 @@ def _descendants(pid: int, parents: Mapping[int, int]) -> set[int]:
 
 
 def _children(parent: int, parents: Mapping[int, int] | None = None) -> list[int]:
-    return [pid for pid, of in (parents or _parents()).items() if of == parent]
+    return [pid for pid, of in (parents or processes.parents()).items() if of == parent]

@@ -15,7 +15,7 @@ from itertools import count, pairwise
 
 from coordlfs_tools.bench.jobs import CpuClock, Job, Message, Node, node
 from coordlfs_tools.bench.loader_job import CONSUMER, COORDINATED, PLAIN, PRODUCER, Spec
-from coordlfs_tools.bench.machine import BenchError
+from coordlfs_tools.lab.errors import LabError
 
 MODULE = "coordlfs_tools.bench.loader_job"
 LIMIT = 200.0  # seconds that a run may take
@@ -83,7 +83,7 @@ def begun(specs: Sequence[Spec]) -> Iterator[tuple[Node, list[Job], CpuClock]]:
             try:
                 for job in takers(specs, jobs):
                     job.wait("first", _BEGINNING)
-            except BenchError:
+            except LabError:
                 if number + 1 == _TRIES or specs[0].side != PRODUCER:
                     raise
                 continue
@@ -92,7 +92,7 @@ def begun(specs: Sequence[Spec]) -> Iterator[tuple[Node, list[Job], CpuClock]]:
 
 
 def run(specs: Sequence[Spec], skip: int) -> Run:
-    """Let the jobs take all that they have to take. Raises BenchError if one fails."""
+    """Let the jobs take all that they have to take. Raises LabError if one fails."""
     with begun(specs) as (_, jobs, clock):
         taken = [job.wait("done", LIMIT)["taken"] for job in takers(specs, jobs)]
     return Run(taken, clock, specs[0].batch, skip)

@@ -9,10 +9,12 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from statistics import median
 
-from coordlfs_tools.bench import mounts, reader
+from coordlfs_tools.bench import reader
 from coordlfs_tools.bench.dataset import Images
-from coordlfs_tools.bench.machine import cgroup, drop_caches
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
+from coordlfs_tools.lab import mounts
+from coordlfs_tools.lab.cgroups import cgroup
+from coordlfs_tools.lab.machine import drop_caches
 
 _READERS = 8
 _ROUNDS = 5

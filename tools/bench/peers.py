@@ -18,12 +18,15 @@ from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
-from coordlfs_tools.bench import mounts, reader
+from coordlfs_tools.bench import reader
 from coordlfs_tools.bench.dataset import Images
-from coordlfs_tools.bench.machine import BenchError, Group, cgroup, drop_caches, drop_pages
-from coordlfs_tools.bench.network import Host, network
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
 from coordlfs_tools.cluster_sim import Cluster, deal
+from coordlfs_tools.lab import mounts
+from coordlfs_tools.lab.cgroups import Cgroup, cgroup
+from coordlfs_tools.lab.errors import LabError
+from coordlfs_tools.lab.machine import drop_caches, drop_pages
+from coordlfs_tools.lab.network import Host, network
 
 from coordlfs.catalogue.catalog import node_of_path
 from coordlfs.peers.ownership import Node
@@ -44,8 +47,8 @@ _HIT_ROUNDS = 5
 @dataclass(frozen=True, slots=True)
 class _Node:
     host: Host
-    servers: Group
-    job: Group
+    servers: Cgroup
+    job: Cgroup
     mount: mounts.Mount
 
     @property
@@ -277,7 +280,7 @@ def _bare_server(owner: _Node) -> Iterator[int]:
     try:
         assert process.stdout is not None
         if not process.stdout.readline():
-            raise BenchError("the bare loop's server did not start")
+            raise LabError("the bare loop's server did not start")
         yield port
     finally:
         process.kill()

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from coordlfs_tools.bench.machine import BenchError, Group
+from coordlfs_tools.lab.cgroups import Cgroup
+from coordlfs_tools.lab.errors import LabError
 
 _LIMIT = 900.0  # seconds; a mount that hangs must not hang the benchmark
 
@@ -40,7 +41,7 @@ class Reading:
 def _program() -> str:
     compiler = shutil.which("cc")
     if compiler is None:
-        raise BenchError("there is no C compiler: install one (`apt-get install gcc`)")
+        raise LabError("there is no C compiler: install one (`apt-get install gcc`)")
     directory = tempfile.mkdtemp(prefix="coordlfs-bench-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     program = f"{directory}/reader"
@@ -49,10 +50,10 @@ def _program() -> str:
     return program
 
 
-def read(root: Path, paths: Sequence[str], threads: int, seed: int, group: Group | None = None) -> Reading:
+def read(root: Path, paths: Sequence[str], threads: int, seed: int, group: Cgroup | None = None) -> Reading:
     """Read the files `paths` below `root`, each once, in the order that `seed` gives, from within `group`.
 
-    Raises BenchError if a file cannot be read, or the whole takes a quarter of an hour.
+    Raises LabError if a file cannot be read, or the whole takes a quarter of an hour.
     """
     try:
         done = subprocess.run(
@@ -61,10 +62,10 @@ def read(root: Path, paths: Sequence[str], threads: int, seed: int, group: Group
             capture_output=True,
             text=True,
             timeout=_LIMIT,
-            preexec_fn=group.join if group else None,
+            preexec_fn=group.enter if group else None,
         )
     except subprocess.TimeoutExpired:
-        raise BenchError(f"reading {root} did not end within {_LIMIT:.0f} s") from None
+        raise LabError(f"reading {root} did not end within {_LIMIT:.0f} s") from None
     if done.returncode:
-        raise BenchError(f"reading {root} failed: {done.stderr.strip() or f'status {done.returncode}'}")
+        raise LabError(f"reading {root} failed: {done.stderr.strip() or f'status {done.returncode}'}")
     return Reading(**json.loads(done.stdout))

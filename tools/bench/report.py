@@ -9,7 +9,7 @@ from statistics import median
 from typing import TypeVar
 
 from coordlfs_tools.bench import dataset
-from coordlfs_tools.bench.machine import disk_of
+from coordlfs_tools.lab.machine import disk_of
 from rich import box
 from rich.console import Console
 from rich.table import Table

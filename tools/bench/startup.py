@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from coordlfs_tools.bench import dataset, mounts
-from coordlfs_tools.bench.machine import drop_caches
+from coordlfs_tools.bench import dataset
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
+from coordlfs_tools.lab import mounts
+from coordlfs_tools.lab.machine import drop_caches
 
 _COMMAND_ROUNDS = 11
 _MOUNT_ROUNDS = 5

@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
 
 from coordlfs_tools.bench.jobs import Job, Message, Node
 from coordlfs_tools.bench.loader_job import CONSUMER, COORDINATED, NUMBERED, Spec
 from coordlfs_tools.bench.loader_runs import LIMIT, MODULE, begun, specs_of
+from coordlfs_tools.lab.processes import words
 from rich import box
 from rich.table import Table
 
@@ -71,7 +71,7 @@ def _feeder_killed(here: Node, specs: Sequence[Spec], jobs: Sequence[Job]) -> Se
         jobs[0].kill()
     else:
         for pid in here.pids():
-            if b"broker" in _command(pid):
+            if any("broker" in word for word in words(pid)):
                 os.kill(pid, signal.SIGKILL)
     return jobs[-_JOBS:]
 
@@ -91,13 +91,6 @@ _EVENTS: dict[str, _Event] = {
     "the broker, the producer is killed": _feeder_killed,
     "the workers of a job, the producer's are killed": _workers_killed,
 }
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def _wait_for_batch(job: Job, number: int) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import median
 
 from coordlfs_tools.analyze import runs
-from coordlfs_tools.bench import mounts
-from coordlfs_tools.bench.machine import Group, cgroup, peak_of
 from coordlfs_tools.bench.report import Context, Figure
+from coordlfs_tools.lab import mounts
+from coordlfs_tools.lab.cgroups import Cgroup, cgroup, peak_of
 from coordlfs_tools.storage.files import drop, listed
 from coordlfs_tools.tasks import data
 
@@ -75,10 +75,10 @@ def _task(context: Context, task: str, directory: Path) -> list[Figure]:
     return [*figures, Figure(f"{task}: steady epoch, page cache ÷ coordlfs", gain)]
 
 
-def _train(task: str, directory: Path, job: Group) -> list[_Epoch]:
+def _train(task: str, directory: Path, job: Cgroup) -> list[_Epoch]:
     """The epochs of a task as it is, observed, in a cgroup."""
     command = [sys.executable, "-m", "coordlfs_tools.tasks.train", task, str(directory), f"--epochs={_EPOCHS}"]
-    (result,) = runs.run(command, prepare=job.join).results
+    (result,) = runs.run(command, prepare=job.enter).results
     return [_Epoch(each["wait"], each["compute"]) for each in result["loaders"][0]["passes"]]
 
 

@@ -12,8 +12,8 @@ from statistics import median
 from coordlfs_tools.bench import dataset, survival
 from coordlfs_tools.bench.loader import epoch_of, measured, milliseconds
 from coordlfs_tools.bench.loader_job import CONSUMER, COORDINATED, PHOTOS, Spec
-from coordlfs_tools.bench.machine import BenchError
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
+from coordlfs_tools.lab.errors import LabError
 
 _ROUNDS = 3
 _JOBS = 4
@@ -23,7 +23,7 @@ _BATCHES = 32
 def measure(context: Context) -> list[Figure]:
     """Samples a second and CPU seconds per sample of 4 jobs; and what each side survives is shown."""
     if find_spec("tensorsocket") is None:
-        raise BenchError("TensorSocket is not installed: pip install 'coordlfs[bench]'")
+        raise LabError("TensorSocket is not installed: pip install 'coordlfs[bench]'")
     photos = dataset.photographs(context.directory, 60 if context.quick else 400)
     spec = Spec("", PHOTOS, samples=0, batch=8 if context.quick else 64, workers=1, root=str(photos))
     spec = epoch_of(spec, _BATCHES, quick=context.quick, least=3 * _JOBS)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from coordlfs_tools.bench import machine, mounts
-from coordlfs_tools.bench.machine import BenchError, drop_caches
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
+from coordlfs_tools.lab import idle_reclaim, mounts
+from coordlfs_tools.lab.errors import LabError
+from coordlfs_tools.lab.machine import drop_caches
+from coordlfs_tools.lab.processes import memory
 
 _ROUNDS = 3
 _LIMIT = 900.0  # seconds that a listing may take
@@ -46,7 +48,7 @@ def run(context: Context) -> list[Figure]:
         sides = f"{median(mount):.2f} ÷ {median(source):.2f} s"
         return Figure(f"tree, find {what}: mount ÷ directly", ratios(mount, source), None, sides)
 
-    reclaim = "this machine reclaims idle pages (DAMON), of listings too" if machine.reclaims_idle_pages() else ""
+    reclaim = "this machine reclaims idle pages (DAMON), of listings too" if idle_reclaim.reclaims_idle_pages() else ""
     catalog = f"of which its catalogue takes {median(r.catalog for r in ours):.0f}"
     return [
         times("cold", [r.cold for r in ours], [r.cold for r in theirs]),
@@ -88,11 +90,10 @@ def _find(root: Path, files: int) -> float:
     found = subprocess.run(["find", str(root)], stdout=subprocess.PIPE, timeout=_LIMIT, check=True).stdout
     seconds = time.monotonic() - start
     if found.count(b"\n") < files:
-        raise BenchError(f"find saw only {found.count(bytes([10]))} names of {files} below {root}")
+        raise LabError(f"find saw only {found.count(bytes([10]))} names of {files} below {root}")
     return seconds
 
 
 def _memory(pid: int) -> int:
     """Bytes of the process that no file backs: its own, and those of the catalogue, which is shared memory."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+    return memory(pid, "RssAnon", "RssShmem")

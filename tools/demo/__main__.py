@@ -12,9 +12,10 @@ from pathlib import Path
 from statistics import mean
 from types import FrameType
 
-from coordlfs_tools.bench.machine import BenchError
-from coordlfs_tools.demo import photos, sides
+from coordlfs_tools.demo import sides
 from coordlfs_tools.demo.training import Epoch
+from coordlfs_tools.lab import photos
+from coordlfs_tools.lab.errors import LabError
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -127,7 +128,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="coordlfs-demo-", dir=arguments.dir) as directory:
             os.environ["TMPDIR"] = directory  # for all that PyTorch leaves behind, and the mountpoint
             _compare(Path(directory), arguments.files)
-    except (BenchError, OSError) as e:
+    except (LabError, OSError) as e:
         print(f"demo.sh: {e}", file=sys.stderr)
         return 1
     return 0

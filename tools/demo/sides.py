@@ -10,10 +10,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordlfs_tools.bench import mounts
-from coordlfs_tools.bench.machine import cgroup, disk_of, peak_of
-from coordlfs_tools.demo import photos, training
+from coordlfs_tools.demo import training
 from coordlfs_tools.demo.training import Epoch, Observed
+from coordlfs_tools.lab import mounts, photos
+from coordlfs_tools.lab.cgroups import cgroup, peak_of
+from coordlfs_tools.lab.machine import disk_of
+from coordlfs_tools.lab.processes import memory
+from coordlfs_tools.storage.files import drop, listed
 
 CACHE = 0.6  # of the dataset: C
 _SLOW = 15_000_000  # bytes per second, about what one of many nodes gets of a storage that they share
@@ -41,7 +44,7 @@ class Mounted:
 def prepare(directory: Path) -> Machine:
     """Look at the machine; fails now, and not after minutes, where something cannot be mounted or limited.
 
-    `directory`, which is on the disk, is used as scratch. Raises BenchError or OSError.
+    `directory`, which is on the disk, is used as scratch. Raises LabError or OSError.
     """
     disk = disk_of(directory)
     empty, sample = directory / "empty", directory / "sample"
@@ -86,22 +89,10 @@ def on_mount(machine: Machine, data: Path, size: int) -> Mounted:
         epochs = training.run(mount.point, job, observe)
         processes = mount.status()["processes"]
         pids = [processes["supervisor"], processes["server"], *processes["keepers"]]
-        return Mounted(epochs, sum(map(_own_memory, pids)))
-
-
-def _own_memory(pid: int) -> int:
-    """Bytes that a process holds of its own, which pinned files are not."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "RssAnon":
-            return int(value.split()[0]) * 1024
-    return 0
+        return Mounted(epochs, sum(memory(pid, "RssAnon") for pid in pids))
 
 
 def _forget(data: Path) -> None:
-    """Take the dataset, and nothing else, out of the page cache."""
+    """Take the dataset out of the page cache."""
     os.sync()  # only what is on the disk can be taken out
-    for path in data.rglob("*.jpg"):
-        fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+    drop(listed(data))

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Timer
 
-from coordlfs_tools.bench.machine import BenchError, Group
+from coordlfs_tools.lab.cgroups import Cgroup
+from coordlfs_tools.lab.errors import LabError
 
 SCRIPT = Path(__file__).with_name("train.py")
 EPOCHS = 3
@@ -39,13 +40,13 @@ class Epoch:
     hit_rate: float | None
 
 
-def run(data: Path, job: Group | None, observe: Callable[[], Observed], epochs: int = EPOCHS) -> list[Epoch]:
-    """Train on `data` as a job in the cgroup; what the script prints is shown. Raises BenchError if it fails."""
+def run(data: Path, job: Cgroup | None, observe: Callable[[], Observed], epochs: int = EPOCHS) -> list[Epoch]:
+    """Train on `data` as a job in the cgroup; what the script prints is shown. Raises LabError if it fails."""
     command = [sys.executable, str(SCRIPT), str(data), "--epochs", str(epochs)]
     done: list[Epoch] = []
     # A session of its own, so that the script and its workers can be ended together, and Ctrl-C is ours alone.
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=job.join if job else None
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=job.enter if job else None
     ) as process:
         timer = Timer(_LIMIT, _kill, [process])
         timer.start()
@@ -64,7 +65,7 @@ def run(data: Path, job: Group | None, observe: Callable[[], Observed], epochs: 
             if process.poll() is None and len(done) < epochs:
                 _kill(process)
     if process.returncode:
-        raise BenchError(f"the training script ended with status {process.returncode}")
+        raise LabError(f"the training script ended with status {process.returncode}")
     return done
 
 

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from coordlfs_tools.bench.machine import BenchError
+from coordlfs_tools.lab.errors import LabError
 from coordlfs_tools.soak.faults import KINDS
 from coordlfs_tools.soak.run import Options, Outcome, Soak
 
@@ -70,7 +70,7 @@ def main() -> int:
     options = Options(a.dir, minutes, a.kills, seed, a.faults, a.files, a.readers, a.torch, a.hang)
     try:
         outcome = Soak(options).run()
-    except BenchError as e:
+    except LabError as e:
         print(f"soak: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -16,11 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 from random import Random
 
-from coordlfs_tools.bench.machine import Group
-from coordlfs_tools.faulty_fs import Faulty
+from coordlfs_tools.lab.cgroups import Cgroup
+from coordlfs_tools.lab.faulty_fs import Faulty
+from coordlfs_tools.lab.mounts import command
 from coordlfs_tools.soak.dataset import Dataset, Fate, fate, name
 from coordlfs_tools.soak.ledger import ANY, Ledger
-from coordlfs_tools.soak.target import Target, command
+from coordlfs_tools.soak.target import Target
 
 KINDS = ("kills", "restarts", "changes", "errors", "memory", "caches")
 NOTICED = 5.0  # seconds after `coordlfs refresh` in which what it found has reached every reader
@@ -47,7 +48,7 @@ class Faults:
         ledger: Ledger,
         dataset: Dataset,
         faulty: Faulty | None,
-        group: tuple[Group, int] | None,
+        group: tuple[Cgroup, int] | None,
         kinds: Sequence[str],
         seed: int,
     ) -> None:
@@ -89,8 +90,7 @@ class Faults:
         try:
             body(Random(f"{kind} {self._seed}"))
         except Exception as e:
-            detail = f": {e.stderr}" if isinstance(e, subprocess.CalledProcessError) else ""
-            self.problems.append(f"{kind}: {''.join(traceback.format_exception(e, limit=-2)).strip()}{detail}")
+            self.problems.append(f"{kind}: {''.join(traceback.format_exception(e, limit=-2)).strip()}")
 
     # -- processes ----------------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class Faults:
         group, spare = self._group
         while not self._stop.wait(random.uniform(5, 15)):
             steps = int(spare * random.uniform(0.6, 1)) >> 23
-            hog = subprocess.Popen([sys.executable, "-c", _HOG, str(steps)], preexec_fn=group.join)
+            hog = subprocess.Popen([sys.executable, "-c", _HOG, str(steps)], preexec_fn=group.enter)
             try:
                 while hog.poll() is None and not self._stop.wait(0.1):
                     pass

@@ -15,13 +15,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from coordlfs_tools.bench.machine import cgroup, disk_of
-from coordlfs_tools.faulty_fs import served
+from coordlfs_tools.lab.cgroups import cgroup
+from coordlfs_tools.lab.errors import LabError
+from coordlfs_tools.lab.faulty_fs import served
+from coordlfs_tools.lab.machine import disk_of
+from coordlfs_tools.lab.mounts import command
+from coordlfs_tools.lab.processes import doing
 from coordlfs_tools.soak import readers
 from coordlfs_tools.soak.dataset import Dataset
 from coordlfs_tools.soak.faults import Faults
 from coordlfs_tools.soak.ledger import Ledger
-from coordlfs_tools.soak.target import Target, command, end, mounted
+from coordlfs_tools.soak.target import Target, end, mounted
 
 _BESIDE_CACHE = 400 << 20  # bytes of the memory cgroup for processes, and for pages that readers brought
 _WORKERS = 2  # of the DataLoader
@@ -80,7 +84,7 @@ class Soak:
         self._readers: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> Outcome:
-        """Do all of it. Raises BenchError where the machine lacks something."""
+        """Do all of it. Raises LabError where the machine lacks something."""
         o = self.options
         with ExitStack() as stack:
             place = Path(tempfile.mkdtemp(prefix="coordlfs-soak-", dir=o.directory)).resolve()
@@ -187,7 +191,9 @@ class Soak:
             bad = True
         if self.outcome.hangs:
             self.outcome.problems += [
-                _doing(pid) for t in targets for pid in (*t.processes("server"), *t.processes("keeper"))
+                f"process {pid}: {doing(pid)}"
+                for t in targets
+                for pid in (*t.processes("server"), *t.processes("keeper"))
             ]
             for target in targets:
                 end(target.supervisor, target.point)
@@ -215,9 +221,7 @@ class Soak:
         for target in targets:
             try:
                 self._see(target, ledger)
-            except subprocess.CalledProcessError as e:
-                out.problems.append(f"{e}: {e.stdout}{e.stderr}")
-            except subprocess.TimeoutExpired as e:
+            except (LabError, subprocess.TimeoutExpired) as e:
                 out.problems.append(str(e))
             log = target.log.read_text(errors="replace")
             out.problems += [f"log of {target.point}: {line}" for line in log.splitlines() if _WORRYING.search(line)]
@@ -233,15 +237,3 @@ class Soak:
         command("umount", target.point)
         if target.is_mounted():
             self.outcome.problems.append(f"{target.point} is still mounted")
-
-
-def _doing(pid: int) -> str:
-    """Where in the kernel the threads of a process wait."""
-    told = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        try:
-            stack = [line.split()[1].partition("+")[0] for line in (task / "stack").read_text().splitlines()]
-            told.append(f"{(task / 'comm').read_text().strip()} in {' < '.join(stack[:5])}")
-        except OSError:
-            continue
-    return f"process {pid}: " + "; ".join(dict.fromkeys(told))

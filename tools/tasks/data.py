@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from coordlfs_tools.demo import photos
+from coordlfs_tools.lab import photos
 from PIL import ImageDraw
 
 CLASSES = 10

@@ -1,9 +1,10 @@
-"""A file system that shows a directory and fails on command: `python -m coordlfs_tools.faulty_fs DIRECTORY MNT FAULTS`.
+"""A file system that shows a directory and fails on command.
 
-FAULTS is a file of JSON: for an operation and a name, as in {"read f": {"errno": 5, "from": 4096, "delay": 0.5}}, the
-error to fail with (0: none), the first byte that fails, seconds to wait before, and how many "times" it fails.
-It is read for every request, so that it may be changed at will, as `Faulty` does. The kernel is told to remember
-nothing. Tests and the soak stand it between a dataset and coordlfs.
+`python -m coordlfs_tools.lab.faulty_fs DIRECTORY MNT FAULTS`. FAULTS is a file of JSON: for an operation and a name, as
+in {"read f": {"errno": 5, "from": 4096, "delay": 0.5}}, the error to fail with (0: none), the first byte that fails,
+seconds to wait before, and how many "times" it fails. It is read for every request, so that it may be changed at will,
+as `Faulty` does. The kernel is told to remember nothing. Tests and the soak stand it between a dataset and coordlfs,
+of which it knows nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import pyfuse3
 import trio
+from coordlfs_tools.lab.mounts import is_mounted, unmount_lazily
 
 _LIMIT = 20.0  # seconds to come up, and to end
 _PENDING = 1000  # requests that may wait for an answer; by default the kernel stops after 12
@@ -135,19 +137,14 @@ class Faulty:
         self.path.mkdir()
         self._file = place / "faults"
         self.clear()
-        self._command = [
-            sys.executable,
-            "-m",
-            "coordlfs_tools.faulty_fs",
-            *map(str, (directory, self.path, self._file)),
-        ]
+        self._command = [sys.executable, "-m", __name__, *map(str, (directory, self.path, self._file))]
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(self._command)
         try:
             deadline = time.monotonic() + _LIMIT
-            while not self._is_mounted():
+            while not is_mounted(self.path):
                 if time.monotonic() > deadline or process.poll() is not None:
                     raise TimeoutError(f"{self.path} was not mounted")
                 time.sleep(0.01)
@@ -158,9 +155,6 @@ class Faulty:
             process.wait()
             raise
         return process
-
-    def _is_mounted(self) -> bool:
-        return any(line.split()[4] == str(self.path) for line in Path("/proc/self/mountinfo").read_text().splitlines())
 
     def set(self, what: str, **fault: float) -> None:
         """From now on this fails, and nothing else."""
@@ -191,8 +185,7 @@ class Faulty:
 
     def detach(self) -> None:
         """Unmount: in its place is an empty directory."""
-        while self._is_mounted() and not subprocess.run(["umount", "-l", str(self.path)], timeout=_LIMIT).returncode:
-            pass
+        unmount_lazily(self.path)
 
     def end(self) -> None:
         """Unmount, and see that the process has ended. Raises TimeoutExpired if it has not by itself."""

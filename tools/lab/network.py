@@ -1,23 +1,29 @@
-"""Nodes on one machine: network namespaces, joined by veth pairs and a bridge, whose links can be shaped and cut."""
+"""Nodes on one machine: network namespaces, joined by veth pairs and a bridge, whose links can be shaped and cut.
+
+Knows nothing of what runs in them.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 
-from coordlfs_tools.bench.machine import BenchError
+from coordlfs_tools.lab.errors import LabError
 
+from coordlfs.kernel.libc import check, libc
+
+_CLONE_NEWNET = 0x40000000
 _names = count(1)
 
 
 def _ip(*arguments: str, program: str = "ip") -> None:
     done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=30)
     if done.returncode:
-        raise BenchError(f"{program} {' '.join(arguments)}: {done.stderr.strip()}")
+        raise LabError(f"{program} {' '.join(arguments)}: {done.stderr.strip()}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +39,10 @@ class Host:
         """The command as it runs there, with the mounts of here."""
         return ["nsenter", f"--net=/run/netns/{self.namespace}", *command]
 
-    def enter(self) -> Callable[[], None]:
-        """Puts the calling process there: for `preexec_fn`."""
-
-        def enter() -> None:
-            import ctypes
-
-            fd = os.open(f"/run/netns/{self.namespace}", os.O_RDONLY)
-            if ctypes.CDLL(None, use_errno=True).setns(fd, 0x40000000):
-                raise OSError(ctypes.get_errno(), "setns")
-            os.close(fd)
-
-        return enter
+    def enter(self) -> None:
+        """Move the calling thread there; for `preexec_fn` too."""
+        with open(f"/run/netns/{self.namespace}") as there:
+            check(libc.setns(there.fileno(), _CLONE_NEWNET), "setns")
 
     def shape(self, rate: str) -> None:
         """Let the link carry `rate` (as tc writes it: 1mbit, 10gbit) in either direction."""
@@ -90,5 +88,5 @@ def network(hosts: int, rate: str | None = None) -> Iterator[list[Host]]:
         yield found
     finally:
         for namespace in reversed(made):
-            with suppress(BenchError):
+            with suppress(LabError):
                 _ip("netns", "del", namespace)

@@ -1,4 +1,7 @@
-"""Mounts for the length of a `with`: coordlfs through its public commands, and those it is compared with."""
+"""Mounts for the length of a `with`: coordlfs through its public commands, and those it is compared with.
+
+Knows nothing of what is read from them.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,16 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordlfs_tools.bench.machine import BenchError, Group
-from coordlfs_tools.bench.network import Host
+from coordlfs_tools.lab.cgroups import Cgroup
+from coordlfs_tools.lab.errors import LabError
+from coordlfs_tools.lab.network import Host
+
+from coordlfs.kernel.mounts import table, unmount
 
 _LIMIT = 120.0  # seconds that a command may take
 COORDLFS = str(Path(sys.executable).with_name("coordlfs"))
@@ -36,7 +42,7 @@ class Mount:
 
     def status(self) -> dict[str, Any]:
         """The figures of `coordlfs status --json`."""
-        figures: dict[str, Any] = json.loads(_command([COORDLFS, "status", "--json", str(self.point)]))
+        figures: dict[str, Any] = json.loads(command("status", "--json", self.point).stdout)
         return figures
 
     def settled(self) -> dict[str, Any]:
@@ -44,7 +50,7 @@ class Mount:
         deadline = time.monotonic() + _LIMIT
         while (figures := self.status())["pending_items"]:
             if time.monotonic() > deadline:
-                raise BenchError(f"{figures['pending_items']} items are still on their way after {_LIMIT:.0f} s")
+                raise LabError(f"{figures['pending_items']} items are still on their way after {_LIMIT:.0f} s")
             time.sleep(0.2)
         return figures
 
@@ -85,13 +91,12 @@ class Mount:
         deadline = time.monotonic() + _LIMIT
         while self.status()["peers"]["alive"] != count:
             if time.monotonic() > deadline:
-                raise BenchError(f"{self.point} does not find {count} other nodes")
+                raise LabError(f"{self.point} does not find {count} other nodes")
             time.sleep(0.2)
 
     def warm(self) -> None:
         """Fill the cache."""
-        command = [COORDLFS, "warm", str(self.point)]
-        _command(self.host.inside(command) if self.host else command)  # its socket is the network's
+        command("warm", self.point, host=self.host)  # its socket is the network's
 
 
 class MessageCount:
@@ -112,29 +117,54 @@ def _messages(mount: Mount) -> int:
     return sum(int(requests[kind]) for kind in ("read", "name", "refused", "ioctl"))
 
 
-def _command(argv: list[str], group: Group | None = None) -> str:
+def command(
+    *arguments: object, host: Host | None = None, group: Cgroup | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run `coordlfs` with these arguments, in the network of `host` and in `group`.
+
+    Raises LabError with what it says if it fails and `check` is left, and TimeoutExpired.
+    """
+    argv = [COORDLFS, *map(str, arguments)]
     done = subprocess.run(
-        argv, capture_output=True, text=True, timeout=_LIMIT, preexec_fn=group.join if group else None
+        host.inside(argv) if host else argv,
+        capture_output=True,
+        text=True,
+        timeout=_LIMIT,
+        preexec_fn=group.enter if group else None,
     )
-    if done.returncode:
-        raise BenchError(f"{' '.join(argv)}: {done.stderr.strip() or f'status {done.returncode}'}")
-    return done.stdout
+    if check and done.returncode:
+        raise LabError(f"{' '.join(argv)}: {(done.stderr + done.stdout).strip() or f'status {done.returncode}'}")
+    return done
 
 
-def _is_mounted(point: Path) -> bool:
-    # From the table, since to look at a mount that is dead or hangs would be worse than an answer.
-    return any(line.split()[4] == str(point) for line in Path("/proc/self/mountinfo").read_text().splitlines())
+def mountpoints() -> list[bytes]:
+    """Every mountpoint of this namespace, in the order of the mounts."""
+    return [mount.point for mount in table()]
+
+
+def is_mounted(point: Path) -> bool:
+    """Whether anything is mounted on `point`.
+
+    From the table, since to look at a mount that is dead or hangs would be worse than an answer.
+    """
+    return os.fsencode(point) in mountpoints()
+
+
+def unmount_lazily(point: Path) -> None:
+    """Detach whatever is mounted on `point`, one mount on top of the other."""
+    with suppress(OSError):
+        while is_mounted(point):
+            unmount(os.fsencode(point), lazy=True)
 
 
 @contextmanager
 def _mountpoint() -> Iterator[Path]:
     """An empty directory, which at the end is unmounted if it must be, and removed."""
-    point = Path(tempfile.mkdtemp(prefix="coordlfs-bench-"))
+    point = Path(tempfile.mkdtemp(prefix="coordlfs-lab-"))
     try:
         yield point
     finally:
-        if _is_mounted(point):
-            subprocess.run(["umount", "-l", str(point)], timeout=_LIMIT, check=False)
+        unmount_lazily(point)
         point.rmdir()
 
 
@@ -142,7 +172,7 @@ def _mountpoint() -> Iterator[Path]:
 def coordlfs(
     source: Path,
     cache_size: int,
-    group: Group | None = None,
+    group: Cgroup | None = None,
     *,
     options: Sequence[str] = (),
     host: Host | None = None,
@@ -152,31 +182,30 @@ def coordlfs(
     `host`: in whose network.
     """
     with _mountpoint() as point:
-        command = [COORDLFS, "mount", str(source), str(point), "--cache-size", str(cache_size), *options]
-        said = _command(host.inside(command) if host else command, group)
+        done = command("mount", source, point, "--cache-size", cache_size, *options, host=host, group=group)
         try:
-            yield Mount(point, host, said)
+            yield Mount(point, host, done.stdout)
         finally:
-            _command([COORDLFS, "umount", str(point)])
+            command("umount", point)
 
 
 @contextmanager
 def _served(program: str, *arguments: str) -> Iterator[Path]:
     """A mount by a program that stays in the foreground; MNT among its arguments stands for the mountpoint."""
     if shutil.which(program) is None:
-        raise BenchError(f"{program} is not installed: `apt-get install {program}`")
+        raise LabError(f"{program} is not installed: `apt-get install {program}`")
     with _mountpoint() as point:
         argv = [program, *(str(point) if a == "MNT" else a for a in arguments)]
         process = subprocess.Popen(argv, start_new_session=True)
         try:
             deadline = time.monotonic() + _LIMIT
-            while not _is_mounted(point):
+            while not is_mounted(point):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise BenchError(f"{' '.join(argv)} did not mount")
+                    raise LabError(f"{' '.join(argv)} did not mount")
                 time.sleep(0.02)
             yield point
         finally:
-            if _is_mounted(point):
+            if is_mounted(point):
                 subprocess.run(["umount", str(point)], timeout=_LIMIT, check=False)
             try:
                 process.wait(10)
@@ -195,7 +224,7 @@ def bindfs(source: Path) -> Iterator[Path]:
 @contextmanager
 def rclone(source: Path, cache_mode: str) -> Iterator[Path]:
     """rclone mount with `--vfs-cache-mode` off or full, its cache empty."""
-    with tempfile.TemporaryDirectory(prefix="coordlfs-bench-") as cache:
+    with tempfile.TemporaryDirectory(prefix="coordlfs-lab-") as cache:
         options = ["--read-only", "--vfs-cache-mode", cache_mode, "--cache-dir", cache, "--config", ""]
         with _served("rclone", "mount", *options, str(source), "MNT") as point:
             yield point
