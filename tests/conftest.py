@@ -13,6 +13,7 @@ from pathlib import Path
 import hypothesis
 import idle_reclaim
 import pytest
+from coordlfs_tools.lab import cgroups
 from mounts import Cgroup, MakeMount, Mount, coordlfs, unmount_lazily
 
 from coordlfs.kernel import process
@@ -133,13 +134,10 @@ def mount(source: Path, place: Path, _may_mount: None) -> Iterator[MakeMount]:
 def cgroup() -> Iterator[Callable[[int], Cgroup]]:
     """Makes a memory cgroup with a limit in bytes."""
     with ExitStack() as stack:
-        count = 0
 
         def make(limit: int) -> Cgroup:
-            nonlocal count
-            count += 1
-            group = Cgroup(f"coordlfs-test-{os.getpid()}-{count}", limit)
-            stack.callback(group.remove)
+            group = stack.enter_context(cgroups.cgroup(memory=limit))
+            stack.callback(group.kill)
             return group
 
         yield make

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from coordlfs_loader import CoordinatedLoader, Seeded, epoch_seed, wire
+from coordlfs_tools.lab.processes import is_alive
 from torch.utils.data import DataLoader, Dataset
 
 Batch = tuple[tuple[int, ...], str]
@@ -171,15 +172,7 @@ def workers_of(pid: int) -> list[int]:
                 found.append(child)
         except OSError:
             pass
-    return list(filter(alive, found))
-
-
-def alive(pid: int) -> bool:
-    """Whether a process is there and has not ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    return list(filter(is_alive, found))
 
 
 def tell(**event: Any) -> None:

@@ -7,13 +7,11 @@ request, the test fails, and the next one can run.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import mmap
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -24,6 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from coordlfs_tools.lab.cgroups import Cgroup as Cgroup
+from coordlfs_tools.lab.machine import drop_caches as drop_caches  # of all tests, so that yours has to be `alone`
+from coordlfs_tools.lab.mounts import is_mounted as is_mounted
+from coordlfs_tools.lab.mounts import mountpoints as mountpoints
+from coordlfs_tools.lab.mounts import unmount_lazily as unmount_lazily
+from coordlfs_tools.lab.processes import children as children
+from coordlfs_tools.lab.processes import doing, memory
+from coordlfs_tools.lab.processes import is_alive as is_alive
 
 from coordlfs.kernel import pages
 
@@ -36,7 +42,6 @@ NOBODY = 65534
 # watchdog of a mount follows, then the limit of a test (pyproject.toml).
 PATIENCE = 240.0
 _WATCHDOG = 300.0  # seconds that a mount may live
-_MNT_DETACH = 2
 
 
 def coordlfs(
@@ -77,48 +82,6 @@ def eventually(condition: Callable[[], object], timeout: float = PATIENCE, what:
 # -- processes and mounts as the kernel shows them ----------------------------------------------------------------
 
 
-def mountpoints() -> list[bytes]:
-    """Every mountpoint of this namespace, in the order of the mounts."""
-    with open("/proc/self/mountinfo", "rb") as table:
-        fields = [line.split(b" ")[4] for line in table]
-    return [f.decode("latin-1").encode("latin-1").decode("unicode_escape").encode("latin-1") for f in fields]
-
-
-def is_mounted(path: Path) -> bool:
-    """Whether something is mounted on `path`."""
-    return os.fsencode(path) in mountpoints()
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and was not yet waited for does not."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as f:
-            return f.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def _doing(pid: int) -> str:
-    """The name of a process, and where in the kernel its threads wait."""
-    told = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        with suppress(OSError):
-            stack = [line.split()[1].partition("+")[0] for line in (task / "stack").read_text().splitlines()]
-            told.append(f"{(task / 'comm').read_text().strip()} in {' < '.join(stack[:5])}")
-    return "; ".join(told)
-
-
-def children(parent: int) -> list[int]:
-    """The processes whose parent is `parent`."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with suppress(OSError), open(f"/proc/{entry}/stat", "rb") as f:
-                if int(f.read().rpartition(b")")[2].split()[1]) == parent:
-                    found.append(int(entry))
-    return found
-
-
 def mentions(text: str | Path) -> list[int]:
     """The coordlfs processes whose command line mentions `text`."""
     found = []
@@ -129,19 +92,6 @@ def mentions(text: str | Path) -> list[int]:
                 if b"coordlfs." in command and os.fsencode(text) in command and is_alive(int(entry)):
                     found.append(int(entry))
     return found
-
-
-def unmount_lazily(path: Path) -> None:
-    """Detach whatever is mounted on `path`."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    while is_mounted(path) and libc.umount2(os.fsencode(path), _MNT_DETACH) == 0:
-        pass
-
-
-def drop_caches() -> None:
-    """Have the kernel forget every page, name and inode that it may: of all tests, so that yours has to be `alone`."""
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 # -- a mount ------------------------------------------------------------------------------------------------------
@@ -240,7 +190,7 @@ class Mount:
         while any(map(is_alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.01)
         for pid in filter(is_alive, pids):
-            problems.append(f"process {pid} was left: {_doing(pid)}")
+            problems.append(f"process {pid} was left: {doing(pid)}")
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         log = self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -322,8 +272,7 @@ def forget(path: Path) -> None:
 
 def locked(pids: list[int]) -> int:
     """Bytes that these processes have locked, as the kernel counts them."""
-    found = [re.findall(r"^VmLck:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE) for pid in pids]
-    return sum(int(kib) * 1024 for [kib] in found)
+    return sum(memory(pid, "VmLck") for pid in pids)
 
 
 def page_count(size: int) -> int:
@@ -331,55 +280,7 @@ def page_count(size: int) -> int:
     return -(-size // PAGE)
 
 
-# -- memory cgroups -----------------------------------------------------------------------------------------------
-
-
-class Cgroup:
-    """A memory cgroup, of version 1 or 2, for jobs of a test."""
-
-    _V1 = Path("/sys/fs/cgroup/memory")
-
-    def __init__(self, name: str, limit: int) -> None:
-        self._old = (self._V1 / "memory.limit_in_bytes").exists()
-        root = self._V1 if self._old else Path("/sys/fs/cgroup")
-        if not self._old:
-            (root / "cgroup.subtree_control").write_text("+memory")
-        self.path = root / name
-        self.path.mkdir()
-        (self.path / ("memory.limit_in_bytes" if self._old else "memory.max")).write_text(str(limit))
-
-    def enter(self) -> None:
-        """Move the process that calls into the group: for `preexec_fn`."""
-        (self.path / "cgroup.procs").write_text("0")
-
-    def usage(self) -> int:
-        """Bytes charged to the group."""
-        return int((self.path / ("memory.usage_in_bytes" if self._old else "memory.current")).read_text())
-
-    def stat(self) -> dict[str, int]:
-        """The kernel's table of what they are."""
-        pairs = (line.split() for line in (self.path / "memory.stat").read_text().splitlines())
-        return {key: int(value) for key, value in pairs}
-
-    def oom_kills(self) -> int:
-        """How many processes of the group the kernel has killed for want of memory."""
-        events = (self.path / ("memory.oom_control" if self._old else "memory.events")).read_text()
-        return next(int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill "))
-
-    def reclaim(self) -> None:
-        """Have the kernel take back whatever it can."""
-        with suppress(OSError):  # version 2 says EAGAIN if there is less than was asked for
-            if self._old:
-                (self.path / "memory.force_empty").write_text("0")
-            else:
-                (self.path / "memory.reclaim").write_text("1G")
-
-    def remove(self) -> None:
-        """Remove the group; its processes must have ended."""
-        for pid in (self.path / "cgroup.procs").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)
-        eventually(lambda: not (self.path / "cgroup.procs").read_text().split())
-        self.path.rmdir()
+# -- memory -------------------------------------------------------------------------------------------------------
 
 
 _HOLD = """

@@ -292,7 +292,7 @@ def test_an_owner_whose_memory_gets_tight_says_no(
     asker, owner = nodes(2, "256M")
     group = cgroup(500 * MIB)
     for pid in owner.pids:
-        (group.path / "cgroup.procs").write_text(str(pid))
+        group.add(pid)
     for node in (asker, owner):
         _check(node, names)
         node.settle()

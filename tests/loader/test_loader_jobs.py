@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from coordlfs_loader import groups
-from loader_jobs import Job, alive, broker_pid, eventually, workers_of
+from coordlfs_tools.lab.processes import is_alive
+from loader_jobs import Job, broker_pid, eventually, workers_of
 from mounts import Cgroup
 
 MakeJob = Callable[..., Job]
@@ -71,7 +72,7 @@ def test_a_killed_job_holds_nobody_up(job: MakeJob, after: int) -> None:
     for j in others:
         j.finish()
         j.check(*j.batches)
-    eventually(lambda: not any(map(alive, workers)))
+    eventually(lambda: not any(map(is_alive, workers)))
 
 
 @pytest.mark.parametrize("whose", ["one", "all", "again"])

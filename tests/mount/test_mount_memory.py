@@ -23,7 +23,7 @@ def test_the_cache_gives_memory_back_in_its_cgroup_and_reads_on(
     group = cgroup(768 * MIB)
     mounted = mount(source, "256M")
     for pid in mounted.pids:
-        (group.path / "cgroup.procs").write_text(str(pid))
+        group.add(pid)
     eventually(lambda: mounted.stats()["memory"]["available_bytes"] < 768 * MIB)
     for name in names:
         assert read(mounted.path / name) == (source / name).read_bytes()
@@ -72,7 +72,7 @@ def test_a_server_that_takes_over_while_memory_is_tight_knows_of_every_pin(
     mounted = mount(source, "256M")
     mounted.expect_errors = True
     for pid in mounted.pids:
-        (group.path / "cgroup.procs").write_text(str(pid))
+        group.add(pid)
     for name in names:
         read(mounted.path / name)
     pinned = mounted.settle()["pinned_bytes"]
@@ -98,7 +98,7 @@ def test_neither_the_job_nor_the_cache_is_killed_when_both_are_pressed(
     jobs, caches = cgroup(72 * MIB), cgroup(640 * MIB)
     mounted = mount(source, "256M")
     for pid in mounted.pids:
-        (caches.path / "cgroup.procs").write_text(str(pid))
+        caches.add(pid)
     eventually(lambda: mounted.stats()["memory"]["available_bytes"] < 640 * MIB)
     job = subprocess.Popen(
         [sys.executable, "-c", _EPOCHS, str(mounted.path), *names],
@@ -134,7 +134,7 @@ def test_a_keeper_in_a_cgroup_too_small_for_the_cache(
     group = cgroup(160 * MIB)
     mounted = mount(source, "256M")
     [keeper] = mounted.processes["keepers"]
-    (group.path / "cgroup.procs").write_text(str(keeper))
+    group.add(keeper)
     eventually(lambda: mounted.stats()["memory"]["limit_bytes"] < 160 * MIB)
     for _ in range(2):
         for name in names:
@@ -154,7 +154,7 @@ def test_a_keeper_that_is_squeezed_dies_before_anybody_else_and_the_cache_adapts
     coordlfs("warm", mounted.path)
     group = cgroup(900 * MIB)
     for pid in mounted.pids:
-        (group.path / "cgroup.procs").write_text(str(pid))
+        group.add(pid)
     with holding(800 * MIB, group) as neighbour:
         assert neighbour.stdout is not None
         assert neighbour.stdout.readline() == "held\n"

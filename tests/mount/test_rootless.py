@@ -277,7 +277,7 @@ def test_memory_of_its_own_is_given_back(
     mounted = mount_as(replace(somebody, memlock=0), "96M")
     group = cgroup(512 * MIB)
     for pid in mounted.pids:
-        (group.path / "cgroup.procs").write_text(str(pid))
+        group.add(pid)
     for name in names:
         mounted.read(name)
     assert mounted.settle()["pinned_items"] == 96
@@ -318,7 +318,7 @@ def test_a_neighbour_that_grows_fast_is_not_killed(
     mounted = mount_as(replace(somebody, memlock=0), "200M")
     group = cgroup(640 * MIB)
     for pid in mounted.pids:
-        (group.path / "cgroup.procs").write_text(str(pid))
+        group.add(pid)
     for name in names:
         mounted.read(name)
     assert mounted.settle()["pinned_items"] == 50
