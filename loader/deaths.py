@@ -24,7 +24,7 @@ def oom_kills() -> dict[str, int]:
 def _events() -> Path | None:
     """The file with the memory events of this process's cgroup."""
     with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in Path("/proc/self/cgroup").read_text(errors="surrogateescape").splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers:
                 v2 = _CGROUPS / path.lstrip("/") / "memory.events"

@@ -350,7 +350,7 @@ def _mappings() -> Check:
 
 
 def _cgroup() -> Check:
-    with open("/proc/self/mounts") as f:
+    with open("/proc/self/mounts", errors="surrogateescape") as f:
         kinds = {line.split()[2] for line in f}
     version = (
         "version 2" if "cgroup2" in kinds and "cgroup" not in kinds else "version 1" if "cgroup" in kinds else "none"

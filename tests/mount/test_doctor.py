@@ -30,7 +30,7 @@ def examine(*prefix: object, status: int = 0) -> dict[str, dict[str, Any]]:
 @pytest.mark.usefixtures("_may_mount")
 def test_this_machine_works() -> None:
     found = examine()
-    assert "coordlfs-doctor" not in Path("/proc/self/mountinfo").read_text()
+    assert b"coordlfs-doctor" not in Path("/proc/self/mountinfo").read_bytes()
     for name in ("/dev/fuse", "right to mount", "opening without a message", "kernel", "open_tree", "pinning a page"):
         assert found[name]["state"] == "ok", found[name]
     table = coordlfs("doctor").stdout
@@ -83,6 +83,17 @@ def test_a_limit_of_a_memory_cgroup_is_seen(cgroup: Any) -> None:
     assert "1.0 GiB" in found["found"]
     assert str(group.path) in found["found"]
     assert memory.memory().total > 1 << 30
+
+
+@pytest.mark.usefixtures("_may_mount")
+def test_what_is_mounted_may_have_any_name(place: Path) -> None:
+    point = os.fsencode(place) + b"/\xff"
+    os.mkdir(point)
+    mounts.mount("none", point, "tmpfs", mounts.MS_NODEV, "size=64k")
+    try:
+        assert "version" in doctor._cgroup().found
+    finally:
+        mounts.unmount(point)
 
 
 def test_whatever_is_not_ok_says_what_it_costs_and_how_to_mend_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def _hierarchies(controllers: set[str]) -> tuple[dict[str, Path], bool]:
     """Where these controllers ("memory", "io") are mounted, and whether that is version 2."""
     version1: dict[str, Path] = {}
     version2: Path | None = None
-    for line in Path("/proc/self/mounts").read_text().splitlines():
+    for line in Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines():
         _, point, fstype, options, *_ = line.split()
         if fstype == "cgroup2":
             version2 = Path(point)

@@ -45,7 +45,7 @@ def _daemons() -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*/comm"):
         with suppress(OSError):
-            if entry.read_text().startswith("kdamond"):
+            if entry.read_bytes().startswith(b"kdamond"):  # names of processes are any bytes
                 found.append(int(entry.parent.name))
     return found
 

@@ -43,7 +43,7 @@ def words(pid: int) -> list[str]:
 
 def memory(pid: int, *kinds: str) -> int:
     """Bytes of a process, summed over kinds as /proc/PID/status names them (RssAnon). Raises OSError if it is gone."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines())
     return sum(int(fields[kind].split()[0]) * 1024 for kind in kinds)
 
 
@@ -53,5 +53,5 @@ def doing(pid: int) -> str:
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with suppress(OSError):
             stack = [line.split()[1].partition("+")[0] for line in (task / "stack").read_text().splitlines()]
-            told.append(f"{(task / 'comm').read_text().strip()} in {' < '.join(stack[:5])}")
+            told.append(f"{(task / 'comm').read_text(errors='replace').strip()} in {' < '.join(stack[:5])}")
     return "; ".join(dict.fromkeys(told))
