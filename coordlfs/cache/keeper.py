@@ -7,7 +7,7 @@ one waits for an answer, it is that nobody holds the device any more which ends 
 of the mount, so that `umount` is not busy.
 What a loader is about to read it reads ahead, and lets go when it is told to.
 
-Where the cache is memory of its own the keeper pins nothing: it reads what jobs read in part only, and holds the memory
+Where the cache is in private memory the keeper pins nothing: it reads what jobs read in part only, and holds the memory
 for a server that takes over.
 """
 
@@ -35,7 +35,7 @@ _BATCH = 32  # items whose reading is started before the first is waited for
 _SENTINELS = 15  # files that are watched for being opened
 _PAUSE = 0.025  # seconds until it is looked again whether one was: short epochs would wake both processes for each
 _SPARE_MAPPINGS = 1000  # of vm.max_map_count, for the interpreter
-_FILLERS = 8  # threads that read items for a cache that is memory of its own
+_FILLERS = 8  # threads that read items for a cache in private memory
 _FILL = 4 << 20  # bytes that one of them asks for at a time
 
 
@@ -72,7 +72,7 @@ class Keeper:
         self.limit = limit
         self.readahead = readahead
         self.lockable = lockable
-        self.fillers: Fillers | None = None  # where the cache is memory of its own
+        self.fillers: Fillers | None = None  # where the cache is in private memory
         self.threads: set[int] = set()  # of the fillers
         self.nowhere = memoryview(pages.buffer(_FILL))  # where they all put what only the server is to have
         self.pins: dict[int, tuple[int, int]] = {}

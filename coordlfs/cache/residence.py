@@ -1,8 +1,8 @@
 """Where cached bytes are held, and why: policy, without I/O.
 
-Best in the page cache, locked by keepers: a hit costs no message. How much a process may lock may be limited
-(RLIMIT_MEMLOCK), for each keeper by itself. If so many as are sensible may not lock all that is wanted, the cache is
-memory of its own, from which READs are answered: it never evicts either, and a hit costs a message.
+Best in the page cache, locked by keepers: a hit takes no round trip to user space. How much a process may lock may be
+limited (RLIMIT_MEMLOCK), for each keeper by itself. If so many as are sensible may not lock all that is wanted, the
+cache is in private memory, from which READs are answered: it never evicts either, and a hit takes a round trip.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from enum import StrEnum
 from coordlfs.cache.items import CHUNK
 
 KEEPERS = 8  # so many at most, only because each may lock so little
+COST = "each hit takes a round trip through the server"  # of private memory
 REMEDY = "`ulimit -l unlimited`, memlock in /etc/security/limits.conf, LimitMEMLOCK=infinity, or CAP_IPC_LOCK"
 
 
@@ -19,7 +20,12 @@ class Residence(StrEnum):
     """How cached bytes are held, as `status` shows it."""
 
     PAGE_CACHE = "page cache (mlock)"
-    MEMORY = "memory of its own"
+    PRIVATE_MEMORY = "private memory"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Residence | None:
+        """As a supervisor of version 0.1 calls it, whose server has been replaced since."""
+        return cls.PRIVATE_MEMORY if value == "memory of its own" else None
 
 
 def choose(capacity: int, lockable: int | None) -> Residence:
@@ -29,7 +35,7 @@ def choose(capacity: int, lockable: int | None) -> Residence:
     """
     if lockable is None or capacity <= lockable or capacity <= KEEPERS * (lockable - CHUNK):
         return Residence.PAGE_CACHE
-    return Residence.MEMORY
+    return Residence.PRIVATE_MEMORY
 
 
 def wanted(capacity: int) -> int:

@@ -1,4 +1,4 @@
-"""The cache as memory of its own, for where the page cache may not be locked: bytes by item and offset, in a memfd.
+"""The cache in private memory, for where the page cache may not be locked: bytes by item and offset, in a memfd.
 
 It looks like the stash, but what is whole stays. Behind the bytes lies a table of the items that are whole, from which
 a server that takes over learns what is there: of each range of pages the item, a stamp of its version, and where in the

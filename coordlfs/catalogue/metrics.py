@@ -28,7 +28,7 @@ NAMES = (
     "checked_files",  # by the passes that look for changes
     "passes",
     "interrupted",  # requests whose callers gave up on a source that does not answer
-    "memory_bytes",  # served from the cache, where that is memory of its own
+    "memory_bytes",  # served from a cache in private memory
     "peer_bytes",  # got from other nodes
     "peer_reads",  # READs that they answered
     "peer_refusals",  # answers that they cache it not

@@ -26,7 +26,7 @@ from coordlfs.processes import attachment
 
 _MAPPINGS_USUAL = 65530
 _FILES_LEAST = 4096
-_IN_MEMORY = "the cache is memory of its own and no page cache, and each hit costs a message"
+_IN_MEMORY = f"the cache is in {Residence.PRIVATE_MEMORY}, and {residence.COST}"
 
 
 class State(StrEnum):
@@ -117,10 +117,10 @@ def _features() -> Iterator[Check]:
     minor, flags, flags2 = struct.unpack("=III", offered)
     protocol = f"protocol 7.{minor}"
     if flags & fuse.NO_OPEN_SUPPORT and flags & fuse.NO_OPENDIR_SUPPORT:
-        yield _good("opening without a message", protocol)
+        yield _good("opening without a request", protocol)
     else:
         yield Check(
-            "opening without a message",
+            "opening without a request",
             State.MISSING,
             protocol,
             "coordlfs cannot serve at all",

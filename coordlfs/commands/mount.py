@@ -300,10 +300,10 @@ def mount(
 
 def _warn(capacity: int, lockable: int | None, kind: Residence, have: Memory) -> None:
     """Say what the user might not expect of a cache of this size."""
-    if kind is Residence.MEMORY:
+    if kind is Residence.PRIVATE_MEMORY:
         print(
-            f"coordlfs: only {sizes.text(lockable or 0)} may be locked, so the cache is {kind}, and each hit costs a"
-            f" message: allow {sizes.text(residence.wanted(capacity))}: {residence.REMEDY}",
+            f"coordlfs: only {sizes.text(lockable or 0)} may be locked, so the cache is in {kind}, and"
+            f" {residence.COST}. Allow {sizes.text(residence.wanted(capacity))}: {residence.REMEDY}",
             file=sys.stderr,
         )
     if capacity > have.available:

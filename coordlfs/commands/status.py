@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from coordlfs.cache import residence
 from coordlfs.commands import mounted
 from coordlfs.errors import UserError
 from coordlfs.sizes import text
@@ -42,7 +43,7 @@ def _peer_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _residence_lines(s: dict[str, Any]) -> Iterator[str]:
     limits = s["locked_memory"]
     if limits["remedy"]:
-        yield f"since only {text(limits['limit_bytes'])} may be locked (RLIMIT_MEMLOCK); each hit costs a message"
+        yield f"since only {text(limits['limit_bytes'])} may be locked (RLIMIT_MEMLOCK), and {residence.COST}"
         yield f"{text(limits['wanted_bytes'])} would do for the page cache: {limits['remedy']}; then mount anew"
     if s["umount_needs_coordlfs"]:
         yield "held in use, as user namespaces are forbidden: `coordlfs umount`, or `fusermount3 -u -z`"

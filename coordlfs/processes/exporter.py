@@ -69,7 +69,7 @@ COUNTERS = {
     "requests.refused": ('requests{kind="refused"}', ""),
     "requests.ioctl": ('requests{kind="ioctl"}', ""),
     "requests.stash_bytes": ("stash_served_bytes", "Bytes answered from the stash."),
-    "requests.memory_bytes": ("memory_served_bytes", "Bytes answered from the cache, where it is memory of its own."),
+    "requests.memory_bytes": ("memory_served_bytes", "Bytes answered from a cache in private memory."),
     "admission.not_admitted": ("admission_not_admitted", "Items that had room and were not pinned."),
     "admission.retries": ("admission_retries", "Items pinned on a later attempt."),
     "admission.errors": ("admission_errors", "Items that could not be read."),

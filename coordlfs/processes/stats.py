@@ -12,11 +12,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from coordlfs import __version__
-from coordlfs.cache import residence
 from coordlfs.cache.admission import Admission
 from coordlfs.cache.epochs import Epoch, Epochs
 from coordlfs.cache.fetch_ahead import FetchAhead
 from coordlfs.cache.memory_watch import MemoryWatch
+from coordlfs.cache.residence import REMEDY, Residence, wanted
 from coordlfs.catalogue.catalog import Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import pages
@@ -86,6 +86,7 @@ class Stats:
         finished = [self._epoch(e) for e in self._epochs.finished]
         current = self._epoch(self._epochs.current) if self._epochs.current.number else None
         latest = self._epochs.latest
+        kind = Residence(self._config["residence"])
         capacity = self._config["capacity"] // pages.PAGE * pages.PAGE
         return {
             "version": __version__,
@@ -99,11 +100,11 @@ class Stats:
                 "peer_server": self._sharing.pid if self._sharing else None,
             },
             "server_starts": c["server_starts"],
-            "residence": self._config["residence"],
+            "residence": kind,
             "locked_memory": {
                 "limit_bytes": self._config["lockable"],
-                "wanted_bytes": residence.wanted(capacity),
-                "remedy": residence.REMEDY if self._config["residence"] == residence.Residence.MEMORY else None,
+                "wanted_bytes": wanted(capacity),
+                "remedy": REMEDY if kind is Residence.PRIVATE_MEMORY else None,
             },
             "umount_needs_coordlfs": self._config["is_busy"],
             "capacity_bytes": capacity,

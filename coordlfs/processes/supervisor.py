@@ -175,12 +175,12 @@ class Supervisor:
 
     @property
     def in_memory(self) -> bool:
-        """Whether the cache is in memory of its own."""
-        return bool(self.config["residence"] == Residence.MEMORY and self.config["capacity"])
+        """Whether the cache is in private memory."""
+        return bool(self.config["residence"] == Residence.PRIVATE_MEMORY and self.config["capacity"])
 
     @contextmanager
     def _cache_memory(self) -> Iterator[list[int]]:
-        """The cache's memory, where it is memory of its own, as a descriptor to pass on; else nothing.
+        """The cache's memory, where it is private memory, as a descriptor to pass on; else nothing.
 
         Server and keeper hold it, each for the other, and this process does not: if memory runs out the kernel ends
         these two, and must have gained by it. So who is started gets it from who is left, or begins with nothing.

@@ -31,7 +31,7 @@ def examine(*prefix: object, status: int = 0) -> dict[str, dict[str, Any]]:
 def test_this_machine_works() -> None:
     found = examine()
     assert b"coordlfs-doctor" not in Path("/proc/self/mountinfo").read_bytes()
-    for name in ("/dev/fuse", "right to mount", "opening without a message", "kernel", "open_tree", "pinning a page"):
+    for name in ("/dev/fuse", "right to mount", "opening without a request", "kernel", "open_tree", "pinning a page"):
         assert found[name]["state"] == "ok", found[name]
     table = coordlfs("doctor").stdout
     assert "coordlfs works here" in table

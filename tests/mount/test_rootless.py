@@ -44,7 +44,7 @@ from coordlfs.cache.keeper_protocol import REPLY, REQUEST, How, Outcome, Verb, p
 from coordlfs.cache.residence import Residence
 
 MakeUserMount = Callable[..., UserMount]
-PINNED, IN_MEMORY = str(Residence.PAGE_CACHE), str(Residence.MEMORY)
+PINNED, IN_MEMORY = str(Residence.PAGE_CACHE), str(Residence.PRIVATE_MEMORY)
 
 
 @pytest.fixture(scope="module")
@@ -549,10 +549,10 @@ def test_the_doctor_says_what_it_costs(somebody: User) -> None:
     assert found["right to mount"]["state"] == "warning"
     assert "fusermount3" in found["right to mount"]["found"]
     assert found["user_allow_other"]["state"] == "warning"
-    for name in ("user namespaces", "opening without a message", "FUSE_NOTIFY_RESEND", "open_tree"):
+    for name in ("user namespaces", "opening without a request", "FUSE_NOTIFY_RESEND", "open_tree"):
         assert found[name]["state"] == "ok", found[name]
     for name in ("locked memory", "pinning a page"):
-        assert "memory of its own" in found[name]["cost"]
+        assert "private memory" in found[name]["cost"]
         assert "LimitMEMLOCK" in found[name]["remedy"]
     found = examine(replace(somebody, namespaces=False))
     assert found["user namespaces"]["state"] == "warning"
@@ -607,7 +607,7 @@ def test_a_keeper_is_full_when_it_has_locked_what_it_may(place: Path) -> None:
 
 @pytest.mark.usefixtures("_may_mount")
 def test_root_that_may_mount_and_lock_nothing(source: Path, place: Path) -> None:
-    """As in a container that may mount and no more: the cache is memory of its own there as well."""
+    """As in a container that may mount and no more: the cache is in private memory there as well."""
     names = write_files(source, 6, MIB)
     weak = ["setpriv", "--bounding-set", "-ipc_lock,-sys_resource", "sh", "-c", 'ulimit -l 0; exec "$@"', "sh"]
     command = [*weak, *COORDLFS, "mount", str(source), str(place / "mnt"), "--cache-size", "4M"]

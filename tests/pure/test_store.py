@@ -1,4 +1,4 @@
-"""The cache as memory of its own against naive models: right bytes or a gap, exact room, and what a successor finds."""
+"""The cache in private memory against naive models: right bytes or a gap, exact room, and what a successor finds."""
 
 from __future__ import annotations
 
@@ -181,10 +181,17 @@ def test_where_the_cache_is(capacity: int, lockable: int | None) -> None:
     # What the user is told to allow is enough, and a little less than that is not.
     assert choose(capacity, wanted(capacity)) is Residence.PAGE_CACHE
     if capacity:
-        assert choose(capacity, wanted(capacity) - KEEPERS) is Residence.MEMORY
+        assert choose(capacity, wanted(capacity) - KEEPERS) is Residence.PRIVATE_MEMORY
 
 
 def test_a_small_limit_means_memory() -> None:
     assert choose(8 * MIB, 8 * MIB) is Residence.PAGE_CACHE
-    assert choose(9 * MIB, 8 * MIB) is Residence.MEMORY
+    assert choose(9 * MIB, 8 * MIB) is Residence.PRIVATE_MEMORY
     assert choose(0, 0) is Residence.PAGE_CACHE
+
+
+def test_what_a_supervisor_of_version_0_1_says_is_understood() -> None:
+    assert Residence("memory of its own") is Residence.PRIVATE_MEMORY
+    assert Residence("page cache (mlock)") is Residence.PAGE_CACHE
+    with pytest.raises(ValueError, match="elsewhere"):
+        Residence("elsewhere")
