@@ -10,11 +10,11 @@ NAMES = (
     "source_files",  # misses of whole files, or of large files by the pass
     "source_errors",
     "stash_bytes",  # served from the stash
-    "requests",  # messages of the kernel, but for FORGET
-    "reads",  # READ messages
-    "lookups",  # LOOKUP and GETATTR messages
-    "name_requests",  # messages handed to the namespace loop
-    "direct_opens",  # messages refused to make opening free
+    "requests",  # of the kernel, but for FORGET
+    "reads",  # READ requests
+    "lookups",  # LOOKUP and GETATTR requests
+    "name_requests",  # handed to the namespace loop
+    "direct_opens",  # requests refused to make opening free
     "ioctls",  # refused; not so that the kernel would remember
     "not_admitted",  # items that had room and yet were not pinned
     "pin_retries",

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """The catalogue's records as they lie in memory, for compiled code: found, shown, and entered as `Catalog` would.
 
-What is read here without the interpreter is only appended to (records, names), or may be seen too old and has to be seen
+What is read here without the GIL is only appended to (records, names), or may be seen too old and has to be seen
 again with it (versions, flags).
 """
 

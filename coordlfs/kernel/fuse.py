@@ -66,26 +66,26 @@ class Features:
     """What the kernel offered in INIT and was granted."""
 
     minor: int
-    zero_message_open: bool
-    zero_message_opendir: bool
+    zero_request_open: bool
+    zero_request_opendir: bool
     resend: bool
 
 
-def is_whole(message: memoryview, length: int, opcode: int) -> bool:
-    """Whether a message of at least a header, which says that it has `length` bytes, holds what its kind must."""
+def is_whole(request: memoryview, length: int, opcode: int) -> bool:
+    """Whether a request of at least a header, which says that it has `length` bytes, holds what its kind must."""
     least, named = _BODIES.get(opcode, _NOTHING)
     least += IN_HEADER.size
-    return length == len(message) and length >= least and (not named or (length > least + 1 and message[-1] == 0))
+    return length == len(request) and length >= least and (not named or (length > least + 1 and request[-1] == 0))
 
 
 def init_reply(request: bytes, *, acl: bool, background: int = 512) -> tuple[bytes, Features]:
-    """The reply to the INIT message `request`, and the features it settles.
+    """The reply to the INIT request `request`, and the features it settles.
 
     `acl` asks the kernel to enforce POSIX ACLs, which it reads as extended attributes.
     """
     _, opcode, unique, *_ = IN_HEADER.unpack_from(request)
     if opcode != INIT:
-        raise ValueError(f"the first message is not INIT but {opcode}")
+        raise ValueError(f"the first request is not INIT but {opcode}")
     # Linux before 5.17 sends no second word of flags.
     body_in = bytes(request[IN_HEADER.size :])
     _, minor, readahead, offered, offered2 = INIT_IN.unpack_from(

@@ -31,7 +31,7 @@ def kernel_checks_access() -> bool:
 
 
 def attach(source: str, mountpoint: bytes, *, noexec: bool = False) -> int:
-    """Mount; the descriptor of /dev/fuse, from which the kernel's first message can be read. Raises OSError.
+    """Mount; the descriptor of /dev/fuse, from which the kernel's first request can be read. Raises OSError.
 
     `noexec`: no program on the mount may be run.
     """

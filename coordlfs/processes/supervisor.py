@@ -151,7 +151,7 @@ class Supervisor:
         acl = self.config["acl"] and attachment.kernel_checks_access()
         reply, features = fuse.init_reply(self.init, acl=acl)
         self.resend = features.resend and NO_RESEND not in os.environ
-        if not (features.zero_message_open and features.zero_message_opendir):
+        if not (features.zero_request_open and features.zero_request_opendir):
             raise OSError(38, "this kernel's FUSE is too old: Linux 5.1 or newer is needed")
         os.write(self.device, reply)
 
@@ -306,7 +306,7 @@ class Supervisor:
                     if self._watch(table.fileno(), wake_in):
                         return
                 except OSError as e:  # no descriptor, no memory: that passes, and must not take the mount away
-                    log.error("the supervisor is held up: %s", e)
+                    log.error("the supervisor is delayed: %s", e)
                     time.sleep(_LOOK_EVERY)
 
     def _watch(self, table: int, wake: int) -> bool:

@@ -34,11 +34,11 @@ class SupervisorLink:
         self._sock = socket.socket(fileno=fd)
 
     def ready(self) -> None:
-        """Tell that messages of the kernel are being answered."""
+        """Tell that requests of the kernel are being answered."""
         send(self._sock, {"ready": True})
 
     def failed(self, error: BaseException) -> None:
-        """Tell why no message will be answered."""
+        """Tell why no request will be answered."""
         with suppress(OSError):
             send(self._sock, {"failed": str(error) or type(error).__name__, "errno": getattr(error, "errno", None)})
 

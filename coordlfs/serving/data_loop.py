@@ -1,13 +1,13 @@
 """The data loop: threads that read /dev/fuse, answer READ, LOOKUP, GETATTR and READDIRPLUS, and hand on the rest.
 
 OPEN, OPENDIR, FLUSH, RELEASE and ACCESS are refused with ENOSYS, after which the kernel never sends them again: to
-open a file that it knows costs no message ("zero-message open").
+open a file that it knows costs no request ("zero-request open").
 
-One or two threads compete for the interpreter. A local disk reads while they go on (AIO), and other nodes
-answer. Whatever else has to be waited for holds a thread, and another one takes the place of one that waits, so
+One or two threads compete for the GIL. A local disk reads while they go on (AIO), and other nodes
+answer. Whatever else has to be waited for is a blocking call, and another thread takes the place of one that waits, so
 that hundreds of READs may wait and none of those that need not wait does: at once where the source is on a network, and
 after milliseconds on a local disk, most of whose waits for names are over sooner than a thread wakes up. What is over
-at once is done without letting go of the interpreter, which would cost more to get back. A source that never answers
+at once is done without releasing the GIL, which would cost more to get back. A source that never answers
 holds the threads that wait for it, and nobody else: a caller who is killed or interrupted meanwhile gets EINTR.
 """
 
@@ -35,7 +35,7 @@ from coordlfs.catalogue.timeouts import NAME_TIMEOUT, attr_timeout
 from coordlfs.kernel import aio, fuse, pages, threads
 from coordlfs.kernel.libc import quick_write
 from coordlfs.kernel.process import is_called_off
-from coordlfs.serving.fast_path import FastPath, Messages
+from coordlfs.serving.fast_path import FastPath, Requests
 from coordlfs.serving.listings import Listings
 from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.reading import Answer, Begun, Reader, Request
@@ -44,17 +44,17 @@ from coordlfs.sources.directory import pread_all
 
 log = logging.getLogger(__name__)
 
-# Threads that compete for the interpreter: two that pass it back and forth serve less than one, unless there is a
+# Threads that compete for the GIL: two that pass it back and forth serve less than one, unless there is a
 # processor for each while the job has another, or they are mostly without it, as on the fast path.
 _RUNNING = 1 if len(os.sched_getaffinity(0)) <= 2 else 2
 _RUNNING_ON_FAST_PATH = 2
-_DISK_READS = 64  # under way; more of them hold a thread each
+_DISK_READS = 64  # under way; more of them are blocking calls
 # Threads that are woken up for what other nodes and keepers answer; the others look for it every so many seconds. The
 # kernel allows for 500 ways to wake somebody, and those of servers that cannot end, since the source hangs, count too.
 _LOOKING, _LOOK_AGAIN = 16, 0.02
-_LOOK_EVERY = 8  # messages after which that and ended reads are looked for, even if there are more messages
+_LOOK_EVERY = 8  # requests after which that and ended reads are looked for, even if there are more requests
 # Seconds between looks for waits for a local disk that take longer, so that another thread serves: more where none has
-# taken long of late, since who looks takes the interpreter from those who serve.
+# taken long of late, since who looks takes the GIL from those who serve.
 _BRIEF, _LONGEST_BRIEF = 0.001, 0.008
 _RESTS_AFTER = 1.0  # seconds without a wait after which nobody looks for those that take longer
 _NO_THREAD_FOR = 0.1  # seconds until a thread that was not to be had is tried again
@@ -79,7 +79,7 @@ _NOBODY_WAITS = frozenset({errno.ENOENT, errno.ENODEV})  # the caller gave up; u
 def _waiting_for(device: int, others: list[int], timeout: float | None) -> Iterator[Callable[[], list[int]]]:
     """How to wait for one of them, and which are readable then; none after `timeout` seconds.
 
-    By epoll, which wakes one thread a message. Where no descriptor is left, by poll for the device alone, which refuses
+    By epoll, which wakes one thread a request. Where no descriptor is left, by poll for the device alone, which refuses
     more descriptors than the process may have.
     """
     try:
@@ -104,11 +104,11 @@ def _waiting_for(device: int, others: list[int], timeout: float | None) -> Itera
 
 
 def _disk() -> aio.Reads | None:
-    """For reads that hold no thread; None where the kernel does not allow for them."""
+    """For reads that block no thread; None where the kernel does not allow for them."""
     try:
         return aio.Reads(_DISK_READS, fuse.MAX_READ)
     except OSError as e:
-        log.info("each read of the disk holds a thread: %s", e.strerror)
+        log.info("reads of the disk are blocking calls: %s", e.strerror)
         return None
 
 
@@ -129,7 +129,7 @@ class DataLoop:
     ) -> None:
         self.on_end: Callable[[], None] = lambda: None
         self._device = device
-        os.set_blocking(device, False)  # a message that is there is read at once
+        os.set_blocking(device, False)  # a request that is there is read at once
         self._names = names
         self._reader = reader
         self._namespace = namespace
@@ -142,7 +142,7 @@ class DataLoop:
         self._parked = 0
         self._parking = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._waits = waits
-        self._returned: deque[tuple[int, Request, bool]] = deque()  # READs that are to hold a thread; interrupted?
+        self._returned: deque[tuple[int, Request, bool]] = deque()  # READs that are to block a thread; interrupted?
         self._disk = None if reader.source.is_remote else _disk()
         self._called = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
         self._no_thread_until = 0.0
@@ -150,7 +150,7 @@ class DataLoop:
         self._fast_path = FastPath(
             *(device, records, reader, self._refuse, self._return, self._end_fast_wait), self._watch, waits
         )
-        self._messages: list[Messages] = []  # of the threads
+        self._requests: list[Requests] = []  # of the threads
         is_fast = self._fast_path.answers_reads and reader.admission.hits_ask_nobody
         self._running = _RUNNING_ON_FAST_PATH if is_fast else _RUNNING
         self._begun: dict[int, tuple[int, Begun, Wait]] = {}  # READs that the disk works on, by slot
@@ -255,24 +255,24 @@ class DataLoop:
             os.eventfd_write(self._watch, 1)
 
     def _held(self, before: float = math.inf) -> list[Wait]:
-        """The waits that hold a thread whose place none has taken: on the fast path, those that began `before` then."""
-        for messages in list(self._messages):
-            if messages.awaited_since < before:
-                self._wait_of(messages, messages.awaited)
+        """The waits that block a thread whose place none has taken; on the fast path those that began `before`."""
+        for requests in list(self._requests):
+            if requests.awaited_since < before:
+                self._wait_of(requests, requests.awaited)
         return [wait for wait in list(self._waits.by_request.values()) if wait.holds_thread and not wait.is_replaced]
 
-    def _wait_of(self, messages: Messages, unique: int) -> None:
+    def _wait_of(self, requests: Requests, unique: int) -> None:
         """See to it that the wait of a thread on the fast path is known, if it is for this request."""
-        before: Wait | None = messages.wait  # that the disk took a read, perhaps: after which it waits for a name
-        if not unique or messages.awaited != unique or (before is not None and before.unique == unique):
+        before: Wait | None = requests.wait  # that the disk took a read, perhaps: after which it waits for a name
+        if not unique or requests.awaited != unique or (before is not None and before.unique == unique):
             return
-        is_keepers = messages.awaited_by in self._reader.admission.keeper_threads
-        wait = Wait(messages.awaited_since, is_keepers, unique in self._waits.early, holds_thread=True, unique=unique)
+        is_keepers = requests.awaited_by in self._reader.admission.keeper_threads
+        wait = Wait(requests.awaited_since, is_keepers, unique in self._waits.early, holds_thread=True, unique=unique)
         with self._lock:
-            # The thread sees to it when it has the interpreter, which nothing lets go of between these lines.
-            if messages.awaited != unique or messages.wait is not before or unique in self._waits.by_request:
+            # The thread sees to it when it holds the GIL, which nothing releases between these lines.
+            if requests.awaited != unique or requests.wait is not before or unique in self._waits.by_request:
                 return
-            messages.wait = self._waits.by_request[unique] = wait
+            requests.wait = self._waits.by_request[unique] = wait
         if before is not None:
             self._end_fast_wait(before)
 
@@ -300,14 +300,14 @@ class DataLoop:
     def _run(self, hears_all: bool, into: pages.Buffer) -> None:
         request = bytearray(fuse.REQUEST_BUFFER)
         view = memoryview(request)
-        messages, receive = Messages(request, into), self._fast_path.receive
-        self._messages.append(messages)
+        requests, receive = Requests(request, into), self._fast_path.receive
+        self._requests.append(requests)
         others = list(self._finishers if hears_all else self._disk_fds)
         with _waiting_for(self._device, others, None if hears_all else _LOOK_AGAIN) as wait:
             had_to_wait = True
             while not self.ended.is_set():
-                if messages.unlooked >= _LOOK_EVERY:
-                    messages.unlooked = 0
+                if requests.unlooked >= _LOOK_EVERY:
+                    requests.unlooked = 0
                     self._look()
                 while self._returned:
                     self._read_alone(into)
@@ -316,9 +316,9 @@ class DataLoop:
                     continue
                 had_to_wait = has_finished = False
                 try:
-                    while (n := receive(messages, _LOOK_EVERY)) is None and not self._returned:
+                    while (n := receive(requests, _LOOK_EVERY)) is None and not self._returned:
                         if has_finished:
-                            # Only now: had it been woken up for a message as well, nobody else would be for that one.
+                            # Only now: had it been woken up for a request as well, nobody else would be for that one.
                             has_finished = False
                             if self._park_if_many():
                                 continue
@@ -327,7 +327,7 @@ class DataLoop:
                         for fd in ready:
                             if fd != self._device:
                                 has_finished = True
-                                messages.unlooked = 0
+                                requests.unlooked = 0
                                 self._finish(fd)
                         if not ready:
                             has_finished = True
@@ -343,7 +343,7 @@ class DataLoop:
                     self._dispatch(request, view[:n], into)
 
     def _look(self) -> None:
-        """Do what there is to do beside messages, whether or not somebody was woken up for it."""
+        """Do what there is to do beside requests, whether or not somebody was woken up for it."""
         for fd in self._finishers:
             if fd not in self._disk_fds or (self._begun and fd != self._fast_path.fd):
                 self._finish(fd)
@@ -356,7 +356,7 @@ class DataLoop:
         try:
             self._finishers[fd]()
         except OSError as e:  # which is none of the device, and must not be taken for one
-            raise RuntimeError("what was awaited beside messages went wrong") from e
+            raise RuntimeError("what was awaited beside requests went wrong") from e
 
     def _end(self) -> None:
         self.ended.set()
@@ -364,22 +364,22 @@ class DataLoop:
         os.eventfd_write(self._watch, 1)
         os.eventfd_write(self._parking, _THREADS)
 
-    def _dispatch(self, request: bytearray, message: memoryview, into: pages.Buffer) -> None:
-        if len(message) < fuse.IN_HEADER.size:
+    def _dispatch(self, buffer: bytearray, request: memoryview, into: pages.Buffer) -> None:
+        if len(request) < fuse.IN_HEADER.size:
             return  # nobody to answer
-        length, opcode, unique, node, uid, _, pid, _, _ = fuse.IN_HEADER.unpack_from(request)
-        if not fuse.is_whole(message, length, opcode):
-            log.warning("a message of kind %d is not whole", opcode)
+        length, opcode, unique, node, uid, _, pid, _, _ = fuse.IN_HEADER.unpack_from(buffer)
+        if not fuse.is_whole(request, length, opcode):
+            log.warning("a request of kind %d is not whole", opcode)
             self._reply(fuse.error_reply(unique, errno.EINVAL))
         elif opcode == fuse.READ:
             self._counters.add("reads")
-            _, offset, size, _, _, flags = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
+            _, offset, size, _, _, flags = fuse.READ_IN.unpack_from(buffer, fuse.IN_HEADER.size)
             direct, leaves_no_trace = bool(flags & os.O_DIRECT), bool(flags & os.O_NOATIME)
             asked = Request(node, offset, min(size, fuse.MAX_READ), pid, direct, leaves_no_trace)
             self._answer(unique, pid, self._read, unique, asked, into, reads=asked)
         elif opcode == fuse.LOOKUP:
             self._counters.add("lookups")
-            self._answer(unique, pid, self._lookup, unique, node, bytes(message[fuse.IN_HEADER.size : -1]))
+            self._answer(unique, pid, self._lookup, unique, node, bytes(request[fuse.IN_HEADER.size : -1]))
         elif opcode == fuse.GETATTR:
             self._counters.add("lookups")
             self._answer(unique, pid, self._getattr, unique, node)
@@ -387,18 +387,18 @@ class DataLoop:
             self._counters.add("direct_opens")
             self._reply(fuse.error_reply(unique, errno.ENOSYS))
         elif opcode == fuse.IOCTL:
-            _, flags, command, _, size, _ = fuse.IOCTL_IN.unpack_from(request, fuse.IN_HEADER.size)
+            _, flags, command, _, size, _ = fuse.IOCTL_IN.unpack_from(buffer, fuse.IN_HEADER.size)
             if flags & fuse.IOCTL_DIR and command & ~_SIZE_BITS == hints.COMMAND:
-                body = message[fuse.IN_HEADER.size + fuse.IOCTL_IN.size :]
+                body = request[fuse.IN_HEADER.size + fuse.IOCTL_IN.size :]
                 self._answer(unique, pid, self._hint, unique, body[:size], uid, pid)
                 return
             # Python before 3.14 asks of every file that it opens whether it is a terminal, and the kernel passes it on.
             self._counters.add("ioctls")
             self._reply(fuse.error_reply(unique, errno.ENOTTY))
         elif opcode == fuse.INTERRUPT:
-            [interrupted] = _HANDLE.unpack_from(request, fuse.IN_HEADER.size)
-            for messages in list(self._messages):
-                self._wait_of(messages, interrupted)
+            [interrupted] = _HANDLE.unpack_from(buffer, fuse.IN_HEADER.size)
+            for requests in list(self._requests):
+                self._wait_of(requests, interrupted)
             is_reading = self._fast_path.interrupt(interrupted)  # though it may be about to be, and have a wait as well
             wait = self._waits.by_request.get(interrupted)
             if wait is not None:
@@ -407,12 +407,12 @@ class DataLoop:
                 self._waits.early[interrupted] = time.monotonic()
         elif opcode == fuse.READDIRPLUS:
             self._counters.add("name_requests")
-            _, position, size, _, _, _ = fuse.READ_IN.unpack_from(request, fuse.IN_HEADER.size)
+            _, position, size, _, _, _ = fuse.READ_IN.unpack_from(buffer, fuse.IN_HEADER.size)
             self._answer(unique, pid, self._list, unique, node, position, memoryview(into)[: min(size, fuse.MAX_READ)])
         elif opcode in _NAMES:
             self._counters.add("name_requests")
             self._waits.by_request[unique] = Wait(time.monotonic(), False, unique in self._waits.early)
-            self._names.send(message)
+            self._names.send(request)
         elif opcode not in _SILENT:
             self._counters.add("direct_opens")
             self._reply(fuse.error_reply(unique, errno.ENOSYS))
@@ -474,8 +474,8 @@ class DataLoop:
         """
         now = time.monotonic()
         is_given_up = functools.cache(is_called_off)
-        for messages in list(self._messages):
-            self._wait_of(messages, messages.awaited)
+        for requests in list(self._requests):
+            self._wait_of(requests, requests.awaited)
         for unique in [unique for unique, since in list(self._waits.early.items()) if now - since > _EARLY_FOR]:
             del self._waits.early[unique]
         for unique in self._fast_path.given_up(now - _GIVEN_UP_AFTER):
@@ -626,12 +626,12 @@ class DataLoop:
         self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + length, 0, unique), *answer.data)
         self._reader.account(answer)
 
-    def _reply(self, message: bytes, *data: memoryview) -> None:
+    def _reply(self, head: bytes, *data: memoryview) -> None:
         try:
             if data:
-                os.writev(self._device, (message, *data))
+                os.writev(self._device, (head, *data))
             else:
-                quick_write(self._device, message)
+                quick_write(self._device, head)
         except OSError as e:
             if e.errno not in _NOBODY_WAITS:
                 raise

@@ -2,7 +2,7 @@
 
 It shows a file as long as it was last told, until a READ comes back short: that is where the file ends by now. But it
 does not listen if it was notified about the inode after it sent the READ, and would show zeros up to the end that it
-knows. Whether it was cannot be told from the message. So of an inode that the kernel was notified about, a READ that
+knows. Whether it was cannot be told from the request. So of an inode that the kernel was notified about, a READ that
 would be answered short is refused once: what was to be read ahead, the kernel then asks for page by page, and what it
 asks for after the refusal it sent after the notification. The reader sees nothing of it, but for one that faults in a
 single page behind which its mapping goes on: of a file whose end has not come down no READ is refused, therefore.

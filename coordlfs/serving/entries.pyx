@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """What READDIRPLUS is answered with: entries of a directory, each with its attributes, as many as there is room for.
 
-The attributes are asked for without the interpreter, some entries at a time; then these are entered into the catalogue
+The attributes are asked for without the GIL, some entries at a time; then these are entered into the catalogue
 and packed. Whatever is unusual (several hard links, another version than was shown) is entered by `Namespace`.
 """
 

@@ -1,14 +1,14 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
-"""The commonest messages, answered in one go: READ of a whole small file, and LOOKUP of a name that is in memory.
+"""The commonest requests, answered in one go: READ of a whole small file, and LOOKUP of a name that is in memory.
 
-What they cost is the interpreter, the copies and whom they wake up. So this is what the data loop, the namespace and
-the reader do, compiled, for the case in which nothing has to be weighed. Whatever is unusual is left to them: a message
+What they cost is the GIL, the copies and whom they wake up. So this is what the data loop, the namespace and
+the reader do, compiled, for the case in which nothing has to be weighed. Whatever is unusual is left to them: a request
 that is not answered here has had nothing done for it.
 
-To get the interpreter may mean to wait for a thread that has it, so this is done once for each message: without it, the
-last answer is sent, the next message received, and what it asks for is looked up and copied, since all of that lies in
-memory that is only appended to, or in the source. With it, the last answer is accounted for, and whether the next one may
-be given is decided, as in any Python code.
+To take the GIL may mean to wait for a thread that holds it, so this is done once for each request: without it, the last
+reply is sent, the next request received, and what it asks for is looked up and copied, since all of that lies in memory
+that is only appended to, or in the source. With it, the last reply is accounted for, and whether the next one may be
+given is decided, as in any Python code.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -173,8 +173,8 @@ cdef struct Entry:  # the reply to LOOKUP
 
 
 cdef enum Kind:
-    UNUSUAL, NAME, BYTES, NO_BYTES, WRONG_BYTES  # of a message: to be dispatched; LOOKUP; READ, and what was got for it
-    DISK_BYTES  # no message: the disk has read
+    UNUSUAL, NAME, BYTES, NO_BYTES, WRONG_BYTES  # of a request: to be dispatched; LOOKUP; READ, and what was got for it
+    DISK_BYTES  # no request: the disk has read
 
 
 cdef enum:
@@ -182,11 +182,11 @@ cdef enum:
     _KEEPER_THREADS = 64
     _HALF = 1 << 20
     _SLOTS = 64  # for READs that the disk works on
-    _AT_ONCE = 8  # messages that may be answered before the interpreter is taken again
+    _AT_ONCE = 8  # requests that may be answered before the GIL is taken again
     _RESTS = 32  # READs that are left to the others after one that went wrong here: more of those will come
 
 
-cdef struct Found:  # what a message asks for
+cdef struct Found:  # what a request asks for
     Kind kind
     int64_t record  # of the file that is to be read; of the directory of a name
     int fd  # of the file, if it is to be read
@@ -215,11 +215,11 @@ cdef object item_of(uint64_t record):
     return record << _CHUNK_BITS
 
 
-cdef class Messages:
+cdef class Requests:
     """What one thread receives into and answers from.
 
-    `request` has room for a message, and `into` is page-aligned memory for the bytes of two READs, `MAX_READ` each and
-    a page. `unlooked` counts the messages since the thread last looked for other things to do.
+    `request` is a buffer for one request, and `into` is page-aligned memory for the bytes of two READs, `MAX_READ` each and
+    a page. `unlooked` counts the requests since the thread last looked for other things to do.
     `awaited` is the request for which the thread may have to wait, or 0. Whoever sees to it that others serve meanwhile
     leaves a `wait`, which `end_wait` is called with when that is over.
     """
@@ -230,10 +230,10 @@ cdef class Messages:
     cdef readonly double awaited_since  # as time.monotonic()
     cdef public object wait
     cdef object _request, _into
-    cdef unsigned char[::1] _message, _memory
+    cdef unsigned char[::1] _received, _memory
     cdef Py_ssize_t _half  # which begins there is read into; the other one may hold the last answer
     cdef Found _found
-    # The index and the keepers' threads, as they were when this thread last had the interpreter; if they change, others
+    # The index and the keepers' threads, as they were when this thread last held the GIL; if they change, others
     # take their place.
     cdef Index _index
     cdef object _keepers
@@ -251,7 +251,7 @@ cdef class Messages:
 
     def __init__(self, request, into):
         self._request, self._into = request, memoryview(into)
-        self._message, self._memory = request, into
+        self._received, self._memory = request, into
         self.unlooked = self._half = self._unique = self._n_keeper_threads = 0
         self._has_bytes = self._is_kept = False
         self.awaited = 0
@@ -304,10 +304,10 @@ cdef class Whole:
 
 
 cdef class FastPath:
-    """Answers messages, and what the disk has read for them.
+    """Answers requests, and what the disk has read for them.
 
     `fd` is readable when it has read something, which `receive` then sees to; -1 where it is not read in this way.
-    `refuse` answers with an error, `read_anew` has a READ answered by somebody else; `end_wait`: see `Messages`. Who
+    `refuse` answers with an error, `read_anew` has a READ answered by somebody else; `end_wait`: see `Requests`. Who
     looks for long waits sets `is_watched` as long as it does; an eventfd, `watch`, is written to when it is to begin.
     `waits`, a `coordlfs.serving.waits.Waits`, holds the numbers of READs that were interrupted before they were begun,
     and is told which the disk works on.
@@ -383,27 +383,27 @@ cdef class FastPath:
         self._free[self._n_free] = slot
         self._n_free += 1
 
-    # -- messages ---------------------------------------------------------------------------------------------------
+    # -- requests ---------------------------------------------------------------------------------------------------
 
-    def receive(self, Messages messages not None, int most):
-        """Answer what there is, until something else has to be done: the length of a message that is to be dispatched.
+    def receive(self, Requests requests not None, int most):
+        """Answer what there is, until something else has to be done: the length of a request that is to be dispatched.
 
-        0 after `most` messages; None if there is no more. Raises OSError if the device is read in vain.
+        0 after `most` requests; None if there is no more. Raises OSError if the device is read in vain.
         """
-        cdef fuse_in_header *header = <fuse_in_header *>&messages._message[0]
-        cdef size_t room = messages._message.shape[0]
+        cdef fuse_in_header *header = <fuse_in_header *>&requests._received[0]
+        cdef size_t room = requests._received.shape[0]
         cdef ssize_t n
         cdef int failed, code = 0, unsubmitted, refused
         while True:
-            self._update(messages)
+            self._update(requests)
             n = failed = refused = 0
             with nogil:
                 end_turn(&self._turn)
-                if messages._unique:
-                    failed = messages._send(self._device)
-                unsubmitted = self._submit(header, messages)
-                if messages.unlooked < most:
-                    if self._look_at_disk(messages):
+                if requests._unique:
+                    failed = requests._send(self._device)
+                unsubmitted = self._submit(header, requests)
+                if requests.unlooked < most:
+                    if self._look_at_disk(requests):
                         n = sizeof(fuse_in_header)
                     else:
                         n = read(self._device, header, room)  # never blocks
@@ -411,20 +411,20 @@ cdef class FastPath:
                             refused += 1
                             n = read(self._device, header, room)
                         if n > 0:
-                            self._look_up(header, n, messages)
+                            self._look_up(header, n, requests)
                         elif n < 0:
                             code = errno
                 take_turn(&self._turn)
             if refused:
                 self._count_ioctls(refused)
-            if messages._unique:
-                self._sent(messages, failed)
+            if requests._unique:
+                self._sent(requests, failed)
             if unsubmitted >= 0:
                 close(self._fds[unsubmitted])
                 self._rests = _RESTS
                 self._leave(unsubmitted)
-            if messages.wait is not None:
-                wait, messages.wait = messages.wait, None
+            if requests.wait is not None:
+                wait, requests.wait = requests.wait, None
                 self._end_wait(wait)
             if n <= 0:
                 self._turn_away()
@@ -434,12 +434,12 @@ cdef class FastPath:
                 raise OSError(code, strerror(code).decode(), "read")
             if not n:
                 return 0
-            messages.unlooked += 1
-            if messages._found.kind == DISK_BYTES:
-                self._answer_from_disk(messages)
+            requests.unlooked += 1
+            if requests._found.kind == DISK_BYTES:
+                self._answer_from_disk(requests)
                 continue
             try:
-                if not self._answer(header, messages):
+                if not self._answer(header, requests):
                     self._turn_away()
                     return n
             except Exception as e:
@@ -452,28 +452,28 @@ cdef class FastPath:
         if self._n_free < _SLOTS and self.fd >= 0 and has_ended(self._disk):
             write(self.fd, &one, sizeof(one))  # for others to hear
 
-    cdef int _update(self, Messages messages) except -1:
-        """See to what a thread has to know when it is without the interpreter."""
-        self._records.update(messages._index)
+    cdef int _update(self, Requests requests) except -1:
+        """See to what a thread has to know when it does not hold the GIL."""
+        self._records.update(requests._index)
         keepers = self._admission.keeper_threads
-        if keepers is not messages._keepers:
-            messages._keepers = keepers
-            messages._n_keeper_threads = 0
+        if keepers is not requests._keepers:
+            requests._keepers = keepers
+            requests._n_keeper_threads = 0
             for thread in list(keepers)[:_KEEPER_THREADS]:
-                messages._keeper_threads[messages._n_keeper_threads] = thread
-                messages._n_keeper_threads += 1
+                requests._keeper_threads[requests._n_keeper_threads] = thread
+                requests._n_keeper_threads += 1
         return 0
 
-    cdef int _sent(self, Messages messages, int failed) except -1:
+    cdef int _sent(self, Requests requests, int failed) except -1:
         """An answer was sent: account for it."""
-        cdef uint64_t unique = messages._unique
-        cdef Whole given = messages._given
-        messages._unique, messages._given = 0, None
-        if messages._is_kept:
-            PyBuffer_Release(&messages._kept)
-        messages._has_bytes = messages._is_kept = False
-        cdef int slot = messages._slot
-        messages._slot = -1
+        cdef uint64_t unique = requests._unique
+        cdef Whole given = requests._given
+        requests._unique, requests._given = 0, None
+        if requests._is_kept:
+            PyBuffer_Release(&requests._kept)
+        requests._has_bytes = requests._is_kept = False
+        cdef int slot = requests._slot
+        requests._slot = -1
         try:
             if failed:
                 raise OSError(failed, strerror(failed).decode(), "reply")
@@ -530,34 +530,34 @@ cdef class FastPath:
         item = item_of(record)
         return item not in self._policy.taken and item not in self._admission.dropping
 
-    cdef bint _answer(self, fuse_in_header *header, Messages messages) except -1:
-        """Decide about a message that was looked up; False if it is to be dispatched."""
-        cdef Kind kind = messages._found.kind
+    cdef bint _answer(self, fuse_in_header *header, Requests requests) except -1:
+        """Decide about a request that was looked up; False if it is to be dispatched."""
+        cdef Kind kind = requests._found.kind
         if kind == UNUSUAL:
             return False
         if kind == NAME:
-            return self._answer_lookup(header, messages)
+            return self._answer_lookup(header, requests)
         try:
-            return self._answer_read(header, messages)
+            return self._answer_read(header, requests)
         finally:
-            if messages._found.fd >= 0 and messages._to_submit < 0:
-                close(messages._found.fd)
+            if requests._found.fd >= 0 and requests._to_submit < 0:
+                close(requests._found.fd)
 
-    # -- without the interpreter ------------------------------------------------------------------------------------
+    # -- without the GIL --------------------------------------------------------------------------------------------
 
-    cdef void _look_up(self, const fuse_in_header *header, ssize_t length, Messages messages) noexcept nogil:
-        """See what a message asks for, and get it if it need not be waited for."""
-        cdef Found *found = &messages._found
+    cdef void _look_up(self, const fuse_in_header *header, ssize_t length, Requests requests) noexcept nogil:
+        """See what a request asks for, and get it if it need not be waited for."""
+        cdef Found *found = &requests._found
         found.kind, found.fd = UNUSUAL, -1
         if length < <ssize_t>sizeof(fuse_in_header) or header.len != length:
             return
         if header.opcode == FUSE_READ and self.answers_reads and length == _READ_SIZE:
-            self._look_for_bytes(header, messages)
+            self._look_for_bytes(header, requests)
         elif header.opcode == FUSE_LOOKUP and self._answers_names:
-            self._look_for_name(header, messages)
+            self._look_for_name(header, requests)
 
     cdef bint _refuse_ioctl(self, const fuse_in_header *header, ssize_t length) noexcept nogil:
-        """Whether a message was an ioctl of a file, which it was told that there are none."""
+        """Whether a request was an ioctl of a file, which it was told that there are none."""
         cdef fuse_out_header reply
         if length < <ssize_t>(sizeof(fuse_in_header) + sizeof(fuse_ioctl_in)) or header.len != length:
             return False
@@ -567,37 +567,37 @@ cdef class FastPath:
         write(self._device, &reply, sizeof(reply))  # the caller may be gone: nobody is to be told then
         return True
 
-    cdef int _submit(self, const fuse_in_header *header, Messages messages) noexcept nogil:
+    cdef int _submit(self, const fuse_in_header *header, Requests requests) noexcept nogil:
         """Have the disk read what it is to; the slot of what it was not, or -1."""
-        cdef int slot = messages._to_submit
+        cdef int slot = requests._to_submit
         if slot < 0:
             return -1
-        messages._to_submit = -1
-        cdef uint64_t npages = (messages._found.shown.size + _PAGE - 1) // _PAGE
-        self._wait_for(header, messages)  # should the disk be able to take no more
-        cdef int n = submit(self._disk, slot, messages._found.fd, self._memory_of(slot), npages * _PAGE, self.fd)
-        messages.awaited = 0
+        requests._to_submit = -1
+        cdef uint64_t npages = (requests._found.shown.size + _PAGE - 1) // _PAGE
+        self._wait_for(header, requests)  # should the disk be able to take no more
+        cdef int n = submit(self._disk, slot, requests._found.fd, self._memory_of(slot), npages * _PAGE, self.fd)
+        requests.awaited = 0
         return -1 if n == 1 else slot
 
-    cdef void _wait_for(self, const fuse_in_header *header, Messages messages) noexcept nogil:
-        """This thread may have to wait, until `messages.awaited` is 0 again."""
+    cdef void _wait_for(self, const fuse_in_header *header, Requests requests) noexcept nogil:
+        """This thread may have to wait, until `requests.awaited` is 0 again."""
         cdef timespec now
         cdef uint64_t one = 1
         clock_gettime(CLOCK_MONOTONIC, &now)
-        messages.awaited_since, messages.awaited_by = now.tv_sec + now.tv_nsec * 1e-9, header.pid
-        store(&messages.awaited, header.unique)
+        requests.awaited_since, requests.awaited_by = now.tv_sec + now.tv_nsec * 1e-9, header.pid
+        store(&requests.awaited, header.unique)
         if not load(&self.is_watched):
             write(self._watch, &one, sizeof(one))
 
     cdef inline unsigned char *_memory_of(self, int slot) noexcept nogil:
         return &self._slots_memory[slot * _MAX_READ]
 
-    cdef bint _look_at_disk(self, Messages messages) noexcept nogil:
+    cdef bint _look_at_disk(self, Requests requests) noexcept nogil:
         """Whether the disk has read something."""
         cdef io_event event
         if self._n_free == _SLOTS or self.fd < 0 or take_ended(self._disk, &event) != 1:
             return False
-        cdef Found *found = &messages._found
+        cdef Found *found = &requests._found
         cdef int fd = self._fds[event.data]
         found.kind, found.slot, found.n = DISK_BYTES, event.data, event.res
         if attributes(fd, &found.st):
@@ -605,8 +605,8 @@ cdef class FastPath:
         close(fd)
         return True
 
-    cdef void _look_for_name(self, const fuse_in_header *header, Messages messages) noexcept nogil:
-        cdef Found *found = &messages._found
+    cdef void _look_for_name(self, const fuse_in_header *header, Requests requests) noexcept nogil:
+        cdef Found *found = &requests._found
         cdef const char *name = <const char *>(header + 1)
         cdef size_t length = header.len - sizeof(fuse_in_header)
         if length < 2 or memchr(name, 0, length) != name + length - 1:
@@ -614,7 +614,7 @@ cdef class FastPath:
         length -= 1
         if memchr(name, c"/", length) or (name[0] == c"." and (length == 1 or (length == 2 and name[1] == c"."))):
             return
-        found.record = self._records.find(messages._index, header.nodeid)
+        found.record = self._records.find(requests._index, header.nodeid)
         if found.record < 0:
             return
         found.path = self._records.put_path(found.text, _LONGEST_PATH, found.record, name, length)
@@ -622,9 +622,9 @@ cdef class FastPath:
             return
         cdef int fd = open_beneath(self._root, &found.text[found.path], O_PATH, RESOLVE_CACHED)
         if fd < 0 and errno == EAGAIN:
-            self._wait_for(header, messages)
+            self._wait_for(header, requests)
             fd = open_beneath(self._root, &found.text[found.path], O_PATH, 0)
-            messages.awaited = 0
+            requests.awaited = 0
         if fd < 0:
             return
         cdef bint is_known = not attributes(fd, &found.st)
@@ -632,10 +632,10 @@ cdef class FastPath:
         if is_known and is_usual(&found.st):
             found.kind = NAME
 
-    cdef void _look_for_bytes(self, const fuse_in_header *header, Messages messages) noexcept nogil:
-        cdef Found *found = &messages._found
+    cdef void _look_for_bytes(self, const fuse_in_header *header, Requests requests) noexcept nogil:
+        cdef Found *found = &requests._found
         cdef const fuse_read_in *asked = <const fuse_read_in *>(header + 1)
-        found.record = self._records.find(messages._index, header.nodeid)
+        found.record = self._records.find(requests._index, header.nodeid)
         if asked.offset or asked.flags & (O_DIRECT | O_NOATIME) or found.record < 0:
             return
         cdef const uint64_t *words = self._records.words_of(found.record)
@@ -646,8 +646,8 @@ cdef class FastPath:
         cdef int i
         if <uint32_t>words[7]:
             return  # it is pinned
-        for i in range(messages._n_keeper_threads):
-            if header.pid == messages._keeper_threads[i]:
+        for i in range(requests._n_keeper_threads):
+            if header.pid == requests._keeper_threads[i]:
                 return  # it is about to be, mostly
         if words[1] & _LINKED:
             return
@@ -664,7 +664,7 @@ cdef class FastPath:
         cdef iovec part
         cdef ssize_t copied
         if not cachestat(found.fd, npages * _PAGE, &held) and held.cached == npages:
-            part.iov_base, part.iov_len = &messages._memory[messages._half], found.shown.size
+            part.iov_base, part.iov_len = &requests._memory[requests._half], found.shown.size
             # Should a page be on its way from the disk still, or gone by now, this ends there.
             copied = preadv2(found.fd, &part, 1, 0, RWF_NOWAIT)
             found.kind = BYTES if copied == <ssize_t>found.shown.size else WRONG_BYTES
@@ -674,32 +674,32 @@ cdef class FastPath:
 
     # -- names ------------------------------------------------------------------------------------------------------
 
-    cdef bint _answer_lookup(self, fuse_in_header *header, Messages messages) except -1:
-        cdef Found *found = &messages._found
+    cdef bint _answer_lookup(self, fuse_in_header *header, Requests requests) except -1:
+        cdef Found *found = &requests._found
         path = PyBytes_FromStringAndSize(&found.text[found.path], _LONGEST_PATH - found.path)
         cdef const char *name = <const char *>(header + 1)
         cdef size_t length = header.len - sizeof(fuse_in_header) - 1
-        cdef int64_t record = self._records.enter(messages._index, path, found.record, name, length, &found.st)
+        cdef int64_t record = self._records.enter(requests._index, path, found.record, name, length, &found.st)
         if record < 0:
             return False
         self._counters_lock.acquire()
         self._counts[_LOOKUPS] += 1
         self._counters_lock.release()
-        cdef Entry *reply = &messages._entry
+        cdef Entry *reply = &requests._entry
         memset(reply, 0, sizeof(Entry))
         reply.header.len, reply.header.unique = sizeof(Entry), header.unique
         put_entry(&reply.entry, self._records.words_of(record)[0], &found.st)
-        messages._unique = header.unique
+        requests._unique = header.unique
         return True
 
     # -- bytes ------------------------------------------------------------------------------------------------------
 
-    cdef bint _answer_read(self, fuse_in_header *header, Messages messages) except -1:
-        cdef Found *found = &messages._found
+    cdef bint _answer_read(self, fuse_in_header *header, Requests requests) except -1:
+        cdef Found *found = &requests._found
         if header.nodeid in self._known_ends:
             return False
         if not self._is_absent(found.record):
-            return self._answer_kept(header, messages)
+            return self._answer_kept(header, requests)
         if header.pid in self._admission.keeper_threads:
             return False
         if self._rests > 0:
@@ -717,8 +717,8 @@ cdef class FastPath:
         whole.node, whole._pid, whole._asked = header.nodeid, header.pid, (<fuse_read_in *>(header + 1)).size
         whole._record, whole._shown = found.record, found.shown
         if found.kind == BYTES:
-            return self._serves(whole) and self._give(whole, messages)
-        return self._begin(whole, messages)
+            return self._serves(whole) and self._give(whole, requests)
+        return self._begin(whole, requests)
 
     cdef bint _is_young(self, Found *found) noexcept:
         """`versions.is_young`."""
@@ -727,12 +727,12 @@ cdef class FastPath:
         cdef int64_t age = <int64_t>now.tv_sec * 1_000_000_000 + now.tv_nsec - <int64_t>found.shown.mtime_ns
         return -_YOUNG < age < _YOUNG
 
-    cdef bint _give(self, Whole whole, Messages messages) except -1:
+    cdef bint _give(self, Whole whole, Requests requests) except -1:
         cdef uint64_t size = whole._shown.size
         self._count_read(size)
-        whole._data = messages._into[messages._half : messages._half + <Py_ssize_t>size]
-        messages._answer(whole._unique, &messages._memory[messages._half], size, whole)
-        messages._half ^= _HALF
+        whole._data = requests._into[requests._half : requests._half + <Py_ssize_t>size]
+        requests._answer(whole._unique, &requests._memory[requests._half], size, whole)
+        requests._half ^= _HALF
         return True
 
     cdef int _count_ioctls(self, int n) except -1:
@@ -750,24 +750,24 @@ cdef class FastPath:
         self._counters_lock.release()
         return 0
 
-    cdef bint _begin(self, Whole whole, Messages messages) except -1:
+    cdef bint _begin(self, Whole whole, Requests requests) except -1:
         """Have the disk read a file; False if that cannot be."""
         cdef timespec now
         try:
-            is_possible = self._source.go_direct(messages._found.fd)
+            is_possible = self._source.go_direct(requests._found.fd)
             whole._is_interrupted = whole._unique in self._early
         except OSError:
             is_possible = False  # whoever reads it again will say
         if not is_possible or not self._n_free:
             self._rests = _RESTS
             return False
-        # No other thread gets the interpreter from here on: there is a free slot still.
+        # No other thread gets the GIL from here on: there is a free slot still.
         clock_gettime(CLOCK_MONOTONIC, &now)
         whole._since = now.tv_sec + now.tv_nsec * 1e-9
         self._n_free -= 1
-        messages._to_submit = self._free[self._n_free]
-        self._begun[messages._to_submit] = whole
-        self._fds[messages._to_submit] = messages._found.fd
+        requests._to_submit = self._free[self._n_free]
+        self._begun[requests._to_submit] = whole
+        self._fds[requests._to_submit] = requests._found.fd
         return True
 
     cdef int _leave(self, int slot) except -1:
@@ -781,8 +781,8 @@ cdef class FastPath:
             self._refuse(whole._unique, e)
         return 0
 
-    cdef int _answer_from_disk(self, Messages messages) except -1:
-        cdef Found *found = &messages._found
+    cdef int _answer_from_disk(self, Requests requests) except -1:
+        cdef Found *found = &requests._found
         cdef Whole whole = self._begun[found.slot]
         cdef uint64_t size = whole._shown.size
         try:
@@ -793,8 +793,8 @@ cdef class FastPath:
             return self._leave(found.slot)
         self._count_read(size)
         whole._data = memoryview(self._memory)[found.slot * _MAX_READ : found.slot * _MAX_READ + size]
-        messages._answer(whole._unique, self._memory_of(found.slot), size, whole)
-        messages._slot = found.slot
+        requests._answer(whole._unique, self._memory_of(found.slot), size, whole)
+        requests._slot = found.slot
         return 0
 
     cdef bint _serves(self, Whole whole) except -1:
@@ -803,11 +803,11 @@ cdef class FastPath:
             return self._records.catalog.serves(whole._record, version(whole._shown)) and whole.node not in self._known_ends
         return are_same(whole._shown, self._records.shown(whole._record)) and whole.node not in self._known_ends
 
-    cdef bint _answer_kept(self, fuse_in_header *header, Messages messages) except -1:
+    cdef bint _answer_kept(self, fuse_in_header *header, Requests requests) except -1:
         """Answer with what need not be read, if that is all of it."""
         admission = self._admission
-        cdef uint64_t size = messages._found.shown.size
-        parts = admission.stashed(item_of(messages._found.record), 0, size, size, header.pid)
+        cdef uint64_t size = requests._found.shown.size
+        parts = admission.stashed(item_of(requests._found.record), 0, size, size, header.pid)
         if len(parts) != 1 or header.nodeid in self._known_ends:
             return False
         data = parts[0]
@@ -815,5 +815,5 @@ cdef class FastPath:
             return False
         self._counters.add("reads")
         self._counters.add(admission.served_from, size)
-        messages._answer_kept(header.unique, data)
+        requests._answer_kept(header.unique, data)
         return True

@@ -1,4 +1,4 @@
-"""Noticing what changed in the source where no reader would show it: cached files are read without a message.
+"""Noticing what changed in the source where no reader would show it: cached files are read without a request.
 
 A pass compares every name and file that the kernel may believe with the source, at such a pace that each is looked
 at once in the time that was promised (`--revalidate`); `coordlfs refresh` has some or all of them looked at at once.

@@ -19,7 +19,7 @@ INIT_SIZE = 104  # header, and fuse_init_in since Linux 5.17
 
 
 def init(unique: int, minor: int, readahead: int, flags: int, flags2: int, size: int = INIT_SIZE) -> bytes:
-    """The kernel's first message."""
+    """The kernel's first request."""
     header = struct.pack("<IIQQIIIHH", size, 26, unique, 0, 0, 0, 0, 0, 0)
     return (header + struct.pack("<IIIII", 7, minor, readahead, flags, flags2)).ljust(INIT_SIZE, b"\0")[:size]
 
@@ -49,8 +49,8 @@ def test_init_grants_only_what_was_offered(
     assert not granted & fuse.POSIX_ACL or acl
     assert 0 < congested < background
     assert pages * 4096 == fuse.MAX_READ
-    assert features.zero_message_open == bool(flags & 1 << 17)
-    assert features.zero_message_opendir == bool(flags & 1 << 24)
+    assert features.zero_request_open == bool(flags & 1 << 17)
+    assert features.zero_request_opendir == bool(flags & 1 << 24)
     assert features.resend == bool(flags2 & 1 << 7)
 
 
@@ -68,7 +68,7 @@ def test_what_is_no_init_is_refused(request: bytes) -> None:
 
 def test_init_of_kernels_before_5_17_is_understood() -> None:
     reply, features = fuse.init_reply(init(1, 34, 1 << 17, 0xFFFFFFFF & ~fuse.INIT_EXT, 0, size=56), acl=False)
-    assert features.zero_message_open
+    assert features.zero_request_open
     assert not features.resend
     assert len(reply) == 80
 
