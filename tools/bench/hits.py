@@ -22,12 +22,12 @@ from coordlfs_tools.lab.machine import drop_caches
 _ROUNDS = 12
 _PER_PLACEMENT = 2  # rounds with the same pages
 _GUARDED_ROUNDS = 41  # short ones, since the speed of the machine drifts
-_SWEEP_FILES, _SWEEP_SECONDS = 1_000_000, 600.0  # a large dataset, and what --revalidate is by default
+_PASS_FILES, _PASS_SECONDS = 1_000_000, 600.0  # a large dataset, and what --revalidate is by default
 _SCRAPE = 1.0  # seconds
 
 
 def run(context: Context) -> list[Figure]:
-    """Files per second, and the messages that the server receives meanwhile, with 1 and with 2 readers.
+    """Files per second, and the requests that the server receives meanwhile, with 1 and with 2 readers.
 
     Where the machine is a virtual one, the place of a page in memory alone makes copies of it differ by up to 30 %, so
     both sides get other pages every few rounds, and in turn the first ones.
@@ -52,15 +52,15 @@ def run(context: Context) -> list[Figure]:
 
 @dataclass(frozen=True, slots=True)
 class _Hits:
-    """Files per second of each round, and the messages of all."""
+    """Files per second of each round, and the requests of all."""
 
     ours: list[float]
     theirs: list[float]
-    messages: int
+    requests: int
 
 
 def _compare(context: Context, mount: mounts.Mount, data: Images, threads: int) -> _Hits:
-    messages = mounts.MessageCount(mount)
+    requests = mounts.RequestCount(mount)
     speeds = alternate(
         context,
         _PER_PLACEMENT,
@@ -69,7 +69,7 @@ def _compare(context: Context, mount: mounts.Mount, data: Images, threads: int) 
             "source": lambda n: _warm_speed(data.root, data, threads, n),
         },
     )
-    return _Hits(speeds["mount"], speeds["source"], messages.so_far())
+    return _Hits(speeds["mount"], speeds["source"], requests.so_far())
 
 
 def _figures(threads: int, hits: list[_Hits]) -> list[Figure]:
@@ -82,7 +82,7 @@ def _figures(threads: int, hits: list[_Hits]) -> list[Figure]:
             Bound(0.95, at_least=True),
             f"{median(ours):,.0f} ÷ {median(theirs):,.0f} files/s",
         ),
-        Figure(f"hits, {readers}: messages that the server received", [sum(h.messages for h in hits)], Bound(0)),
+        Figure(f"hits, {readers}: requests that the server received", [sum(h.requests for h in hits)], Bound(0)),
     ]
 
 
@@ -92,7 +92,7 @@ def run_guarded(context: Context) -> list[Figure]:
     One mount, since two mounts of the same files differ by a quarter for where their pages came to lie.
     """
     data = context.images()
-    pace = f"{max(1.0, _SWEEP_SECONDS * len(data.paths) / _SWEEP_FILES):.1f}s"
+    pace = f"{max(1.0, _PASS_SECONDS * len(data.paths) / _PASS_FILES):.1f}s"
     figures = []
     for guards, options in (
         ("as mounted by default", []),

@@ -16,26 +16,26 @@ from coordlfs_tools.lab.processes import memory
 
 _ROUNDS = 3
 _LIMIT = 900.0  # seconds that a listing may take
-_AGAIN = 3  # listings of which the one with the fewest messages counts: whatever reclaims pages causes some
-_STATFS = 1  # messages: find asks once of what kind the file system is, which no kernel remembers
+_AGAIN = 3  # listings of which the one with the fewest requests counts: whatever reclaims pages causes some
+_STATFS = 1  # requests: find asks once of what kind the file system is, which no kernel remembers
 
 
 @dataclass(frozen=True, slots=True)
 class _Listings:
-    """Seconds of both listings; of a mount also bytes of its server for each file, and messages of the second."""
+    """Seconds of both listings; of a mount also bytes of its server for each file, and requests of the second."""
 
     cold: float
     again: float
     memory: float = 0.0
     catalog: float = 0.0
-    messages: int = 0
+    requests: int = 0
 
     def __str__(self) -> str:
         return f"{self.cold:.2f} s cold, {self.again:.2f} s again"
 
 
 def run(context: Context) -> list[Figure]:
-    """`find` once cold and once again; the server's memory for each file; the messages of the second time."""
+    """`find` once cold and once again; the server's memory for each file; the requests of the second time."""
     root, files = context.names()
     rounds = alternate(
         context,
@@ -54,8 +54,8 @@ def run(context: Context) -> list[Figure]:
         times("cold", [r.cold for r in ours], [r.cold for r in theirs]),
         times("again", [r.again for r in ours], [r.again for r in theirs]),
         Figure(
-            "tree, find again: messages that the server received, but for find's own STATFS",
-            [r.messages for r in ours],
+            "tree, find again: requests that the server received, but for find's own STATFS",
+            [r.requests for r in ours],
             Bound(0),
             reclaim,
         ),
@@ -81,8 +81,8 @@ def _list_mount(root: Path, files: int) -> _Listings:
 
 
 def _find_again(mount: mounts.Mount, files: int) -> tuple[float, int]:
-    messages = mounts.MessageCount(mount)
-    return _find(mount.point, files), messages.so_far() - _STATFS
+    requests = mounts.RequestCount(mount)
+    return _find(mount.point, files), requests.so_far() - _STATFS
 
 
 def _find(root: Path, files: int) -> float:

@@ -99,20 +99,20 @@ class Mount:
         command("warm", self.point, host=self.host)  # its socket is the network's
 
 
-class MessageCount:
-    """Counts the messages that a mount's server receives, but for those that reading the status costs."""
+class RequestCount:
+    """Counts the requests that a mount's server receives, but for those that reading the status costs."""
 
     def __init__(self, mount: Mount) -> None:
         self._mount = mount
-        before, self._start = _messages(mount), _messages(mount)
+        before, self._start = _requests(mount), _requests(mount)
         self._status_costs = self._start - before
 
     def so_far(self) -> int:
-        """Messages since the count was begun; to be asked once."""
-        return _messages(self._mount) - self._start - self._status_costs
+        """Requests since the count was begun; to be called once."""
+        return _requests(self._mount) - self._start - self._status_costs
 
 
-def _messages(mount: Mount) -> int:
+def _requests(mount: Mount) -> int:
     requests = mount.status()["requests"]
     return sum(int(requests[kind]) for kind in ("read", "name", "refused", "ioctl"))
 

@@ -229,7 +229,7 @@ def _bytes(todo: Sequence[Part]) -> int:
 
 def _notes(dropped: Dropped) -> list[str]:
     if dropped.cold is None:
-        return [f"cold by {dropped.how}; whether the page cache let go cannot be asked here"]
+        return [f"cold by {dropped.how}; whether the page cache dropped them cannot be seen here"]
     if dropped.cold:
         return [f"cold by {dropped.how}"]
     return [f"the page cache could not be emptied ({dropped.how}): storage was read with O_DIRECT instead"]
