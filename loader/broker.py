@@ -1,4 +1,4 @@
-"""The broker of a group: a process that keeps the books and hands batches from workers to jobs.
+"""The broker of a group: a process that keeps account of it and hands batches from workers to jobs.
 
 The first job starts it (`python -m coordlfs_loader.broker SOCKET GROUP`), and it ends a moment after the last has left.
 It holds the staging area's memfd and never touches a batch's bytes. Who holds the lock file is the broker; whoever
@@ -45,7 +45,7 @@ class Client:
         self.pidfd: int | None = None
         self.role: str | None = None
         self.name = ""
-        self.hands: tuple[int, ...] = ()  # of a worker, as the books know them
+        self.hands: tuple[int, ...] = ()  # of a worker, as `Group` knows them
         self.given: dict[int, tuple[int, int]] = {}  # what they were given and have not prepared, the first first
         self.orders: OrderedDict[int, None] = OrderedDict()  # which it has, oldest first
         self.workers = 0  # of a job, as it says

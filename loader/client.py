@@ -57,7 +57,7 @@ class Connection:
         """Say that a slot is held no longer. From a finalizer: it waits for nothing and raises nothing."""
         self._freed.append(slot)
         if not self.later:
-            with suppress(OSError):  # the broker has gone, and its books with it
+            with suppress(OSError):  # the broker has gone, and what it knew with it
                 self.tell(socket.MSG_DONTWAIT)
 
     def tell(self, flags: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""The books of a group: who is owed which batch, who prepares it, what lies in the stage. Pure: no I/O and no clock.
+"""The bookkeeping of a group: who is owed which batch, who prepares it, what is staged. Pure: no I/O and no clock.
 
 What happened goes in by the methods of `Group`; what is to be done comes out as a list of actions: of each of them, or
 of `settle`, for who knows of several things that happened.
@@ -10,7 +10,7 @@ Workers, whoever's they are, are given the batch that is needed soonest. Three r
 * What jobs hold may fill half of the stage, fairly shared; what is beyond is given to them as a copy of their own.
 * Room for the batch that a starving job needs is made at the expense of what nobody needs, of what was prepared ahead,
   and, for the job that lags most, of anything that is not held. What a slower job still needs is otherwise left alone:
-  the faster ones wait for it, unless they are told to be patient for so long only, after which it falls out.
+  the faster ones wait for it, unless their patience is limited: after so long it leaves the group until its next epoch.
 * A worker that waits for room is sent away where a job starves and nobody else is free to help it.
 
 Where batches take so little time that a worker would wait for its next task for about as long, it has a second hand,
@@ -195,7 +195,7 @@ class Group:
         self.now = 0.0
         self.prepared = self.delivered = self.copied = self.evicted = 0
         self._kept: dict[tuple[int, int], Batch] = {}  # staged, not held, and nobody needs them: the first to go
-        self._owed: dict[tuple[int, int], Batch] = {}  # the same, but jobs that fell out need them: the next to go
+        self._owed: dict[tuple[int, int], Batch] = {}  # the same, but jobs that have left need them: the next to go
         self._fresh: dict[tuple[int, int], Batch] = {}  # staged, and nobody has received them
         self._idle: dict[int, Worker] = {}
         self._seconds: dict[int, Worker] = {}  # second hands that are idle
@@ -501,7 +501,7 @@ class Group:
     def _make_room(self, size: int, starving: list[Job], fallen: bool) -> bool:
         """Evict what may be evicted for these jobs until a slot of this size can be had.
 
-        Jobs that fell out do not evict what such jobs need: they would prepare it again, and evict what comes next.
+        Jobs that have left do not evict what such jobs need: they would prepare it again, and evict what comes next.
         """
         size = max(1, -(-size // UNIT)) * UNIT
         while self.slots.room < size:
@@ -640,7 +640,7 @@ class Group:
         return False
 
     def _lose_patience(self) -> bool:
-        """Whether the slowest job falls out now, because a faster one has waited for long enough."""
+        """Whether the slowest job leaves now, because a faster one has waited for long enough."""
         if self.patience is None:
             return False
         for job in self.jobs.values():

@@ -49,8 +49,8 @@ class CoordinatedLoader:
             where there is no CUDA. The tensors are then the stage itself: writing into them ends the process.
         stage_bytes: Bound of the memory that the group's prepared batches take up, in bytes; at least twice the
             largest batch.
-        patience: Seconds for which the others wait for a job that is slower than they, before it falls out and
-            prepares for itself until its next epoch. None: for ever.
+        patience: Seconds for which the others wait for a job that is slower than they, before it leaves the
+            group until its next epoch and prepares for itself. None: for ever.
         identity: What vouches for the samples: jobs with equal ones share without a look at their datasets. None: they
             share if what makes their samples is shown to be the same (docs/loader.md says what is compared).
         files: What leads from an index to its file, for hints to the coordlfs mount on which the files lie

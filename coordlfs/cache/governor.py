@@ -1,8 +1,8 @@
 """How much the cache may hold now: it gives memory back before the host gets tight, and takes it again later.
 
 Pinned memory is memory that the host cannot take back by itself. So there are two marks of what has to stay available:
-above the high one the cache may grow, between the two it stays as it is, below the low one it gives back as much as
-brings what is available up to the high one. What was given back is not taken again for a while. No I/O here.
+above the high one the cache may grow, between the two it stays as it is, below the low one it releases as much as
+brings what is available up to the high one. What was released is not taken again for a while. No I/O here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from coordlfs.kernel.memory import Memory
 _LOW_SHARE, _LOW_LEAST, _LOW_MOST = 0.04, 48 << 20, 2 << 30
 _HIGH = 2  # times the low mark
 _STALLED = 0.1  # of the time: with so much waiting for memory, the high mark is the low one
-_REST = 30.0  # seconds in which what was given back is not taken again
+_REST = 30.0  # seconds in which what was released is not taken again
 
 
 @dataclass(frozen=True, slots=True)

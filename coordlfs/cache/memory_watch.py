@@ -1,7 +1,7 @@
 """Watching memory, and having the cache follow what the governor decides.
 
 The less is left, the sooner it is looked at again, so that nobody who allocates as fast as the kernel can uses it up
-unseen: memory that ran out is not given back, it costs somebody's life.
+unseen: memory that ran out is not released, it costs somebody's life.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MemoryWatch:
         self.spare = 0
         self._admission = admission
         self._counters = counters
-        self._above_low = 0  # bytes that may be taken until some have to be given back
+        self._above_low = 0  # bytes that may be taken until some have to be released
         self._given = 0  # bytes since it was last said
         self._said = float("-inf")
 
@@ -78,7 +78,7 @@ class MemoryWatch:
         self._given += given
         if self._given and now - self._said >= _SAY_EVERY:
             log.warning(
-                "memory is tight (%s available): %s of cache given back, %s left",
+                "memory is tight (%s available): %s of cache released, %s left",
                 *(text(self.available), text(self._given), text(self.governor.limit)),
             )
             self._given, self._said = 0, now

@@ -100,10 +100,10 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
     status.add_argument("mountpoint", metavar="MNT", nargs="?", help="default: every mount")
     how = status.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="stable figures, for programs")
-    how.add_argument("--watch", action="store_true", help="a table that lives")
+    how.add_argument("--watch", action="store_true", help="a table that is updated")
 
     warm = commands.add_parser("warm", help="fill the cache ahead of training")
-    drop = commands.add_parser("drop", help="give cached files back")
+    drop = commands.add_parser("drop", help="drop files from the cache")
     for command in (warm, drop):
         command.add_argument("mountpoint", metavar="MNT")
         command.add_argument("paths", metavar="PATH", nargs="*", help="files or directories on MNT; default: all")
@@ -124,7 +124,7 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
 
     groups = commands.add_parser("groups", help="jobs on this node that share a loader: epochs, stage, what is saved")
     groups.add_argument("--json", action="store_true", help="stable figures, for programs")
-    groups.add_argument("--watch", action="store_true", help="tables that live")
+    groups.add_argument("--watch", action="store_true", help="tables that are updated")
 
     doctor = commands.add_parser("doctor", help="examine the machine: what is missing, what that costs, how to mend it")
     doctor.add_argument("--json", action="store_true", help="for programs")
@@ -210,7 +210,7 @@ def _drop(arguments: argparse.Namespace) -> int:
     from coordlfs.sizes import text
 
     done = client.drop(arguments.mountpoint, arguments.paths)
-    print(f"{done['dropped']} items were given back, {text(done['freed_pages'] * PAGE)}")
+    print(f"{done['dropped']} items were dropped, {text(done['freed_pages'] * PAGE)}")
     return 0
 
 

@@ -32,7 +32,7 @@ def _peer_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
         return
     yield "read from peers", f"{text(peers['bytes'])} in {peers['reads']} reads; {peers['refusals']} refused"
     bad = peers["failures"] + peers["bad_payloads"] + peers["wrong_versions"]
-    yield "peers", f"{peers['alive']} of {peers['known']} alive; {bad} failures, {peers['skipped']} not asked"
+    yield "peers", f"{peers['alive']} of {peers['known']} alive; {bad} failures, {peers['skipped']} skipped"
     epoch = s["epoch_history"][-1] if s["epoch_history"] else s["epoch"]
     if epoch:
         parts = (epoch["local_bytes"], epoch["peer_bytes"], epoch["bytes"])

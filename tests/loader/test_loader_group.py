@@ -1,4 +1,4 @@
-"""The books of a group under any interleaving: every batch once and in order, bounded memory, nobody waits for ever."""
+"""The bookkeeping of a group under any interleaving: each batch once and in order, bounded memory, no wait for ever."""
 
 from __future__ import annotations
 

@@ -313,7 +313,7 @@ def test_drop_gives_everything_back(source: Path, mount: MakeMount) -> None:
         assert mounted.source_bytes() - before == sum(sizes.values())
         assert mounted.stats()["pinned_items"] == 7
         done = coordlfs("drop", mounted.path)
-        assert "7 items were given back" in done.stdout
+        assert "7 items were dropped" in done.stdout
         figures = mounted.stats()
         assert (figures["pinned_items"], figures["pinned_bytes"]) == (0, 0)
         assert locked(figures["processes"]["keepers"]) == 0

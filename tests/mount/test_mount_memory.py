@@ -1,4 +1,4 @@
-"""Memory that gets tight, made so on purpose: the cache gives back, and neither it nor a job is killed."""
+"""Memory that gets tight, made so on purpose: the cache releases some, and neither it nor a job is killed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_cache_gives_memory_back_in_its_cgroup_and_reads_on(
     for name in names:
         assert read(mounted.path / name) == (source / name).read_bytes()
     assert mounted.settle()["pinned_items"] == 192
-    assert "given back" in mounted.log.read_text()
+    assert "released" in mounted.log.read_text()
 
 
 _EPOCHS = """

@@ -105,14 +105,14 @@ def test_a_refresh_notices_at_once(source: Path, mount: MakeMount, change: Calla
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_sweep_notices_in_time(source: Path, mount: MakeMount, change: Callable[[Path], None]) -> None:
+def test_a_pass_notices_in_time(source: Path, mount: MakeMount, change: Callable[[Path], None]) -> None:
     mounted = _cached(source, mount, "--revalidate", "1s")
     change(source / "d" / "item-00003")
     eventually(lambda: _shows(mounted, _tree(source)))
     assert mounted.stats()["revalidation"]["interval_seconds"] == 1
 
 
-def test_a_sweep_is_spread_over_its_time(source: Path, mount: MakeMount) -> None:
+def test_a_pass_is_spread_over_its_time(source: Path, mount: MakeMount) -> None:
     for number in range(3000):
         (source / f"{number}").touch()
     mounted = mount(source, "8M", "--revalidate", "4s")
@@ -152,7 +152,7 @@ def test_a_refresh_of_some_leaves_the_others_alone(source: Path, mount: MakeMoun
     eventually(lambda: read(mounted.path / "d" / "item-00004") == NEW)
 
 
-def test_a_sweep_costs_hits_no_message(source: Path, mount: MakeMount) -> None:
+def test_a_pass_costs_hits_no_request(source: Path, mount: MakeMount) -> None:
     mounted = _cached(source, mount, "--revalidate", "1s")
     with mounted.messages() as sent:
         passes = mounted.stats()["revalidation"]["passes"]

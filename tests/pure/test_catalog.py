@@ -537,14 +537,14 @@ def test_a_moved_link_is_read_by_its_other_name(fds: tuple[int, int]) -> None:
         assert seen.enter(0, b"a", attributes(7, size=5, links=2))[:2] == (record, False)
 
 
-# -- books that survive the server --------------------------------------------------------------------------------
+# -- a catalogue that survives the server -------------------------------------------------------------------------
 
 
 @given(
     misses=st.tuples(st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 32) - 1)),
     mtime=st.integers(-(1 << 63), (1 << 63) - 1),
 )
-def test_books_of_a_file_survive_the_server(misses: tuple[int, int], mtime: int) -> None:
+def test_what_is_known_of_a_file_survives_the_server(misses: tuple[int, int], mtime: int) -> None:
     with memory() as fds:
         catalog = Catalog(*fds)
         record, *_ = catalog.enter(0, b"f", attributes(2, mtime_ns=mtime))

@@ -1,4 +1,4 @@
-"""Hints as a format and as bookkeeping: whatever readers say in whatever order, the books stay true and bounded."""
+"""Hints as a format and as bookkeeping: whatever readers say in whatever order, what is kept stays true and bounded."""
 
 from __future__ import annotations
 
@@ -85,11 +85,11 @@ def test_what_contradicts_itself_is_refused(text: bytes) -> None:
     assert refusal(text) == errno.EINVAL
 
 
-# -- the books ----------------------------------------------------------------------------------------------------
+# -- bookkeeping --------------------------------------------------------------------------------------------------
 
 
 class Server:
-    """What the server does with the books, on files numbered from 1 of which the even ones are pinned."""
+    """What the server does with hints, on files numbered from 1 of which the even ones are pinned."""
 
     def __init__(self, files: int, bound: int) -> None:
         self.files = files
@@ -224,7 +224,7 @@ STEPS = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(STEPS)
-def test_whatever_readers_say_the_books_are_true(steps: list[tuple]) -> None:  # type: ignore[type-arg]
+def test_whatever_readers_say_what_is_kept_is_true(steps: list[tuple]) -> None:  # type: ignore[type-arg]
     server = Server(20, 10 * SIZE)
     for kind, *rest in steps:
         if kind == "hear":

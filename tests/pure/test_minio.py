@@ -15,13 +15,13 @@ ITEMS = st.integers(0, 7)
 
 
 class Model(RuleBasedStateMachine):
-    """Any interleaving of calls leaves the books of MinIO equal to a plain dictionary's."""
+    """Any interleaving of calls leaves the bookkeeping of MinIO equal to a plain dictionary's."""
 
     @initialize(capacity=st.integers(0, 20))
     def begin(self, capacity: int) -> None:
         self.cache = MinIO(capacity)
         self.capacity = capacity
-        self.most_held = 0  # pages in the books when the last one came in that was held already
+        self.most_held = 0  # pages accounted for when the last one came in that was held already
         self.room: dict[int, int] = {}
         self.holder: dict[int, int] = {}
 
@@ -34,7 +34,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(item=ITEMS, pages=st.integers(-1, 9))
     def learn(self, item: int, pages: int) -> None:
-        """What is held in memory is in the books, be there room or not."""
+        """What is held in memory is accounted for, be there room or not."""
         is_new = pages > 0 and item not in self.room
         assert self.cache.admit(item, pages, is_held=True) is is_new
         if is_new:
@@ -65,7 +65,7 @@ class Model(RuleBasedStateMachine):
         assert self.cache.release(item) == (pages if self.holder.pop(item, None) is not None else 0)
 
     @invariant()
-    def books_are_right(self) -> None:
+    def bookkeeping_is_right(self) -> None:
         cache, room, holder = self.cache, self.room, self.holder
         assert cache.items() == list(room)  # nothing goes but by release: never evicted
         assert cache.used == sum(room.values()) <= max(self.capacity, self.most_held)

@@ -104,7 +104,7 @@ class Model(RuleBasedStateMachine):
         self.lengths = {item: length for item, length in self.lengths.items() if item in kept}
 
     @invariant()
-    def books(self) -> None:
+    def holds_what_it_says(self) -> None:
         if not hasattr(self, "cache"):
             return
         for item in ITEMS:
