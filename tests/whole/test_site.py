@@ -30,7 +30,7 @@ OF_THE_JOURNAL = {"COORDLFS_MOUNTPOINT", "COORDLFS_PROCESS"}  # fields of entrie
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built as CI builds it."""
+    """The site; a warning is an error. CI builds it nowhere else."""
     path = tmp_path_factory.mktemp("site")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", path],
