@@ -1,7 +1,7 @@
 """coordlfs: a FUSE file system that ends data stalls in deep-learning training.
 
 Mounted over a dataset directory, it keeps as much of it as memory allows in the kernel's page
-cache, never evicts it, and makes a cached read cost no message to user space.
+cache, never evicts it, and lets a cached read take no round trip to user space.
 Importing the package loads nothing else; `coordlfs.commands.cli` is the command.
 """
 

@@ -1,4 +1,7 @@
-"""What goes wrong in a way that a user can mend."""
+"""What goes wrong in a way that a user can mend.
+
+Whoever finds it writes the text; what becomes of it is decided in `coordlfs.commands`.
+"""
 
 from __future__ import annotations
 

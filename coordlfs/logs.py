@@ -1,6 +1,7 @@
 """Where messages go, and in what form: the terminal, a file of key=value lines, the journal with fields, or syslog.
 
 Whatever repeats is told a few times a minute and then counted: a source that fails for a night must not fill the disk.
+It does not know what is logged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Sizes and times as users write and read them."""
+"""Sizes and times as users write and read them.
+
+It is told how much memory there is, and looks at nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Hints of a group: one of its jobs announces the order to the mount on which the dataset lies.
 
 All jobs of a group walk through the same order, and one pool of workers reads for all of them. So only one announces:
-the one that holds an abstract socket of the group's name, which another can have as soon as it has died.
+the one that holds an abstract socket of the group's name, which another can have as soon as it has died. What a hint
+says is known by `hints`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The staging area's memory: a memfd, so that nothing can stay behind whoever dies. Its owner is the broker."""
+"""The staging area's memory: a memfd, so that nothing can stay behind whoever dies. Its owner is the broker.
+
+It must not know what lies in it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A job's connection to the broker: where the job is, what it is handed, and what follows when the broker dies."""
+"""A job's connection to the broker: where the job is, what it is handed, and what follows when the broker dies.
+
+It does not know what a batch is made of.
+"""
 
 from __future__ import annotations
 

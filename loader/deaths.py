@@ -1,4 +1,7 @@
-"""How a worker ended, in words: by which signal, and whether the kernel's out-of-memory killer sent it."""
+"""How a worker ended, in words: by which signal, and whether the kernel's out-of-memory killer sent it.
+
+It knows nothing of groups.
+"""
 
 from __future__ import annotations
 

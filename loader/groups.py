@@ -1,4 +1,7 @@
-"""`coordlfs groups`: the groups on this node, as their brokers tell. Needs no torch."""
+"""`coordlfs groups`: the groups on this node, as their brokers tell. Needs no torch.
+
+It asks brokers, and changes nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""CoordinatedLoader: a DataLoader whose batches are prepared once for all jobs of a group on this node."""
+"""CoordinatedLoader: a DataLoader whose batches are prepared once for all jobs of a group on this node.
+
+It puts the other modules together for one job. Who prepares what is decided by the broker.
+"""
 
 from __future__ import annotations
 

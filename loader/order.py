@@ -2,7 +2,7 @@
 
 Every job of a group draws it for itself, from the same seeds, and what they drew is compared by a digest. Workers of
 other jobs read it, a batch at a time, from a sealed memfd: the number of batches, where each begins (64 bits each),
-and the pickled list of indices of each.
+and the pickled list of indices of each. It does not know who prepares them.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 A payload is the pickle, the out-of-band buffers and the memory of tensors, each aligned and in any order; where each
 tensor lies (part and offset); and a table of where the parts are, the pickle first, and in the end how many there are.
+It does not know where they are kept, or who reads them.
 
 Tensors keep their strides, and those that overlap in memory still do: a part holds a range of a storage that tensors
 of the batch cover. One that covers much less than it spans is packed. What is no plain tensor of the CPU (nested,

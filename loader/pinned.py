@@ -1,4 +1,7 @@
-"""`pin_memory=True`: slots that are registered with CUDA, so that copies of their batches to a GPU are asynchronous."""
+"""`pin_memory=True`: slots that are registered with CUDA, so that copies of their batches to a GPU are asynchronous.
+
+It does not know what lies in a slot.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Randomness that is a function of seed, epoch and index, so that it does not matter who prepares a sample, or when.
 
 Before each sample torch, NumPy and `random` are seeded with `sample_seed`; before the order of an epoch is drawn, with
-`epoch_seed`. `Seeded` does the same for a plain DataLoader, which then gives the very bytes.
+`epoch_seed`. `Seeded` does the same for a plain DataLoader, which then gives the very bytes. It knows nothing of
+groups.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Where a batch is put together: right in the slot of the stage that it is to lie in, so that it need not be copied.
 
 A DataLoader's worker stacks a batch's tensors in shared memory that is new for each batch, which costs more than the
-copy that it saves: the kernel has to zero it, and to map it page by page. A slot was used before.
+copy that it saves: the kernel has to zero it, and to map it page by page. A slot was used before. It does not know
+what becomes of the batch.
 """
 
 from __future__ import annotations

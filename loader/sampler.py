@@ -1,4 +1,7 @@
-"""`HintedSampler`: an ordinary sampler that tells coordlfs what it is about to hand out."""
+"""`HintedSampler`: an ordinary sampler that tells coordlfs what it is about to hand out.
+
+It changes neither the samples nor their order.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Workers and jobs map a slot when they first use it and keep the mapping, since slots are reused and faulting in pages
 costs as much as copying them. Jobs map privately: a tensor is theirs to write into, and what they write no other job
 sees (copy on write). Before a slot is used again, /proc/self/pagemap tells whether the job has written, and only then
-the mapping is cleared.
+the mapping is cleared. It does not know what the bytes mean.
 """
 
 from __future__ import annotations

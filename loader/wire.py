@@ -2,7 +2,8 @@
 
 The directory is /tmp/coordlfs-UID (or what COORDLFS_RUNTIME_DIR names), for the user alone; `XDG_RUNTIME_DIR` would
 differ between a shell and a batch job of the same user. A packet of the SOCK_SEQPACKET socket is a message, whole or
-not at all, so that even a finalizer may send one at any time; a descriptor may come with it.
+not at all, so that even a finalizer may send one at any time; a descriptor may come with it. It does not know what the
+messages mean.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A worker: a process of a job that prepares batches for its whole group."""
+"""A worker: a process of a job that prepares batches for its whole group.
+
+It is told what to prepare, and does not know who needs it.
+"""
 
 from __future__ import annotations
 

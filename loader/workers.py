@@ -1,4 +1,7 @@
-"""A job's own workers: started with it, replaced when they die, ended with it."""
+"""A job's own workers: started with it, replaced when they die, ended with it.
+
+What they do is known by `worker`.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A keeper does it, an ordinary client of the mount, so that the pages are charged to the mount's memory cgroup and not to
 a job's. What MinIO has room for is admitted and stays; of the rest no more than a bound is held, a share of the memory
 that is available, half of it ahead of the readers and half behind. Pinned items are never touched. Everything happens
-with the lock of `Admission` held.
+with the lock of `Admission` held. It does not know how hints arrive: `take` is given them.
 """
 
 from __future__ import annotations

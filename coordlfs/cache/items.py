@@ -2,7 +2,8 @@
 
 An item is a whole file up to `CHUNK` bytes and otherwise one chunk of it, so that record files, tar shards and
 memory-mapped token files are cached by the part. An item is named by one integer: record number and chunk number.
-What lies beyond `LIMIT`, at 4 PiB, is one item more, which is never cached: it has no length.
+What lies beyond `LIMIT`, at 4 PiB, is one item more, which is never cached: it has no length. It knows numbers and
+sizes, and neither names nor what is cached.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Messages between the server and its keepers, and between the server and the supervisor.
 
 All travel over SOCK_SEQPACKET pairs that only these processes hold: a packet is a message, whole or not at all. What
-is read is checked nevertheless: a process whose memory went bad must not take the others with it.
+is read is checked nevertheless: a process whose memory went bad must not take the others with it. It does not know
+what is done with them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Watching memory, and having the cache follow what the governor decides.
 
 The less is left, the sooner it is looked at again, so that nobody who allocates as fast as the kernel can uses it up
-unseen: memory that ran out is not released, it costs somebody's life.
+unseen: memory that ran out is not released, it costs somebody's life. It does not know by which rule: how much may
+stay is decided by `governor`, what goes by `admission`.
 """
 
 from __future__ import annotations

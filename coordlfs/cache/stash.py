@@ -2,7 +2,8 @@
 
 The pages that a job's READ filled are charged to the job, so the keeper drops them and faults the item in anew; its
 READs are answered from here, and the source is read once. The stash is bounded: an item reserves room for all of itself
-before it is admitted, and without room it is not admitted this time. Not thread-safe.
+before it is admitted, and without room it is not admitted this time. Not thread-safe. It does not know what is
+admitted, or who reads.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 It looks like the stash, but what is whole stays. Behind the bytes lies a table of the items that are whole, from which
 a server that takes over learns what is there: of each range of pages the item, a stamp of its version, and where in the
-item the range belongs. A row is written when its pages are, and erased before they are given to another item.
+item the range belongs. A row is written when its pages are, and erased before they are given to another item. It does
+not know which items are worth their place: `minio` does.
 
 Reading takes no lock: who has read looks again whether the item is still the same, else throws away what it got. All
 else is called under the lock of `coordlfs.cache.admission`.

@@ -2,7 +2,8 @@
 
 A node id is derived from the path relative to the dataset's root (xxh3, 63 bits), so that it survives the server
 and is the same on every node of a cluster. Two paths with one hash are told apart by hashing again with the next
-seed. Names with several hard links are one node, derived from the source's inode.
+seed. Names with several hard links are one node, derived from the source's inode. Attributes are handed in: it asks
+the source nothing, and does not know what is cached.
 
 A node stands for one version of one file, from the first byte on that is handed out of it. A file that changes after
 that, in whatever way, becomes a new node, whose id is derived from the path, size and time: whoever has the old one

@@ -1,4 +1,7 @@
-"""Memory that outlives the server: memfds that the supervisor makes and every server of the mount writes in turn."""
+"""Memory that outlives the server: memfds that the supervisor makes and every server of the mount writes in turn.
+
+What lies in it is known by those who write it: `catalog`, `metrics`, and `coordlfs.cache.store`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Counters that outlive the server: they lie in the catalogue's memory, which the supervisor owns."""
+"""Counters that outlive the server: they lie in the catalogue's memory, which the supervisor owns.
+
+It does not know who counts: what becomes of them is decided in `coordlfs.processes.stats`.
+"""
 
 from __future__ import annotations
 

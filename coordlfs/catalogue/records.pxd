@@ -1,3 +1,5 @@
+"""What other compiled modules may use of `records.pyx`: they find records and enter them, and know no table."""
+
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from posix.stat cimport S_ISDIR, S_ISREG
 

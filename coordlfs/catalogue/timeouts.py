@@ -1,4 +1,7 @@
-"""How long the kernel may believe the names and attributes that it is shown: FUSE's entry_timeout and attr_timeout."""
+"""How long the kernel may believe the names and attributes that it is shown: FUSE's entry_timeout and attr_timeout.
+
+Both loops answer with these. It knows the attributes of one name, and nothing else.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The client of the control socket: warm, drop, refresh and restart a mount."""
+"""The client of the control socket: warm, drop, refresh and restart a mount.
+
+It returns what was answered: what is shown of it is decided in `cli`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """`coordlfs doctor`: whether this machine can do what coordlfs needs, and what each thing costs that it cannot.
 
 Every check tries the real thing where that is possible, and changes nothing: version numbers lie, since distributions
-port features back and containers forbid what the kernel could do.
+port features back and containers forbid what the kernel could do. It examines the machine and knows nothing of what is
+mounted: `coordlfs status` does.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The command stays in the wrapper's process group, as a shell would have it. So what is sent to the group, by a terminal,
 a shell or a batch system, reaches the command without the wrapper's doing, and what is sent to the wrapper alone must
 be passed on. A signal does not tell which of these it was. Therefore a witness, a process of the same group that
-does nothing, is asked whether it has got the signal as well.
+does nothing, is asked whether it has got the signal as well. It knows nothing of mounts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`coordlfs mount`: everything is checked first, and nothing is left half done."""
+"""`coordlfs mount`: everything is checked first, and nothing is left half done.
+
+How a mount is served is the business of the supervisor, which it starts.
+"""
 
 from __future__ import annotations
 

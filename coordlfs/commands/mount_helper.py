@@ -3,6 +3,7 @@
 Options of `coordlfs mount` are written without their dashes. mount(8) hands over every option that it knows as well,
 whether the user wrote it or not: those are ignored where they ask for nothing, or for what coordlfs does anyway. `rw`
 is one of them: it is mount(8)'s default, and the mount is read-only all the same. What cannot be honoured is refused.
+How to mount is known by `mount`.
 """
 
 from __future__ import annotations

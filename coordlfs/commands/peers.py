@@ -1,4 +1,7 @@
-"""`coordlfs peers`: the nodes that share a mount's cache, for people and for programs."""
+"""`coordlfs peers`: the nodes that share a mount's cache, for people and for programs.
+
+It asks the mount on this node, and no other node.
+"""
 
 from __future__ import annotations
 

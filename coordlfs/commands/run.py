@@ -1,4 +1,7 @@
-"""`coordlfs run`: one command with the mount around it, which the command alone sees and which ends with it."""
+"""`coordlfs run`: one command with the mount around it, which the command alone sees and which ends with it.
+
+It puts `mount`, `job` and `umount` together, and knows nothing of how they do it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`coordlfs status`: the figures of a mount for people."""
+"""`coordlfs status`: the figures of a mount for people.
+
+It knows the names of the figures, and not how they come about.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`coordlfs umount`: end a mount, wait for its processes, and name whatever still holds it."""
+"""`coordlfs umount`: end a mount, wait for its processes, and name whatever still holds it.
+
+It knows nothing of what is cached, and needs no answer of the mount: one that is dead must end as well.
+"""
 
 from __future__ import annotations
 

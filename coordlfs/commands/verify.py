@@ -1,4 +1,7 @@
-"""`coordlfs verify`: every byte, name and attribute of a mount, held against its source."""
+"""`coordlfs verify`: every byte, name and attribute of a mount, held against its source.
+
+It reads both as any program does, and knows nothing of what is cached.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Limits of processes: which of them are so low that coordlfs does less than it could, or nothing."""
+"""Limits of processes: which of them are so low that coordlfs does less than it could, or nothing.
+
+It says what a limit costs, and sets none.
+"""
 
 from __future__ import annotations
 

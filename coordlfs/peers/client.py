@@ -3,7 +3,8 @@
 Whoever asks sends its request and goes on. Replies come in the order of the requests; whoever sees that one has come
 has the receiver take it, and hand it to the function that waits for it, in memory that is used for the next one
 afterwards. So a READ that another node answers holds no thread, and costs no switch between threads where those who ask
-are those who look. Whatever goes wrong is said within a bounded time, and the source is read.
+are those who look. Whatever goes wrong is said within a bounded time, and the source is read. It does not know who
+owns what, or what to do without an answer.
 """
 
 from __future__ import annotations

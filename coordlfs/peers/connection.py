@@ -1,6 +1,7 @@
 """A connection between two nodes, from either end: TCP, TLS where it is asked for, and proofs of the key both ways.
 
 Every step has a time limit. Sockets are blocking, with the kernel's limits (SO_RCVTIMEO), which cost no system call.
+It does not know who owns what.
 """
 
 from __future__ import annotations

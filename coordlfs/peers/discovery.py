@@ -1,6 +1,7 @@
 """Where nodes may be found: a static list, the name service, Slurm's host list, or etcd.
 
-Whatever goes wrong here changes nothing about the nodes that are known: they are greeted all the same.
+Whatever goes wrong here changes nothing about the nodes that are known: they are greeted all the same. It does not
+know which of them live: `membership` does.
 """
 
 from __future__ import annotations

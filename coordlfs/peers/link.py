@@ -1,7 +1,7 @@
 """Packets between the server of a mount and its peer server, over a SOCK_SEQPACKET pair that only these two hold.
 
 A question ("may I read this item, and keep it?") and its answer are structs, as they are on the way of a miss; what the
-peer server knows of the cluster comes as JSON, in parts.
+peer server knows of the cluster comes as JSON, in parts. It does not know what follows from them.
 """
 
 from __future__ import annotations

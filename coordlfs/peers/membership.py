@@ -1,7 +1,8 @@
 """Who the nodes are: addresses from a list, the name service, Slurm or etcd, and which of them live.
 
 Every address is greeted every few seconds. A node that answers is a member, with the name and the capacity that it
-gives; one that has not answered for a while is none, until it answers again.
+gives; one that has not answered for a while is none, until it answers again. It does not know who owns which item:
+that follows from it, in `ownership`.
 """
 
 from __future__ import annotations

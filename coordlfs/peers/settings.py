@@ -1,4 +1,7 @@
-"""What `--listen`, `--peers` and the rest say, checked before anything is mounted."""
+"""What `--listen`, `--peers` and the rest say, checked before anything is mounted.
+
+It speaks to no node.
+"""
 
 from __future__ import annotations
 

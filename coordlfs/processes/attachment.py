@@ -1,6 +1,7 @@
 """How a mount comes to be and ends: by mount(2) where this process may, else by way of fusermount3.
 
 It may as root, and in a user namespace of its own (`coordlfs run`). What else differs between these is decided here.
+It knows nothing of cache and source.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 The listening socket is made before anything is mounted and belongs to the supervisor, like everything that outlives
 the server: the port is not lost while the server is replaced, and a scrape that comes meanwhile waits. Scrapes have
 threads of their own, at most `_SCRAPES` at a time, which take turns with the data loop only while they format numbers.
+It reads figures, and changes nothing.
 """
 
 from __future__ import annotations

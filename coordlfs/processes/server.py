@@ -1,7 +1,7 @@
 """The server of a mount: puts loops, policy and source together, and ends when the kernel says it is unmounted.
 
 It may be killed at any moment: whatever has to outlive it (the FUSE device, the catalogue's memory, the keepers)
-belongs to the supervisor, which starts another.
+belongs to the supervisor, which starts another. It decides nothing: the rules stand in what it puts together.
 """
 
 from __future__ import annotations

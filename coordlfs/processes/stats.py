@@ -1,6 +1,7 @@
 """The figures of a mount, as `coordlfs status --json` and `user.coordl.stats` give them.
 
-The names are part of the interface: docs/reference/status.md lists them. Fields may be added, never renamed.
+The names are part of the interface: docs/reference/status.md lists them. Fields may be added, never renamed. It counts
+nothing: that is done where it happens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The server's line to its supervisor: keepers come and go over it.
 
-JSON packets on a SOCK_SEQPACKET pair; a keeper's socket travels as SCM_RIGHTS.
+JSON packets on a SOCK_SEQPACKET pair; a keeper's socket travels as SCM_RIGHTS. It does not know what keepers are asked
+to do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The data loop: threads that read /dev/fuse, answer READ, LOOKUP, GETATTR and READDIRPLUS, and hand on the rest.
 
 OPEN, OPENDIR, FLUSH, RELEASE and ACCESS are refused with ENOSYS, after which the kernel never sends them again: to
-open a file that it knows costs no request ("zero-request open").
+open a file that it knows costs no request ("zero-request open"). It does not know which bytes may be given (`reading`
+does), or what is cached.
 
 One or two threads compete for the GIL. A local disk reads while they go on (AIO), and other nodes
 answer. Whatever else has to be waited for is a blocking call, and another thread takes the place of one that waits, so

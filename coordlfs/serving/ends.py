@@ -5,7 +5,8 @@ does not listen if it was notified about the inode after it sent the READ, and w
 knows. Whether it was cannot be told from the request. So of an inode that the kernel was notified about, a READ that
 would be answered short is refused once: what was to be read ahead, the kernel then asks for page by page, and what it
 asks for after the refusal it sent after the notification. The reader sees nothing of it, but for one that faults in a
-single page behind which its mapping goes on: of a file whose end has not come down no READ is refused, therefore.
+single page behind which its mapping goes on: of a file whose end has not come down no READ is refused, therefore. No
+I/O here.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 The kernel keeps a listing, so each directory is listed once. What makes up the reply is `entries.pyx`. Positions mean
 the same to all who read a directory at a time, though it may change meanwhile: what was there all along is given once.
+It does not know how a request arrives.
 """
 
 from __future__ import annotations

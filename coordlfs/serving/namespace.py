@@ -1,7 +1,7 @@
 """Names and attributes as the source shows them now, and as the catalogue records that the kernel was shown them.
 
 Both loops answer from here. Methods raise OSError; what the source gives for a name that is not there, whatever the
-reason, is ENOENT. Thread-safe.
+reason, is ENOENT. Thread-safe. It does not know which of them asks.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Links, extended attributes and file system figures. pyfuse3 reads from a socket pair that the data loop feeds; see
 `coordlfs.processes.server`. A source that may never answer, as on a network, is asked from threads, so that nothing
-waits but who asked.
+waits but who asked. It must do nothing that a hit has to wait for.
 """
 
 from __future__ import annotations

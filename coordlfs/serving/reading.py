@@ -6,6 +6,8 @@ on what a reader may have got already:
   * bytes: ESTALE, as on NFS, however the file changed. The name leads to a new node, which whoever opens it gets;
     whoever has the old one open must not mix the two.
 So all bytes that the kernel ever gets for a node are of one version.
+
+It does not know how a request arrives, or how the reply goes out.
 """
 
 from __future__ import annotations

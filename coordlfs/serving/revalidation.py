@@ -2,7 +2,8 @@
 
 A pass compares every name and file that the kernel may believe with the source, at such a pace that each is looked
 at once in the time that was promised (`--revalidate`); `coordlfs refresh` has some or all of them looked at at once.
-Reads that hit are not slowed down; what changed is dropped, and comes back in its new version when it is read.
+Reads that hit are not slowed down; what changed is dropped, and comes back in its new version when it is read. What
+follows from a change is decided in `namespace` and `reading`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Bytes that are in the source's page cache already are taken from there; everything else is read with O_DIRECT, or,
 where the file system refuses that, read and dropped. `preadv2(RWF_NOWAIT)` alone would not do: since Linux 5.10 it
 starts readahead of what is missing (measured on 6.18: the whole file was cached by the call), so cachestat(2) is asked
-first.
+first. It does not know which version the kernel has cached: that is in the catalogue.
 """
 
 from __future__ import annotations

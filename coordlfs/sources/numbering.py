@@ -3,7 +3,8 @@
 FAT, and file systems that are asked over a network without numbers of their own (sshfs, rclone, object stores), make
 numbers up as they go. There a file is known by its size and modification time alone. Those that do so are known by kind
 or because one does it: a file shows another number each time, or shows another one though neither it nor any directory
-above it was touched since the mount, so that nothing can have taken its place.
+above it was touched since the mount, so that nothing can have taken its place. What follows for versions is decided by
+those who ask.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What tells two states of a file apart."""
+"""What tells two states of a file apart.
+
+No reader may get bytes of two of them. It knows attributes, and reads nothing.
+"""
 
 from __future__ import annotations
 

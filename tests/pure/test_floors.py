@@ -1,4 +1,4 @@
-"""The floors of the house for what import-linter does not read: imports of the compiled modules and their stubs."""
+"""The floors of the packages, for what import-linter does not read: imports of the compiled modules and their stubs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-FLOORS = {room.strip(): i for i, layer in enumerate(CONTRACTS[0]["layers"]) for room in layer.split(":")}
+FLOORS = {package.strip(): i for i, layer in enumerate(CONTRACTS[0]["layers"]) for package in layer.split(":")}
 COMPILED = sorted(path for kind in ("pyx", "pxd", "pyi") for path in (ROOT / "coordlfs").glob(f"*/*.{kind}"))
 _IMPORT = re.compile(r"^\s*(?:from|import|cimport) +coordlfs\.(\w+)", re.MULTILINE)
 
@@ -22,5 +22,5 @@ def test_there_are_floors_and_compiled_modules() -> None:
 
 @pytest.mark.parametrize("path", COMPILED, ids=lambda path: path.name)
 def test_compiled_modules_import_downwards(path: Path) -> None:
-    for room in _IMPORT.findall(path.read_text()):
-        assert FLOORS[room] >= FLOORS[path.parent.name], f"{path.parent.name} must not import {room}"
+    for package in _IMPORT.findall(path.read_text()):
+        assert FLOORS[package] >= FLOORS[path.parent.name], f"{path.parent.name} must not import {package}"

@@ -1,1 +1,4 @@
-"""Frameworks that training jobs are written with, run for real: `python -m coordlfs_tools.clients [NAME …]`."""
+"""Frameworks that training jobs are written with, run for real: `python -m coordlfs_tools.clients [NAME …]`.
+
+It knows how each is used, and not how it is measured.
+"""

@@ -2,7 +2,7 @@
 
 A photograph has detail at every scale, the less of it the finer: here, a grid of random colours is blown up again and
 again, a finer one laid thinly over it each time; then come shapes and a sensor's noise. Every class has a colour of its
-own, so that a network has something to learn.
+own, so that a network has something to learn. It does not know who reads them.
 """
 
 from __future__ import annotations
