@@ -242,20 +242,15 @@ def restart(mountpoint: str) -> dict[str, int]:
     server, keepers = before["processes"]["server"], before["processes"]["keepers"]
     peer_servers = [pid] if (pid := before["processes"]["peer_server"]) is not None else []
     for pid in (server, *keepers, *peer_servers):
-        client = Client(mountpoint)
-        try:
-            with suppress(UserError):  # a server that is replaced may be gone before it can answer
-                client.ask("replace", pid=pid)
-        finally:
-            client.close()
-        _wait_replaced(mountpoint, pid, before["pinned_items"])
+        _replace(mountpoint, pid, before["pinned_items"])
     pinned = mounted.stats(mountpoint)["pinned_items"]
     return {"keepers": len(keepers), "peer_servers": len(peer_servers), "pinned_items": pinned}
 
 
-def _wait_replaced(mountpoint: str, pid: int, pinned: int) -> None:
+def _replace(mountpoint: str, pid: int, pinned: int) -> None:
     end = time.monotonic() + _REPLACED_WITHIN
     settled = end  # until all that was pinned is pinned again; what the job or the memory made of it is not our concern
+    asked = None  # the server: one that dies may take the request with it
     while (now := time.monotonic()) < end:
         figures = mounted.stats(mountpoint)
         processes = figures["processes"]
@@ -263,5 +258,17 @@ def _wait_replaced(mountpoint: str, pid: int, pinned: int) -> None:
             settled = min(settled, now + _SETTLED_WITHIN)
             if (figures["pinned_items"] >= pinned and not figures["pending_items"]) or now > settled:
                 return
+        elif asked != processes["server"]:
+            asked = processes["server"]
+            _ask_to_replace(mountpoint, pid)
         time.sleep(0.05)
     raise UserError(f"{mountpoint} has not replaced process {pid} within {_REPLACED_WITHIN:.0f} s: see its log")
+
+
+def _ask_to_replace(mountpoint: str, pid: int) -> None:
+    client = Client(mountpoint)
+    try:
+        with suppress(UserError):  # a server that is replaced may be gone before it can answer
+            client.ask("replace", pid=pid)
+    finally:
+        client.close()

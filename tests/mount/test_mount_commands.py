@@ -26,6 +26,7 @@ from mounts import (
     coordlfs,
     eventually,
     forget,
+    is_alive,
     locked,
     noise,
     page_count,
@@ -515,3 +516,29 @@ def test_a_bounding_set_without_the_right_to_mount() -> None:
     for before, says in ((drop, "False"), ([], "True")):
         done = subprocess.run([*before, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
         assert done.stdout.strip() == says, done.stderr
+
+
+def test_a_server_that_dies_with_the_request_to_replace_a_keeper(
+    source: Path, mount: MakeMount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(source, 3, 50_000)
+    mounted = mount(source)
+    mounted.expect_errors = True
+    for name in ("item-00000", "item-00001", "item-00002"):
+        read(mounted.path / name)
+    mounted.settle()
+    keeper, ask = mounted.processes["keepers"][0], client.Client.ask
+    victims: list[int] = []
+
+    def ask_the_dead(self: client.Client, verb: str, **arguments: Any) -> dict[str, Any]:
+        if arguments == {"pid": keeper} and not victims:
+            victims.append(mounted.stats()["processes"]["server"])
+            os.kill(victims[0], signal.SIGKILL)
+            eventually(lambda: not is_alive(victims[0]))
+        return ask(self, verb, **arguments)
+
+    monkeypatch.setattr(client.Client, "ask", ask_the_dead)
+    assert client.restart(str(mounted.path))["pinned_items"] == 3
+    processes = mounted.stats()["processes"]
+    assert keeper not in processes["keepers"]
+    assert processes["server"] not in (mounted.processes["server"], *victims)
