@@ -40,9 +40,12 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
         return
     if elsewhere:
         who = ", ".join(f"{pid} ({name})" for pid, name in elsewhere[:5])
-        raise UserError(f"{mountpoint} is unmounted, but for the mount namespace of process {who}: it ends with that")
+        raise UserError(
+            f"{mountpoint} is unmounted here, but the mount namespace of process {who} still has it: the server ends"
+            " with that process"
+        )
     left = ", ".join(str(pid) for pid in pids if process.exit_status(pid) is None)
-    raise UserError(f"{mountpoint} is unmounted, but of its processes {left} still runs: the log may say why")
+    raise UserError(f"{mountpoint} is unmounted, but its processes {left} still run: see its log")
 
 
 def _processes(mountpoint: str) -> tuple[list[int], bool]:

@@ -270,7 +270,7 @@ def test_the_supervisor_is_killed(user: User, source: Path, mount_as: MakeUserMo
         again.end()
 
 
-def test_memory_of_its_own_is_given_back(
+def test_private_memory_is_released(
     somebody: User, source: Path, mount_as: MakeUserMount, cgroup: Callable[[int], Cgroup]
 ) -> None:
     names = write_files(source, 96, MIB)

@@ -26,7 +26,7 @@ def test_nothing_changes_while_there_is_enough() -> None:
     assert governor.update(8 * GIB, Memory(TOTAL, 12 * GIB), 0.9, 1) == 8 * GIB
 
 
-def test_memory_is_given_back_up_to_the_high_mark_and_taken_again_after_a_rest() -> None:
+def test_memory_is_released_up_to_the_high_mark_and_taken_again_after_a_rest() -> None:
     governor = Governor(8 * GIB)
     available = MARKS.low - 1
     limit = governor.update(8 * GIB, Memory(TOTAL, available), 0.0, 100)
