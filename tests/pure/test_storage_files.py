@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from coordlfs_tools.storage.files import File, listed
-from coordlfs_tools.storage.measure import measure, parts
+from coordlfs_tools.storage.measure import measure, parts, rate
 
 
 def test_every_file_once_and_through_links(tmp_path: Path) -> None:
@@ -36,3 +36,11 @@ def test_a_file_whose_parts_seldom_begin_at_its_beginning(tmp_path: Path) -> Non
     for seed in range(3):
         rates = measure(listed(tmp_path), 1, seconds=0.05, rounds=1, seed=seed)
         assert min(rates.storage + rates.cache) > 0
+
+
+def test_something_is_read_in_however_little_time(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"x" * 5000)
+    value, rest = rate(parts(listed(tmp_path)), 1, 0)
+    assert value > 0
+    assert len(rest) == 1

@@ -76,7 +76,8 @@ class _Reading:
         buffer = pages.buffer(_BUFFER)
         view = memoryview(buffer)
         try:
-            while self.todo and time.perf_counter() < self.deadline and not self.failed:
+            # One read at least: on a busy machine a thread may not run before the time is over.
+            while self.todo and (not self.begins or time.perf_counter() < self.deadline) and not self.failed:
                 with suppress(IndexError):  # another thread took the last
                     part = self.todo.pop()
                     self.begins.append((time.perf_counter(), _read(part, view, self.direct)))
