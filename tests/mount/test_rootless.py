@@ -212,7 +212,7 @@ def test_what_is_said_of_memory(user: User, source: Path, mount_as: MakeUserMoun
     else:
         (line,) = mounted.said.stderr.splitlines()
         assert "only 0 B may be locked" in line
-        assert "allow 4.0 MiB" in line
+        assert "Allow 4.0 MiB" in line
         assert "LimitMEMLOCK" in line
         assert "LimitMEMLOCK" in figures["remedy"]
         assert "RLIMIT_MEMLOCK" in text
