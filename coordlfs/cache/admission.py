@@ -1,4 +1,4 @@
-"""Admission: how an item that missed comes to be pinned, and is let go again.
+"""Admission: how an item that missed comes to be pinned, and is dropped again.
 
     absent ── a READ misses, MinIO has room ──> collecting (its bytes go to the stash)
            ── all of it read, or idle a while ──> asked (a keeper pins it, READing the stash) ──> pinned
@@ -6,8 +6,12 @@
 The keeper says BUSY while a reader still uses the pages: it is asked again later, at last after the kernel was told to
 take them even out of a job's mappings. A job's READ that comes while the keeper works would leave pages charged to the
 job, so such an item is pinned once more. Data loop threads call in with what they read, and listen to the keepers as
-they look for messages: a thread that woke up for each answer would take the interpreter from them. One thread of this
-module watches the clock.
+they look for requests: a thread that woke up for each answer would take the GIL from them. One thread of this module
+watches the clock.
+
+Here it is decided what is cached. What is on its way is kept in `pending`, keepers are talked to by `keepers`, and misses
+are counted by `accounting`; whose the items are, what readers announced and what they wait for is asked of others, as
+`interfaces` says. It knows neither the kernel's requests nor the source.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 16  # answers of one keeper that are taken before who serves looks for messages again
+_AT_ONCE = 16  # answers of one keeper that are taken before who serves looks for requests again
 IDLE = 0.05  # seconds without a READ after which an item that was read in part is pinned whole
 RETRY = (0.002, 0.02, 0.2, 1.0, 4.0)  # seconds between attempts while somebody uses the pages
 _ENOUGH = 48  # of them, and items on their way, above which nothing is fetched ahead
@@ -163,7 +167,7 @@ class Admission:
         self.drop([item])  # the kernel dropped pages of it, as it does when a file changes: pin it anew
 
     def _take(self, item: int, offset: int, data: memoryview, file_size: int, pid: int, *, for_peer: bool) -> None:
-        """Take on an item that is absent and has room, or add to one that is on its way."""
+        """Admit an item that is absent and has room, or add to one that is on its way."""
         record, length = items.record_of(item), items.length(item, file_size)
         pending = self._pending.by_item.get(item)
         if pending is None:
@@ -263,7 +267,7 @@ class Admission:
     # -- called by whoever wants items in or out ----------------------------------------------------------------
 
     def admit(self, wanted: Iterable[int]) -> int:
-        """Have items pinned that nobody has read; how many were taken on. What does not fit is left out."""
+        """Have items pinned that nobody has read; how many were admitted. What does not fit is left out."""
         taken = 0
         with self.lock:
             for item in wanted:
@@ -282,7 +286,7 @@ class Admission:
             self._keepers.flush()
 
     def drop(self, unwanted: Iterable[int]) -> int:
-        """Have items let go, pinned or on their way; how many there were."""
+        """Have items dropped, pinned or on their way; how many there were."""
         dropped = 0
         with self.lock:
             for item in unwanted:
@@ -303,12 +307,12 @@ class Admission:
         return dropped
 
     def held_pages(self) -> int:
-        """Pages that are pinned, those included that are being let go: their memory is not available yet."""
+        """Pages that are pinned, those included that are being dropped: their memory is not available yet."""
         with self.lock:
             return self.policy.pinned_pages + sum(map(self.policy.pages, self.dropping))
 
     def limit(self, capacity: int) -> int:
-        """Have no more than `capacity` pages from now on; how many are let go for it, of items drawn at random."""
+        """Have no more than `capacity` pages from now on; how many are dropped for it, of items drawn at random."""
         with self.lock:
             self.policy.capacity = capacity
             if self.policy.used <= capacity:

@@ -1,4 +1,4 @@
-"""Admission where the cache is memory of its own: an item is cached as soon as all of its bytes have been read.
+"""Admission where the cache is private memory: an item is cached as soon as all of its bytes have been read.
 
     absent ── a READ misses, MinIO has room ──> on its way (its bytes go to the memory where they are to stay)
            ── all of it read; or idle a while, and a keeper reads the rest ──> in the cache
@@ -32,7 +32,7 @@ _SENTINELS = 15  # files that a keeper is asked to watch for being opened
 
 
 class StoreAdmission(Admission):
-    """The cache's books, and the cache."""
+    """Admission, and the cache itself."""
 
     served_from = "memory_bytes"
     hits_ask_nobody = False
