@@ -9,9 +9,9 @@ job, so such an item is pinned once more. Data loop threads call in with what th
 they look for requests: a thread that woke up for each answer would take the GIL from them. One thread of this module
 watches the clock.
 
-Here it is decided what is cached. What is on its way is kept in `pending`, keepers are talked to by `keepers`, and misses
+Here it is decided what is cached. What is on its way is kept in `pending`, keepers are talked to by `keepers`, misses
 are counted by `accounting`; whose the items are, what readers announced and what they wait for is asked of others, as
-`interfaces` says. It knows neither the kernel's requests nor the source.
+`interfaces` says. It knows neither the requests of the kernel nor the source.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from coordlfs_tools.soak.content import content, generations, is_all
 from coordlfs_tools.soak.ledger import ABSENT, ANY, Ledger, Version
-from coordlfs_tools.soak.verdict import ALL, Piece, wrong
+from coordlfs_tools.soak.verdict import ALL, Piece, origins, wrong
 from hypothesis import given
 from hypothesis import strategies as st
 from mounts import PATIENCE
@@ -54,28 +54,35 @@ def test_what_was_read_of_one_version_is_right(data: st.DataObject, version: Ver
     offset = data.draw(st.integers(0, version.size))
     asked = data.draw(st.integers(1, 60_000))
     got = content(FILE, version.generation, offset, max(0, min(asked, version.size - offset)))
-    assert wrong(FILE, [Piece(offset, asked, got)], VERSIONS, in_place=False) is None
+    assert wrong(FILE, [Piece(offset, asked, got)], VERSIONS) is None
     others = [v for v in VERSIONS if v != version]
     if len(got) >= 8:
-        assert wrong(FILE, [Piece(offset, asked, got)], others, in_place=False) is not None
-        assert wrong(FILE, [Piece(offset, asked, got[:-1])], VERSIONS, in_place=False) is not None
+        assert wrong(FILE, [Piece(offset, asked, got)], others) is not None
+        assert wrong(FILE, [Piece(offset, asked, got[:-1])], VERSIONS) is not None
         broken = bytearray(got)
         broken[data.draw(st.integers(0, len(got) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-        assert wrong(FILE, [Piece(offset, asked, bytes(broken))], VERSIONS, in_place=True) is not None
+        assert wrong(FILE, [Piece(offset, asked, bytes(broken))], VERSIONS) is not None
 
 
 @given(st.integers(1, 6), st.integers(1, 4095))
-def test_a_mixture_is_wrong_where_a_file_is_replaced(pages: int, bytes_more: int) -> None:
+def test_a_mixture_is_wrong(pages: int, bytes_more: int) -> None:
     new, old = (content(FILE, generation, 0, 30_000) for generation in (2, 1))
     at = pages * 4096
     mixed = [Piece(0, ALL, new[:at] + old[at:])]
-    assert wrong(FILE, mixed, VERSIONS, in_place=False) is not None
-    assert wrong(FILE, mixed, VERSIONS, in_place=True) is None  # page by page, the source itself gives as much
-    torn = [Piece(0, ALL, new[: at + bytes_more // 8 * 8 + 8] + old[at + bytes_more // 8 * 8 + 8 :])]
-    assert (wrong(FILE, torn, VERSIONS, in_place=True) is not None) == bool((bytes_more // 8 * 8 + 8) % 4096)
+    assert wrong(FILE, mixed, VERSIONS) is not None
+    assert origins(FILE, mixed[0], 3) == [(0, at, 2), (at, 30_000, 1)]
+    torn = Piece(100, ALL, (new[: at + bytes_more // 8 * 8 + 8] + old[at + bytes_more // 8 * 8 + 8 :])[100:])
+    assert wrong(FILE, [torn], VERSIONS) is not None
+    end = min(at + 4096, 30_000)
+    strange = [(at, end, None)] if (bytes_more // 8 * 8 + 8) % 4096 else []
+    assert origins(FILE, torn, 3) == [
+        (100, at if strange else end, 2),
+        *strange,
+        *([(end, 30_000, 1)] if end < 30_000 else []),
+    ]
     pieces = [Piece(0, at, new[:at]), Piece(at, 1000, old[at : at + 1000])]
-    assert wrong(FILE, pieces, VERSIONS, in_place=False) is not None
-    assert wrong(FILE, [Piece(0, ALL, bytes(30_000))], VERSIONS, in_place=True) is not None
+    assert wrong(FILE, pieces, VERSIONS) is not None
+    assert wrong(FILE, [Piece(0, ALL, bytes(30_000))], VERSIONS) is not None
 
 
 def test_the_ledger_knows_what_was_legal_when(tmp_path: Path) -> None:

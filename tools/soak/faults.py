@@ -23,9 +23,13 @@ from coordlfs_tools.soak.dataset import Dataset, Fate, fate, name
 from coordlfs_tools.soak.ledger import ANY, Ledger
 from coordlfs_tools.soak.target import Target
 
+from coordlfs.commands import client
+from coordlfs.errors import UserError
+
 KINDS = ("kills", "restarts", "changes", "errors", "memory", "caches")
 NOTICED = 5.0  # seconds after `coordlfs refresh` in which what it found has reached every reader
 _NOTICED_WITHIN = 60.0  # seconds in which a refresh must succeed, whoever is killed meanwhile
+_SELDOM, _OFTEN = 2.0, 20.0  # times a second that files are changed
 _HARD = (errno.EIO, errno.EACCES, errno.ENOMEM, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODATA)
 _PASSING = (errno.EMFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 
@@ -116,7 +120,8 @@ class Faults:
     # -- the source ---------------------------------------------------------------------------------------------
 
     def _changes(self, random: Random) -> None:
-        while not self._stop.wait(random.expovariate(2.0)):
+        rate = _OFTEN if set(self._kinds) <= {"changes", "kills"} else _SELDOM
+        while not self._stop.wait(random.expovariate(rate)):
             files = [self._dataset.change() for _ in range(random.randrange(1, 4))]
             self.counts["changes"] += len(files)
             for target in self._targets:
@@ -129,15 +134,17 @@ class Faults:
         deadline = time.monotonic() + _NOTICED_WITHIN
         everything = random.random() < 0.5
         while True:
-            paths = [] if everything else [target.point / name(file) for file in files]
-            done = command("refresh", target.point, *paths, check=False)
-            if not done.returncode:
+            try:
+                client.refresh(str(target.point), [] if everything else [str(target.point / name(f)) for f in files])
+            except UserError as e:
+                said = e
+            else:
                 if "kills" in self._kinds and random.random() < 0.4:
                     time.sleep(random.uniform(0, 0.05))  # what was promised is about to be done
                     self._kill(target, "server")
                 return
             if time.monotonic() > deadline:
-                raise TimeoutError(f"refresh of {target.point}: {done.stderr}")
+                raise TimeoutError(f"refresh of {target.point}: {said}")
             everything = True  # a file that was deleted has no path any more
             self.counts["refreshes again"] += 1
             time.sleep(0.1)

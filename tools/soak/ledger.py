@@ -92,6 +92,12 @@ class Ledger:
                 found.append(Version(int(row["generation"]), int(row["size"])))
         return list(dict.fromkeys(found))
 
+    def history(self, file: int) -> list[dict[str, float]]:
+        """Of each version that is remembered: generation, size, since when it was legal and until when."""
+        number = int(self._files["rows"][file])
+        rows = [self._row(file, at) for at in range(max(0, number - _ROWS), number)]
+        return [{field: row[field].item() for field in ("generation", "size", "born", "ended")} for row in rows]
+
     def _row(self, file: int, number: int) -> Any:
         return self._files["row"][file][number % _ROWS]
 

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -19,9 +20,10 @@ from typing import Any
 
 from coordlfs_tools.soak.dataset import Fate, fate, name
 from coordlfs_tools.soak.ledger import ABSENT, Ledger
-from coordlfs_tools.soak.verdict import ALL, Piece, wrong
+from coordlfs_tools.soak.verdict import ALL, Piece, origins, wrong
 
 _TOLD = 20  # of what is wrong, so many are told in full by each reader
+_LOG_LINES = 200  # of a mount's log, kept with a read that went wrong
 _DIRECT = 1 << 20
 _LATER = 0.02  # seconds between attempts to open a file that is being changed
 
@@ -39,6 +41,8 @@ class Settings:
     fails: bool
     hang: float
     loader: int
+    log: str  # of the mount
+    kept: str  # a file that takes what there is to know of a read that went wrong
 
 
 # -- ways to read a file: all of it, or pieces ------------------------------------------------------------------------
@@ -139,6 +143,7 @@ class Reader:
             try:
                 fd = os.open(f"{self._settings.point}/{name(file)}", os.O_RDONLY)
                 try:
+                    opened = os.fstat(fd)
                     pieces = way(fd, self._random)
                 finally:
                     os.close(fd)
@@ -157,8 +162,9 @@ class Reader:
                 return 0
             break
         legal = self.ledger.legal(file, since, time.monotonic())
-        if problem := wrong(file, pieces, legal, in_place=fate(file) is Fate.IN_PLACE):
+        if problem := wrong(file, pieces, legal):
             self._fail("wrong", file, way, problem)
+            self._keep(file, way, since, opened, pieces)
         nbytes = sum(len(piece.data) for piece in pieces)
         self._mine["files"] += 1
         self._mine["bytes"] += nbytes
@@ -169,6 +175,34 @@ class Reader:
         if self._mine["wrong"] + self._mine["errors"] <= _TOLD:
             who = f"reader {self._settings.index + self._worker} of {self._settings.point}"
             print(f"{what}: {who}, file {name(file)} ({fate(file).value}), {way.__name__[1:]}: {text}", flush=True)
+
+    def _keep(self, file: int, way: _Way, since: float, opened: os.stat_result, pieces: list[Piece]) -> None:
+        """Write down what a wrong read got, and what is to be known of the file and its mount now."""
+        now, point = time.monotonic(), Path(self._settings.point)
+        newest = self.ledger.newest(file).generation
+        told: dict[str, Any] = {
+            "mount": str(point),
+            "file": name(file),
+            "fate": fate(file).value,
+            "way": way.__name__[1:],
+            "opened": since,
+            "judged": now,
+            "when opened": _attributes(opened),
+            "versions": self.ledger.history(file),
+            "got": [{"offset": p.offset, "asked": p.asked, "pages of": origins(file, p, newest)} for p in pieces],
+        }
+        with suppress(OSError):
+            told["now"] = _attributes(os.stat(point / name(file)))
+            told["cached"] = os.getxattr(point / name(file), "user.coordl.cached").decode()
+        with suppress(OSError):
+            told["stats"] = json.loads(os.getxattr(point, "user.coordl.stats"))
+        told["log"] = Path(self._settings.log).read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        with open(self._settings.kept, "a") as f:
+            f.write(json.dumps(told) + "\n")
+
+
+def _attributes(st: os.stat_result) -> dict[str, int]:
+    return {"inode": st.st_ino, "size": st.st_size, "mtime_ns": st.st_mtime_ns, "ctime_ns": st.st_ctime_ns}
 
 
 # -- the same through torch -------------------------------------------------------------------------------------------

@@ -49,6 +49,11 @@ class Options:
     loader: bool
     hang: float  # seconds
 
+    @property
+    def kept(self) -> Path:
+        """A file that takes, a line of JSON each, all that is to be known of reads that went wrong."""
+        return self.directory / f"coordlfs-soak-{self.seed}.jsonl"
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -160,7 +165,7 @@ class Soak:
                 workers = _WORKERS if number == o.readers else 0
                 settings = readers.Settings(
                     *(str(target.point), str(place / "ledger"), o.files, len(targets) * per_mount, index, o.seed),
-                    *(target.fails, o.hang, workers),
+                    *(target.fails, o.hang, workers, str(target.log), str(o.kept)),
                 )
                 argv = [sys.executable, "-m", readers.__name__, json.dumps(asdict(settings))]
                 self._readers.append(subprocess.Popen(argv, start_new_session=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from coordlfs_tools.soak.content import describe, generations, is_all
+from coordlfs_tools.soak.content import PAGE, describe, generations, is_all
 from coordlfs_tools.soak.ledger import ABSENT, Version
 
 ALL = 1 << 62  # asked for by who reads until the end
@@ -19,23 +19,32 @@ class Piece(NamedTuple):
     data: bytes
 
 
-def wrong(file: int, pieces: Sequence[Piece], legal: Sequence[Version], *, in_place: bool) -> str | None:
-    """What is wrong with bytes of one open file, of which any of the versions `legal` might have been read.
-
-    A file that is changed `in_place` shows its reader each page in one of them, as the source itself would.
-    """
+def wrong(file: int, pieces: Sequence[Piece], legal: Sequence[Version]) -> str | None:
+    """What is wrong with bytes of one open file, which have to be of one of the versions `legal`, whichever."""
     versions = [v for v in legal if v.size != ABSENT]
     if any(all(_fits(file, piece, version) for piece in pieces) for version in versions):
         return None
     known = list(dict.fromkeys(v.generation for v in versions))
-    if in_place and len(versions) > 1:
-        longest = max(v.size for v in versions)
-        mixed = [generations(file, piece.offset, piece.data, known) for piece in pieces]
-        if all(None not in of for of in mixed) and all(p.offset + len(p.data) <= longest for p in pieces):
-            return None
     return f"{_said(file, pieces, known)}; legal: " + (
         ", ".join(f"generation {v.generation} of {v.size} bytes" for v in legal) or "nothing"
     )
+
+
+def origins(file: int, piece: Piece, generation: int) -> list[tuple[int, int, int | None]]:
+    """Where the bytes of a piece come from: page by page, and like neighbours together.
+
+    Offset, end and generation, of which any up to `generation` is looked for; None for pages that are of none.
+    """
+    found: list[tuple[int, int, int | None]] = []
+    at, known = piece.offset, list(range(generation, 0, -1))
+    for of in generations(file, piece.offset, piece.data, known):
+        end = min(piece.offset + len(piece.data), (at // PAGE + 1) * PAGE)
+        if found and found[-1][2] == of:
+            at, found[-1] = end, (found[-1][0], end, of)
+        else:
+            found.append((at, end, of))
+            at = end
+    return found
 
 
 def _fits(file: int, piece: Piece, version: Version) -> bool:
