@@ -236,7 +236,7 @@ class Catalog:
         """
         flags = self.flags(record)
         is_link = stat.S_ISLNK(st.st_mode) and not flags & (REGULAR | DIRECTORY)
-        if (flags & SERVED or is_link) and not self.shows_bytes(record, st):
+        if not flags & SUPERSEDED and (flags & SERVED or is_link) and not self.shows_bytes(record, st):
             self.supersede(record)
         return bool(self.flags(record) & SUPERSEDED)
 

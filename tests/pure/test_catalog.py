@@ -567,3 +567,14 @@ def test_counters_and_records_do_not_overlap(fds: tuple[int, int]) -> None:
     seen = Catalog(*fds)
     assert (len(seen), seen.path(record), seen.version(record), seen.find(ROOT_NODE)) == before
     assert list(seen.counters) == [(1 << 64) - 1] * COUNTERS
+
+
+def test_what_was_told_of_a_past_version_is_told_once(fds: tuple[int, int]) -> None:
+    """Or a later server would have the name forgotten again, with all that is cached of the new version."""
+    catalog = Catalog(*fds)
+    record, *_ = catalog.enter(0, b"f", attributes(2))
+    assert catalog.serves(record, catalog.version(record))
+    assert catalog.supersedes(record, attributes(2, size=5))
+    catalog.set_fresh(record, catalog.staleness(record))
+    assert catalog.supersedes(record, attributes(2, size=5))
+    assert catalog.stale() == []
