@@ -11,6 +11,8 @@ Nothing here fails or changes anything: what cannot be looked at makes the diges
 
 from __future__ import annotations
 
+import builtins
+import ctypes
 import dis
 import functools
 import importlib.util
@@ -25,8 +27,9 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from copyreg import dispatch_table
+from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, ModuleSpec
 from itertools import chain
-from pathlib import PosixPath, PurePath, PurePosixPath
+from pathlib import Path, PosixPath, PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
 from xxhash import xxh3_128
@@ -43,12 +46,21 @@ _BOXES = frozenset((list, tuple, set, frozenset, dict))
 # Of a class: what follows from the rest, differs from run to run, or says nothing about what it does.
 _IGNORED = frozenset(
     (
-        *("__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__firstlineno__", "__match_args__"),
+        *("__dict__", "__weakref__", "__module__", "__qualname__", "__firstlineno__", "__match_args__"),
         *("__annotations__", "__annotations_cache__", "__annotate__", "__annotate_func__", "__static_attributes__"),
         *("__abstractmethods__", "_abc_impl", "__parameters__", "__orig_bases__", "__conditional_annotations__"),
     )
 )
+# Of a module: what importing it sets.
+_IMPORTED = frozenset(
+    (
+        *("__name__", "__file__", "__cached__", "__path__", "__package__", "__spec__", "__loader__", "__builtins__"),
+        *("__doc__", "__annotations__", "__annotate__", "__conditional_annotations__"),
+    )
+)
+_ALL = frozenset(("globals", "eval", "exec"))  # code that calls them may use any of its globals
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
+_NUMBERS = frozenset("<>=@!?bBhHiIlLqQfdgn0123456789()[],:")  # what formats of memory without pointers are made of
 _INSTALLED = tuple({os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib")})
 
 
@@ -119,6 +131,34 @@ def _version(module: str | None) -> str:
     return found if isinstance(found, str) else ""
 
 
+def _is_set(value: Any) -> bool:
+    """Whether it is what a script may have put into an installed module."""
+    return _plain([value]) or (isinstance(value, types.FunctionType) and not _is_theirs(value))
+
+
+def _source(file: str | None) -> bytes:
+    """The digest of a file, if it is one."""
+    return _hash(b"file", [Path(file).read_bytes()]) if file is not None and os.path.isfile(file) else b""
+
+
+def _is_own_binary(file: str | None) -> bool:
+    """Whether a module's file is compiled, and the module not known by its version."""
+    return str(file).endswith(tuple(EXTENSION_SUFFIXES)) and not _is_installed(file, None)
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    """Where a module would be found, without importing what it lies in, which `find_spec` does."""
+    spec, path = None, None
+    parts = name.split(".")
+    for i in range(len(parts)):
+        found = (finder.find_spec(".".join(parts[: i + 1]), path) for finder in sys.meta_path)
+        spec = next((each for each in found if each is not None), None)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations or []
+    return spec
+
+
 def _named(value: Any) -> bool:
     """Whether a function or class is what its module has under its name."""
     at: Any = sys.modules.get(value.__module__)
@@ -151,6 +191,7 @@ class _Walker:
         self.parts: dict[str, str] = {}
         self.unknown: str | None = None
         self._known: dict[int, tuple[object, bytes]] = {}  # the object, so that its id stays its own
+        self._sources: set[str] = set()  # modules whose files were looked at
         self._open: dict[int, int] = {}  # what is being walked through, and how far down
 
     def digest(self, value: Any, path: str) -> bytes:
@@ -243,7 +284,8 @@ class _Walker:
         reduce = dispatch_table.get(kind)
         reduced = reduce(value) if reduce is not None else value.__reduce_ex__(4)
         if isinstance(reduced, str):
-            return _hash(b"global", [_text(f"{_module(kind.__module__)}.{kind.__qualname__}.{reduced}")])
+            name = f"{_module(kind.__module__)}.{kind.__qualname__}.{reduced}"
+            return _hash(b"global", [_text(name), *self._made_in(getattr(value, "__module__", None))])
         how, arguments, *rest = reduced
         state, items, pairs = [*rest[:3], None, None, None][:3]
         parts = [self.digest(kind, kind.__qualname__), self.digest(how, f"{path}()"), self._arguments(arguments, path)]
@@ -267,7 +309,12 @@ class _Walker:
         owner = getattr(value, "__self__", None)
         bound = [] if owner is None or isinstance(owner, types.ModuleType) else [self.digest(owner, f"{path}.__self__")]
         module = getattr(value, "__module__", None) or getattr(getattr(value, "__objclass__", None), "__module__", "")
-        return _hash(b"builtin", [_text(f"{module}.{value.__qualname__}"), *bound])
+        return _hash(b"builtin", [_text(f"{module}.{value.__qualname__}"), *bound, *self._made_in(module)])
+
+    def _made_in(self, module: str | None) -> list[bytes]:
+        """Of what is compiled: the module, unless it is known by its version."""
+        found = sys.modules.get(str(module))
+        return [self.digest(found, str(module))] if _is_own_binary(getattr(found, "__file__", None)) else []
 
     def _partial(self, value: Any, path: str) -> bytes:
         parts = [self.digest(value.func, f"{path}.func"), self._arguments(value.args, path)]
@@ -285,6 +332,9 @@ class _Walker:
     def _kind_only(self, value: Any, path: str) -> bytes:
         return _hash(b"kind", [_text(type(value).__qualname__)])
 
+    def _variables(self, value: Any, path: str) -> bytes:
+        return _hash(b"variables", [self.digest(type(value), path), self._state(vars(value), path)])
+
     def _file(self, value: Any, path: str) -> bytes:
         # As paths: what is in files is not compared.
         if isinstance(value, io.BytesIO | io.StringIO) or not value.readable() or value.writable():
@@ -299,13 +349,20 @@ class _Walker:
     # Code
 
     def _module_itself(self, value: types.ModuleType, path: str) -> bytes:
-        return _hash(b"module", [_text(_module(value.__name__)), _text(_version(value.__name__))])
+        name, file = _module(value.__name__), getattr(value, "__file__", None)
+        if _is_installed(file, value.__name__):
+            return _hash(b"module", [_text(name), _text(_version(value.__name__))])
+        binary = _source(file) if _is_own_binary(file) else b""
+        return _hash(b"module", [_text(name), binary, self._namespace(vars(value), name)])
+
+    def _namespace(self, names: dict[str, Any], path: str) -> bytes:
+        return self._state({name: names[name] for name in names.keys() - _IMPORTED}, path)
 
     def _class(self, value: type, path: str) -> bytes:
         name = f"{_module(value.__module__)}.{value.__qualname__}"
         module = sys.modules.get(value.__module__)
         if _is_installed(getattr(module, "__file__", None), value.__module__) and _named(value):
-            return _hash(b"class", [_text(name), _text(_version(value.__module__))])
+            return _hash(b"class", [_text(name), _text(_version(value.__module__)), *self._replaced(value)])
         parts = [_text(name), *(self.digest(base, base.__qualname__) for base in value.__bases__)]
         if type(value) is not type:
             parts.append(self.digest(type(value), type(value).__qualname__))
@@ -313,6 +370,12 @@ class _Walker:
         for each in sorted(members.keys() - _IGNORED):
             parts += [_text(each), self.digest(members[each], f"{value.__qualname__}.{each}")]
         return _hash(b"class", parts)
+
+    def _replaced(self, value: type) -> Iterator[bytes]:
+        """Functions of an installed class that are not of its package: a script has put them there."""
+        for name, held in vars(value).items():
+            if isinstance(held, types.FunctionType) and not _is_theirs(held):
+                yield _text(name) + self.digest(held, f"{value.__qualname__}.{name}")
 
     def _function(self, value: types.FunctionType, path: str) -> bytes:
         code = value.__code__
@@ -347,25 +410,29 @@ class _Walker:
     def _globals(self, code: types.CodeType, found_in: dict[str, Any]) -> list[bytes]:
         """Digests of the globals that code refers to; of those of which it takes attributes only, of these."""
         parts = []
+        module = _module(found_in.get("__name__"))
         for names in sorted(set(_references(code, str(found_in.get("__package__") or "")))):
             kind, first, *attributes = names
             if kind == "import":
                 parts.append(self._import(first, attributes))
             elif first in found_in:
-                module = _module(found_in.get("__name__"))
                 parts.append(self._attribute(found_in[first], attributes, f"{module}.{first}"))
+            elif first in _ALL:
+                parts.append(self._namespace(found_in, module))
+            elif hasattr(builtins, first):
+                parts.append(self._attribute(getattr(builtins, first), attributes, first))
             parts.append(_text(" ".join(names)))
         return parts
 
     def _attribute(self, value: Any, attributes: list[str], path: str) -> bytes:
         """What code takes of a global: follows attributes as long as they are nothing but what lies there."""
         for name in attributes:
+            held = getattr(value, "__dict__", {})
             if isinstance(value, types.ModuleType):
-                if _is_installed(getattr(value, "__file__", None), value.__name__):
+                if _is_installed(getattr(value, "__file__", None), value.__name__) and not _is_set(held.get(name)):
                     return _hash(b"of", [self.digest(value, path), _text(name)])
             elif getattr(type(value), "__getattribute__", None) not in _USUAL:
                 break
-            held = getattr(value, "__dict__", {})
             if name not in held or hasattr(type(value), name):
                 break
             if isinstance(value, type) and hasattr(held[name], "__get__"):
@@ -376,58 +443,83 @@ class _Walker:
     def _import(self, name: str, attributes: list[str]) -> bytes:
         """A module that a function imports when it is called."""
         module = sys.modules.get(name)
-        if module is not None and attributes:
-            return self._attribute(module, attributes, name)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None or _is_installed(spec.origin, name) or not os.path.isfile(spec.origin):
-            return _hash(b"import", [_text(name), _text(_version(name))])
-        with open(spec.origin, "rb") as file:
-            return _hash(b"source", [file.read()])
+        parts = [self._file_of(name) if module is None else self._attribute(module, attributes, name)]
+        if attributes and attributes[0] not in getattr(module, "__dict__", {}) and _spec(f"{name}.{attributes[0]}"):
+            parts.append(self._import(f"{name}.{attributes[0]}", attributes[1:]))
+        return _hash(b"import", parts)
+
+    def _file_of(self, name: str) -> bytes:
+        """A module that was not imported yet: its source, and what that imports."""
+        spec = _spec(name)
+        if spec is None or _is_installed(spec.origin, name):
+            return _hash(b"named", [_text(name), _text(_version(name))])
+        if name in self._sources:
+            return b""
+        self._sources.add(name)
+        parts = [_text(name), _source(spec.origin)]
+        if spec.origin is not None and spec.origin.endswith(tuple(SOURCE_SUFFIXES)):
+            package = name if spec.submodule_search_locations is not None else name.rpartition(".")[0]
+            code = compile(Path(spec.origin).read_bytes(), spec.origin, "exec", dont_inherit=True)
+            parts += [
+                self._import(first, rest) for kind, first, *rest in _references(code, package) if kind == "import"
+            ]
+        return _hash(b"source", parts)
 
     # Arrays and tensors
-
-    def _bytes(self, tag: bytes, about: Any, data: Any, path: str) -> bytes:
-        return _hash(tag, [_text(repr(about)), data])
 
     def _numpy(self, value: Any, path: str) -> bytes | None:
         numpy = sys.modules["numpy"]
         if not isinstance(value, numpy.ndarray):
             return None
-        about = (type(value).__qualname__, value.dtype.descr, value.shape)
+        about = [_text(repr((value.dtype.descr, value.shape, value.strides)))]
+        if type(value) not in (numpy.ndarray, numpy.memmap):
+            state = object.__getstate__(value)
+            about += [self.digest(type(value), path), self.digest(state, path)]
+        if value.dtype.names is not None:  # one by one, since nobody knows what lies between them
+            fields = (value[name].view(numpy.ndarray) for name in value.dtype.names)
+            return _hash(b"fields", [*about, *(self.digest(field, path) for field in fields)])
         if value.dtype.hasobject:
-            return _hash(b"objects", [_text(repr(about)), self._sequence(value.ravel().tolist(), b"o", path)])
+            return _hash(b"objects", [*about, self._sequence(value.ravel().tolist(), b"o", path)])
         mapped = _mapping_of(value)
         if mapped is not None:  # as paths: what is in files is not compared
             begins = numpy.frombuffer(mapped._mmap, numpy.uint8).__array_interface__["data"][0]
             at = value.__array_interface__["data"][0] - begins
-            return _hash(b"mapped", [_text(repr((*about, str(mapped.filename), mapped.offset, at, value.strides)))])
-        whole = numpy.ascontiguousarray(value).reshape(-1)
-        return _hash(b"array", [_text(repr(about)), whole.view(numpy.uint8).data if whole.size else b""])
+            return _hash(b"mapped", [*about, _text(repr((str(mapped.filename), mapped.offset, at)))])
+        whole = numpy.ascontiguousarray(value.view(numpy.ndarray)).reshape(-1)
+        return _hash(b"array", [*about, whole.view(numpy.uint8).data if whole.size else b""])
 
     def _torch(self, value: Any, path: str) -> bytes | None:
         torch = sys.modules["torch"]
         if isinstance(value, torch.Generator):
             return _hash(b"generator", [self.digest(value.get_state(), path)])
+        if isinstance(value, torch.TypedStorage):
+            return _hash(b"typed", [_text(str(value.dtype)), self.digest(value._untyped_storage, path)])
         if isinstance(value, torch.UntypedStorage):
             value = torch.empty(0, dtype=torch.uint8, device=value.device).set_(value)
         elif type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_nested:
             return None
         plain = value.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().cpu().contiguous()
-        about = (type(value).__qualname__, str(value.dtype), tuple(value.shape), value.requires_grad)
+        about = (type(value).__qualname__, str(value.dtype), tuple(value.shape), value.stride(), value.requires_grad)
         data = plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b""
         return _hash(b"tensor", [_text(repr(about)), data, self._state(vars(value), path)])
+
+    def _ctypes(self, value: Any, path: str) -> bytes:
+        memory = memoryview(value)
+        if not set(memory.format) <= _NUMBERS:
+            return self._cannot(path, f"{type(value).__qualname__}: it may have pointers")
+        return _hash(b"ctypes", [_text(type(value).__qualname__), memory.tobytes()])
 
     # Of multiprocessing
 
     def _lock(self, value: Any, path: str) -> bytes | None:
-        kind = sys.modules["multiprocessing.synchronize"].SemLock
-        return self._kind_only(value, path) if isinstance(value, kind) else None
+        module = sys.modules["multiprocessing.synchronize"]
+        kinds = module.SemLock, module.Condition, module.Event
+        return self._kind_only(value, path) if isinstance(value, kinds) else None
 
     def _shared(self, value: Any, path: str) -> bytes | None:
         if not isinstance(value, sys.modules["multiprocessing.sharedctypes"].SynchronizedBase):
             return None
-        held = value.get_obj()
-        return _hash(b"shared", [_text(type(held).__name__), bytes(memoryview(held).cast("B"))])
+        return _hash(b"shared", [self.digest(value.get_obj(), path)])
 
 
 def _mapping_of(array: Any) -> Any:
@@ -472,7 +564,12 @@ def _references(code: types.CodeType, package: str) -> Iterator[tuple[str, ...]]
             yield from _references(each, package)
 
 
-_USUAL: tuple[object, ...] = (object.__getattribute__, type.__getattribute__)  # how attributes are looked up
+# How attributes are looked up.
+_USUAL: tuple[object, ...] = (
+    object.__getattribute__,
+    type.__getattribute__,
+    types.SimpleNamespace.__getattribute__,
+)
 _PATHS = frozenset((PosixPath, PurePosixPath))
 
 _KINDS: list[tuple[Any, Callable[[_Walker, Any, str], bytes]]] = [
@@ -498,6 +595,8 @@ _KINDS: list[tuple[Any, Callable[[_Walker, Any, str], bytes]]] = [
     (weakref.ref, _Walker._weak),
     (types.MappingProxyType, _Walker._proxy),
     (_LOCKS, _Walker._kind_only),
+    (threading.local, _Walker._variables),
+    ((ctypes.Array, ctypes._SimpleCData), _Walker._ctypes),
     (io.IOBase, _Walker._file),
     (PurePath, _Walker._path),
 ]

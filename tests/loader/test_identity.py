@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import random
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 from coordlfs_loader import CoordinatedLoader, Refused, profile
 from coordlfs_loader.identity import Identity, identify
+from coordlfs_loader.order import Order
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 SCRIPT = """
@@ -142,6 +144,35 @@ class Slotted:
         self.a = a
 
 
+class Tagged(torch.Tensor):
+    """Goes the way of torch's own reduction."""
+
+
+class Noted(np.ndarray[Any, Any]):
+    """Has an attribute."""
+
+    note = 0
+
+
+def noted(note: int) -> Noted:
+    found = np.zeros(3).view(Noted)
+    found.note = note
+    return found
+
+
+def local(value: int) -> threading.local:
+    found = threading.local()
+    found.value = value
+    return found
+
+
+def padded(value: int) -> np.ndarray[Any, Any]:
+    """Records of which a byte is used and seven are not, with anything in them."""
+    found = np.frombuffer(bytearray(os.urandom(16 * 100)), np.dtype([("a", "i1"), ("b", "i8")], align=True))
+    found["a"], found["b"] = value, 2
+    return found
+
+
 PAIRS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "tensors": (lambda: torch.zeros(5), lambda: torch.tensor([0.0, 0, 0, 0, 1])),
     "dtypes": (lambda: torch.zeros(4, dtype=torch.int32), lambda: torch.zeros(4)),
@@ -151,6 +182,12 @@ PAIRS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "arrays": (lambda: np.arange(10)[::2], lambda: np.arange(10)[1::2]),
     "arrays in lists": (lambda: [np.array([1, 0], np.int32)], lambda: [np.array([1])]),
     "arrays of objects": (lambda: np.array([{1}, "a"], object), lambda: np.array([{2}, "a"], object)),
+    "orders in memory": (lambda: np.eye(2, 3), lambda: np.asfortranarray(np.eye(2, 3))),
+    "strides": (lambda: torch.eye(2), lambda: torch.eye(2).t()),
+    "masks": (lambda: np.ma.array([1, 2], mask=[False, True]), lambda: np.ma.array([1, 2], mask=[False, False])),
+    "kinds of arrays": (lambda: noted(1), lambda: noted(2)),
+    "records": (lambda: padded(1), lambda: padded(2)),
+    "kinds of tensors": (lambda: torch.zeros(3).as_subclass(Tagged), lambda: torch.ones(3).as_subclass(Tagged)),
     "modules": (module, lambda: module(weight=2.0)),
     "subsets": (lambda: Subset(range(9), [1, 2]), lambda: Subset(range(9), [2, 1])),  # type: ignore[arg-type]
     "parts": (
@@ -180,6 +217,11 @@ PAIRS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "files": (lambda: open("/etc/passwd"), lambda: open("/etc/group")),  # noqa: SIM115
     "lambdas": (lambda: lambda x: x + 1, lambda: lambda x: x + 2),
     "defaults": (lambda: lambda x=1: x, lambda: lambda x=2: x),
+    "of a thread": (lambda: local(1), lambda: local(2)),
+    "shared arrays": (
+        lambda: torch.multiprocessing.RawArray("i", [1, 2]),
+        lambda: torch.multiprocessing.RawArray("i", [1, 3]),
+    ),
     "shared values": (lambda: torch.multiprocessing.Value("i", 1), lambda: torch.multiprocessing.Value("i", 2)),
 }
 
@@ -190,6 +232,77 @@ def test_equal_things_are_equal_and_others_are_not(kind: str) -> None:
     first, again, different = (identify(dataset=make()) for make in (one, one, other))
     assert (first.unknown, different.unknown) == (None, None)
     assert first.digest == again.digest != different.digest
+
+
+READ = """
+class D:
+    def __init__(self): self.kept = KEPT
+    def __len__(self): return 8
+    def __getitem__(self, index): return EXPRESSION
+dataset = D()
+"""
+# What leads from a script to the 1 in the module `settings`, or to the 2 that lies there in another job.
+WAYS = {
+    "attribute": ("import settings", "settings.value"),
+    "set by the script": ("import settings; settings.value = settings.value + 5", "settings.value"),
+    "another name": ("import settings", "(lambda module: module.value)(settings)"),
+    "by name": ("import settings", "getattr(settings, 'value')"),
+    "kept": ("import settings; KEPT = settings", "self.kept.value"),
+    "its __getattr__": ("import settings", "settings.computed"),
+    "function": ("from settings import read", "read()"),
+    "imported when called": ("def read():\n import settings\n return settings.value", "read()"),
+    "imported from when called": ("def read():\n from inner import found\n return found.value", "read()"),
+    "imported by what is imported": ("def read():\n import outer\n return outer.settings.value", "read()"),
+    "any global": ("from settings import value", "globals()['value']"),
+    "evaluated": ("from settings import value", "eval('value')"),
+    "a new builtin": ("import builtins, settings; builtins.made_up = settings.value", "made_up"),
+    "put into a package": ("import sys, settings; sys.made_up = settings.value", "sys.made_up"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_code_takes_of_modules_of_ones_own_is_compared(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sys_path = list(sys.path)
+
+    def of(value: int) -> str | None:
+        home = tmp_path / str(value)
+        (home / "inner").mkdir(parents=True, exist_ok=True)
+        (home / "inner/__init__.py").touch()
+        text = f"value = {value}\ndef read(): return value\ndef __getattr__(name): return value + {value}\n"
+        for name in ("settings.py", "inner/found.py"):
+            (home / name).write_text(text)
+        (home / "outer.py").write_text("import settings\n")
+        monkeypatch.setattr(sys, "path", [os.fspath(home), *sys_path])
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        for module in ("settings", "inner", "inner.found", "outer"):
+            sys.modules.pop(module, None)
+        begin, expression = WAYS[way]
+        script: dict[str, Any] = {"__name__": "__main__", "KEPT": None}
+        read = READ.replace("EXPRESSION", expression)
+        exec(compile(f"{begin}\n{read}", os.fspath(home / "train.py"), "exec"), script)
+        found = identify(dataset=script["dataset"])
+        assert found.unknown is None
+        assert script["dataset"][0] >= value  # it reads what it is said to read
+        return found.digest
+
+    try:
+        assert of(1) == of(1) != of(2)
+    finally:
+        vars(builtins).pop("made_up", None)
+        vars(sys).pop("made_up", None)
+        for module in ("settings", "inner", "inner.found", "outer"):
+            sys.modules.pop(module, None)
+
+
+def test_a_method_that_a_script_replaces_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identify(dataset=TensorDataset(torch.ones(3)))
+    monkeypatch.setattr(TensorDataset, "__getitem__", lambda self, index: index)
+    first = identify(dataset=TensorDataset(torch.ones(3)))
+    monkeypatch.setattr(TensorDataset, "__getitem__", lambda self, index: -index)
+    second = identify(dataset=TensorDataset(torch.ones(3)))
+    assert len({before.digest, first.digest, second.digest, None}) == 4
 
 
 def test_what_is_shared_makes_no_difference() -> None:
@@ -297,3 +410,25 @@ def test_a_script_that_was_edited_is_another(tmp_path: Path) -> None:
     assert "the code of D.__getitem__ differs. Give it another group" in edited.communicate("\n")[0]
     first.communicate("\n")
     assert [job.returncode for job in (first, same, edited)] == [0, 0, 0]
+
+
+class Index:
+    """What a sampler may give."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        lambda n: np.r_[np.arange(5000), n, np.arange(5000)],
+        lambda n: torch.cat([torch.arange(5000), torch.tensor([n]), torch.arange(5000)]),
+        lambda n: [Index(n), Index(7)],
+        lambda n: [(5, "x"), (n, "y")],
+        lambda n: list(np.array([5, n])),
+    ],
+)
+def test_orders_of_whatever_a_sampler_gives_are_told_apart(batch: Callable[[int], Any]) -> None:
+    one, same, other = (Order(0, [batch(1), batch(n)]).digest for n in (1, 1, 2))
+    assert one == same != other
