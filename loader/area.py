@@ -6,7 +6,9 @@ It must not know what lies in it.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import resource
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -17,6 +19,25 @@ _GIGABYTE = 1 << 30
 def create(name: str) -> int:
     """A new area, without memory yet."""
     return os.memfd_create(name, os.MFD_CLOEXEC)
+
+
+class TooLarge(RuntimeError):
+    """A file may not be as large as it must be."""
+
+    def __init__(self, size: int) -> None:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        super().__init__(
+            f"coordlfs: the loader's shared memory needs {size:,} bytes, and a file may have {limit:,} at most. "
+            "Raise the limit (`ulimit -f unlimited`) in all jobs of the group"
+        )
+
+
+def extend(fd: int, size: int) -> None:
+    """Make a file so large. Raises TooLarge where `ulimit -f` forbids it."""
+    try:
+        os.ftruncate(fd, size)
+    except OSError as e:
+        raise TooLarge(size) if e.errno == errno.EFBIG else e from None
 
 
 def discard(fd: int, offset: int, size: int) -> None:

@@ -9,6 +9,7 @@ A connection that breaks is a process that died. Whatever a client sends, it end
 from __future__ import annotations
 
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -106,6 +107,13 @@ class Broker:
 
     def run(self) -> None:
         """Serve until the last job has left."""
+        try:
+            self._run()
+        except area.TooLarge as e:  # another broker could do no better
+            for client in [c for c in self._clients.values() if c.role == "job"]:
+                self._send(client, {"verb": "refused", "why": str(e)})
+
+    def _run(self) -> None:
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         alone_since, patience = time.monotonic(), _FIRST
@@ -155,6 +163,9 @@ class Broker:
             received = wire.receive(client.sock)
         except BlockingIOError:
             return
+        except wire.NoDescriptors as e:
+            self._send(client, {"verb": "refused", "why": f"the broker: {e}"})
+            received = None
         except (OSError, ValueError):
             received = None
         if received is None:
@@ -389,7 +400,7 @@ class Broker:
     def _extend(self, length: int) -> None:
         if length > self._length:
             self._length = length
-            os.ftruncate(self._stage, length)
+            area.extend(self._stage, length)
 
     def _give_task(self, task: Task) -> None:
         client, order = self._hands[task.worker], self._epochs[task.epoch]
@@ -489,6 +500,9 @@ def main(path: str, name: str) -> None:
     lock = wire.lock(path)
     if lock is None:
         return
+    for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE):  # it serves others than the job that started it
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (hard, hard))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     new = f"{path}.new"
     with suppress(FileNotFoundError):

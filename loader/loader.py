@@ -166,6 +166,10 @@ class CoordinatedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Begin the next epoch. An iterator that was there before ends."""
+        with wire.descriptors():
+            return self._begin()
+
+    def _begin(self) -> _Walk:
         self._stop()
         if self._session is None or self._session.owner != os.getpid():
             self._session = _Session(self)

@@ -17,6 +17,7 @@ from hashlib import blake2b
 from numbers import Number
 from typing import Any
 
+from coordlfs_loader import area
 from coordlfs_loader.identity import identify
 
 _TWO = struct.Struct("=QQ")
@@ -44,6 +45,7 @@ class Order:
         self.count = len(blobs)
         self.digest = hashed.hexdigest()
         self.fd = os.memfd_create("coordlfs-order", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        area.extend(self.fd, 8 * (1 + len(starts)) + position)
         with os.fdopen(os.dup(self.fd), "wb") as file:
             file.write(self.count.to_bytes(8, "little"))
             file.write(starts.tobytes())

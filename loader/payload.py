@@ -72,7 +72,10 @@ def decode(payload: memoryview) -> Any:
     (count,) = _COUNT.unpack_from(payload, end)
     table = _PLACE.iter_unpack(payload[end - count * _PLACE.size : end])
     parts = [payload[at : at + length] for at, length in table]
-    return _Unpickler(parts).load()
+    batch = _Unpickler(parts).load()
+    if torch._utils._sparse_tensors_to_validate:  # torch keeps sparse ones until this is called
+        torch._utils._validate_loaded_sparse_tensors()
+    return batch
 
 
 class _Pickler(pickle.Pickler):
@@ -166,22 +169,15 @@ def _bytes(storage: torch.UntypedStorage, first: int, end: int) -> memoryview:
     return view.numpy().data
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows where the tensors are."""
+class _Places:
+    """Where the tensors are."""
 
     def __init__(self, parts: list[memoryview]) -> None:
-        super().__init__(io.BytesIO(parts[0]), buffers=parts[1:])
         self._parts = parts
         self._places = list(_TENSOR.iter_unpack(parts[-1]))
         self._bases: dict[tuple[int, int], torch.Tensor] = {}  # tensors of one range share a storage
 
-    def find_class(self, module: str, name: str) -> Any:
-        """What a pickle names."""
-        if module == __name__ and name in ("_tensor", "_storage"):
-            return partial(globals()[name], self._memory)
-        return super().find_class(module, name)
-
-    def _memory(self, number: int, nbytes: int) -> torch.Tensor:
+    def memory(self, number: int, nbytes: int) -> torch.Tensor:
         """So many bytes from where a tensor begins."""
         part, begin, offset = self._places[number]
         base = self._bases.get((part, begin))
@@ -189,6 +185,24 @@ class _Unpickler(pickle.Unpickler):
             base = torch.frombuffer(self._parts[part], dtype=torch.uint8, offset=begin)
             self._bases[part, begin] = base
         return base if nbytes == base.numel() else base[offset : offset + nbytes]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes tensors where they are.
+
+    It keeps what `find_class` returns, which must not lead back to it: the batch would be there until the cycle is
+    found, and its slot not free.
+    """
+
+    def __init__(self, parts: list[memoryview]) -> None:
+        super().__init__(io.BytesIO(parts[0]), buffers=parts[1:])
+        self._memory = _Places(parts).memory
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a pickle names."""
+        if module == __name__ and name in ("_tensor", "_storage"):
+            return partial(globals()[name], self._memory)
+        return super().find_class(module, name)
 
 
 def _storage(memory: Memory, number: int, nbytes: int) -> torch.UntypedStorage:

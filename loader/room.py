@@ -13,10 +13,24 @@ import numpy as np
 import torch
 from coordlfs_loader.stage import address_of
 from torch.utils.data import default_collate
+from torch.utils.data._utils import worker as torch_worker
 from torch.utils.data._utils.collate import collate, collate_tensor_fn, default_collate_fn_map
 
 ALIGN = 64
 LEAST = 512  # bytes below which a tensor is not worth a place of its own
+
+
+def stack(tensors: Any, *, collate_fn_map: Any = None) -> torch.Tensor:
+    """What `collate_tensor_fn` makes of tensors, in a worker too in memory of its own.
+
+    There torch takes it from /dev/shm, which is 64 MB in most containers.
+    """
+    told, torch_worker._worker_info = torch_worker._worker_info, None
+    try:
+        found: torch.Tensor = collate_tensor_fn(tensors, collate_fn_map=collate_fn_map)
+        return found
+    finally:
+        torch_worker._worker_info = told
 
 
 class Room:
@@ -29,7 +43,7 @@ class Room:
 
     def collate(self, samples: list[Any]) -> Any:
         """What `default_collate` makes of the samples, its tensors in this room as far as they fit."""
-        if default_collate_fn_map.get(torch.Tensor) is not collate_tensor_fn:
+        if default_collate_fn_map.get(torch.Tensor) not in (collate_tensor_fn, stack):
             return default_collate(samples)  # somebody has ideas of his own
         return collate(samples, collate_fn_map={**default_collate_fn_map, torch.Tensor: self._stack})
 
@@ -44,8 +58,7 @@ class Room:
             or first.is_nested
             or not LEAST <= nbytes <= len(self._memory) - begin
         ):
-            found: torch.Tensor = collate_tensor_fn(tensors, collate_fn_map=collate_fn_map)
-            return found
+            return stack(tensors, collate_fn_map=collate_fn_map)
         self._used = begin + nbytes
         piece = torch.from_numpy(self._memory[begin : self._used]).view(first.dtype)
         return torch.stack(tensors, 0, out=piece.view(len(tensors), *first.size()))

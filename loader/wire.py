@@ -8,9 +8,11 @@ messages mean.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import resource
 import socket
 import stat
 import struct
@@ -36,6 +38,29 @@ Message = dict[str, Any]
 
 class Refused(RuntimeError):
     """The group does not take this job; the message says why."""
+
+
+class NoDescriptors(RuntimeError):
+    """A process has no descriptor left."""
+
+    def __init__(self, text: str | None = None) -> None:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        super().__init__(
+            text
+            or f"coordlfs: no descriptor is left: a process may have {limit}. "
+            "Raise the limit (`ulimit -n`), or close what the dataset opens"
+        )
+
+
+@contextmanager
+def descriptors() -> Iterator[None]:
+    """Raises NoDescriptors where it is this that an error says."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE):
+            raise NoDescriptors from e
+        raise
 
 
 def directory() -> Path:
@@ -168,7 +193,10 @@ def send(sock: socket.socket, message: Message, fd: int | None = None, flags: in
 
 
 def receive(sock: socket.socket) -> tuple[Message, int | None] | None:
-    """A message and the descriptor that came with it; None at the end. Raises OSError, ValueError for no message."""
+    """A message and the descriptor that came with it; None at the end.
+
+    Raises OSError, ValueError for what is no message, NoDescriptors.
+    """
     data, ancillary, flags, _ = sock.recvmsg(MAX_PACKET, _FDS, socket.MSG_CMSG_CLOEXEC)
     fds = array("i")
     for level, kind, content in ancillary:
@@ -178,7 +206,7 @@ def receive(sock: socket.socket) -> tuple[Message, int | None] | None:
         if not data:
             return None
         if flags & socket.MSG_CTRUNC and not fds:
-            raise ValueError("coordlfs: no descriptor is left to receive one: the limit is reached. Raise `ulimit -n`")
+            raise NoDescriptors
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) > 1:
             raise ValueError("a packet is too large")
         try:

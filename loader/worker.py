@@ -6,6 +6,7 @@ It is told what to prepare, and does not know who needs it.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import random
 import select
@@ -24,10 +25,11 @@ import torch
 from coordlfs_loader import order, payload, stage, wire
 from coordlfs_loader.client import keep_order, slot_of
 from coordlfs_loader.randomness import Seeded
-from coordlfs_loader.room import Room
+from coordlfs_loader.room import Room, stack
 from torch._utils import ExceptionWrapper
 from torch.utils.data import default_collate
 from torch.utils.data._utils import worker as torch_worker
+from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
 log = logging.getLogger("coordlfs_loader")
 
@@ -85,6 +87,8 @@ def main(
     torch.manual_seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed & 0xFFFFFFFF)
+    if default_collate_fn_map.get(torch.Tensor) is collate_tensor_fn:
+        default_collate_fn_map[torch.Tensor] = stack
     torch_worker._worker_info = torch_worker.WorkerInfo(id=number, num_workers=workers, seed=seed, dataset=dataset)
     try:
         pipe.send("begun")
@@ -102,13 +106,17 @@ def main(
         parent = os.pidfd_open(job)
     except ProcessLookupError:
         return
-    except OSError as e:  # a seccomp filter of a container, a kernel before 5.3: its end is seen by the pipe's
+    except OSError as e:  # a seccomp filter of a container
         log.debug("pidfd_open: %s", e)
-        parent = os.dup(pipe.fileno())
-    with suppress(EOFError):
-        _Worker(preparer, f"in CoordinatedLoader worker process {number} (pid {os.getpid()})", parent, pipe).run(
-            path, name
-        )
+        begun_by = multiprocessing.parent_process()
+        assert begun_by is not None
+        parent = begun_by.sentinel  # a pipe's end, which others that were forked later keep open as well
+    where = f"in CoordinatedLoader worker process {number} (pid {os.getpid()})"
+    try:
+        with suppress(EOFError):
+            _Worker(preparer, where, parent, pipe).run(path, name)
+    except wire.NoDescriptors:
+        pipe.send(ExceptionWrapper(where=where))
 
 
 class _Worker:
@@ -122,12 +130,8 @@ class _Worker:
     def run(self, path: Path, name: str) -> None:
         """Work for whichever broker is there."""
         while True:
-            with suppress(OSError, ValueError):
-                sock = wire.connect(path)
-                try:
-                    self._work(sock, name)
-                finally:
-                    sock.close()
+            with suppress(OSError, ValueError), wire.descriptors(), wire.connect(path) as sock:
+                self._work(sock, name)
             self._pause()
 
     def _pause(self) -> None:

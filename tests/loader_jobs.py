@@ -168,7 +168,7 @@ def workers_of(pid: int) -> list[int]:
     for child in map(int, children):
         try:
             command = Path(f"/proc/{child}/cmdline").read_bytes()  # empty for one that is ending
-            if command and b"coordlfs_loader.broker" not in command:
+            if command and b"coordlfs_loader.broker" not in command and b"resource_tracker" not in command:
                 found.append(child)
         except OSError:
             pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import gc
 import inspect
@@ -12,6 +13,7 @@ import random
 import re
 import signal
 import time
+import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -330,6 +332,23 @@ def test_what_a_dataloader_hands_over_is_handed_over(make: MakeLoader, kind: str
     ours = [show(sample) for sample in make(Makes(kind), None, num_workers=1)]
     theirs = [show(sample) for sample in DataLoader(Seeded(Makes(kind)), None, num_workers=1)]
     assert ours == theirs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_goes_with_the_last_that_refers_to_it(kind: str) -> None:
+    """Not when cycles are looked for: until then its slot is not free, and the next batch needs another."""
+    raw = bytearray().join(payload.encode(KINDS[kind][0]())[1])
+    memory = (ctypes.c_ubyte * len(raw)).from_buffer(raw)
+    gone = weakref.ref(memory)
+    gc.disable()
+    try:
+        batch = payload.decode(memoryview(memory).cast("B"))
+        del memory
+        del batch
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_tensors_stay_on_their_device_whatever_the_default_is() -> None:
