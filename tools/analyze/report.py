@@ -17,7 +17,6 @@ from coordlfs.sizes import text
 
 _COLOURS = {"compute": "#3b7d4f", "prep": "#e0a030", "fetch": "#b8433a"}
 _LINES = ("#9a9a9a", "#1f5fa8")
-_HIGH = 0.7  # of an axis: there is no room for a label beyond
 _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -89,7 +88,7 @@ def _bars(found: dict[str, Any]) -> Figure:
 def _curves(found: dict[str, Any]) -> Figure:
     """The epoch's length, and below it the share of it that is waiting, against everything that could be changed."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        figure = Figure(figsize=(7.2, 4.7), layout="constrained")
         grid = figure.subplots(3, 2)
         for axes, (name, curve) in zip(grid.flat, found["what_if"].items(), strict=True):
             _curve(axes, name, curve, found)
@@ -97,7 +96,7 @@ def _curves(found: dict[str, Any]) -> Figure:
 
 
 def _curve(axes: Axes, name: str, curve: dict[str, Any], found: dict[str, Any]) -> None:
-    axes.set_title(curve["label"])
+    axes.set_title(curve["label"], pad=17)
     top = 0.0
     for (label, points), colour in zip(curve["lines"].items(), _LINES, strict=True):
         xs, ys = [p["x"] for p in points], [p["seconds"] for p in points]
@@ -106,23 +105,12 @@ def _curve(axes: Axes, name: str, curve: dict[str, Any], found: dict[str, Any]) 
         waits = [p["seconds"] * (p["prep_share"] + p["fetch_share"]) for p in points]
         axes.plot(xs, waits, color=colour, linewidth=1, linestyle=":")
         top = max(top, *ys)
-    if name not in ("jobs", "nodes"):
-        axes.plot([curve["today"]], [found["today"]["seconds"]], "o", color="black", markersize=5, zorder=3)
-        at = (curve["today"], found["today"]["seconds"])
-        # Inside the axes, and never over the title: below a point that lies high, left of one at the right edge.
-        below = at[1] > _HIGH * top
-        right = at[0] > _HIGH * max(xs)
-        axes.annotate(
-            "today",
-            at,
-            (-6 if right else 6, -5 if below else 5),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            va="top" if below else "bottom",
-        )
-    else:
+    if name in ("jobs", "nodes"):
         first = next(iter(curve["lines"].values()))[0]
-        axes.plot([first["x"]], [first["seconds"]], "o", color="black", markersize=5, zorder=3)
+        today = first["x"], first["seconds"]
+    else:
+        today = curve["today"], found["today"]["seconds"]
+    axes.plot(*today, "o", color="black", markersize=5, zorder=3)  # the caption says what it is
     if name in ("storage", "gpu"):
         axes.set_xscale("log", base=2)
         ticks = [p["x"] for p in next(iter(curve["lines"].values()))]
@@ -133,5 +121,6 @@ def _curve(axes: Axes, name: str, curve: dict[str, Any], found: dict[str, Any]) 
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     axes.set_ylim(0, max(top * 1.1, 1e-9))
     axes.set_ylabel("epoch (s)")
-    axes.legend(frameon=False, fontsize=7)
+    # Between title and curves: among the curves there is no place that is free in every report.
+    axes.legend(ncols=2, frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
     axes.grid(alpha=0.25)
