@@ -29,7 +29,7 @@ _WITHIN = 16  # bytes: what a storage's part begins at a multiple of, so that an
 _SPARSE = 8  # times its bytes that a tensor may span and keep its strides
 
 Buffer = memoryview | bytes
-Memory = Callable[[int, int], torch.Tensor]
+Memory = Callable[[int], tuple[torch.Tensor, int]]
 
 
 def encode(batch: object, room: Room | None = None) -> tuple[int, list[Buffer]]:
@@ -177,14 +177,14 @@ class _Places:
         self._places = list(_TENSOR.iter_unpack(parts[-1]))
         self._bases: dict[tuple[int, int], torch.Tensor] = {}  # tensors of one range share a storage
 
-    def memory(self, number: int, nbytes: int) -> torch.Tensor:
-        """So many bytes from where a tensor begins."""
+    def memory(self, number: int) -> tuple[torch.Tensor, int]:
+        """The bytes of the range that a tensor lies in, and where in it the tensor begins."""
         part, begin, offset = self._places[number]
         base = self._bases.get((part, begin))
         if base is None:
             base = torch.frombuffer(self._parts[part], dtype=torch.uint8, offset=begin)
             self._bases[part, begin] = base
-        return base if nbytes == base.numel() else base[offset : offset + nbytes]
+        return base, offset
 
 
 class _Unpickler(pickle.Unpickler):
@@ -209,7 +209,8 @@ def _storage(memory: Memory, number: int, nbytes: int) -> torch.UntypedStorage:
     """A storage of these bytes."""
     if not nbytes:
         return torch.UntypedStorage(0, device="cpu")
-    return torch.frombuffer(memory(number, nbytes).numpy(), dtype=torch.uint8).untyped_storage()
+    base, offset = memory(number)
+    return torch.frombuffer(base[offset : offset + nbytes].numpy(), dtype=torch.uint8).untyped_storage()
 
 
 def _tensor(
@@ -224,8 +225,9 @@ def _tensor(
 ) -> torch.Tensor:
     """A tensor over these bytes."""
     if number >= 0:
-        steps = sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) + 1
-        tensor = memory(number, steps * dtype.itemsize).view(dtype).as_strided(shape, stride)
+        base, offset = memory(number)
+        tensor = torch.empty(0, dtype=dtype, device="cpu")
+        tensor.set_(base.untyped_storage(), offset // dtype.itemsize, shape, stride)
     else:
         tensor = torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
     if kind is not None:
