@@ -75,6 +75,7 @@ def _limit(kind: int, soft: int, hard: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(kind, (soft, hard))
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 def test_a_small_shared_memory_is_not_used(tmp_path: Path) -> None:
     """Containers have a /dev/shm of 64 MB; here it holds not even one batch."""
     small = 'mount --make-rprivate / && mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$@"'
