@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from loader_jobs import alive, eventually, workers_of
+from loader_jobs import eventually, is_alive, workers_of
 
 # Batches of 8 MB, by torch's own collate function, one that calls it, and one that stacks by itself.
 JOB = """
@@ -127,9 +127,9 @@ def test_workers_end_with_their_job_where_pidfds_are_forbidden(tmp_path: Path) -
     assert len(workers) == 2
     job.send_signal(signal.SIGKILL)
     try:
-        eventually(lambda: not any(map(alive, workers)), seconds=100)
+        eventually(lambda: not any(map(is_alive, workers)), seconds=100)
     finally:
-        for pid in filter(alive, workers):
+        for pid in filter(is_alive, workers):
             os.kill(pid, signal.SIGKILL)
     job.communicate()
     eventually(lambda: not list((tmp_path / "run").glob("*.sock")))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from coordlfs_tools.analyze.hook.coordlfs_stall_hook.config import Section
 from coordlfs_tools.analyze.runs import run
-from coordlfs_tools.bench.mounts import coordlfs
+from coordlfs_tools.lab.mounts import coordlfs
 
 from coordlfs.errors import UserError
 
