@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from loader_jobs import eventually, is_alive, workers_of
+from coordlfs_tools.lab.processes import is_alive
+from loader_jobs import eventually, workers_of
 
 # Batches of 8 MB, by torch's own collate function, one that calls it, and one that stacks by itself.
 JOB = """
