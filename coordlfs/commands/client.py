@@ -10,6 +10,7 @@ import os
 import socket
 import stat
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,8 +18,9 @@ from typing import Any, BinaryIO
 
 from coordlfs.commands import mounted
 from coordlfs.errors import UserError
-from coordlfs.kernel import fiemap, pages, process
+from coordlfs.kernel import fiemap, mounts, pages, process
 from coordlfs.kernel import paths as kernel_paths
+from coordlfs.processes import holders
 from coordlfs.sources.directory import Source
 
 _BATCH = 64
@@ -32,7 +34,7 @@ class Client:
 
     def __init__(self, mountpoint: str) -> None:
         self.mountpoint = os.path.realpath(mountpoint)
-        self.root = os.fsdecode(mounted.find(self.mountpoint).point)
+        self.root = os.fsdecode(mounted.whole(self.mountpoint).point)
         self._sock = socket.socket(socket.AF_UNIX)
         try:
             name = os.getxattr(self.root, "user.coordl.control")
@@ -238,13 +240,25 @@ def restart(mountpoint: str) -> dict[str, int]:
 
     Raises UserError if a new process does not come up in time.
     """
-    before = mounted.stats(mountpoint)
+    mount, before = mounted.whole(mountpoint), mounted.stats(mountpoint)
     server, keepers = before["processes"]["server"], before["processes"]["keepers"]
     peer_servers = [pid] if (pid := before["processes"]["peer_server"]) is not None else []
     for pid in (server, *keepers, *peer_servers):
         _replace(mountpoint, pid, before["pinned_items"])
+    _tell_what_fails(mountpoint, mount)
     pinned = mounted.stats(mountpoint)["pinned_items"]
     return {"keepers": len(keepers), "peer_servers": len(peer_servers), "pinned_items": pinned}
+
+
+def _tell_what_fails(mountpoint: str, before: mounts.Mount) -> None:
+    """Name what shows the mount as it was before, if it was mounted again (before Linux 6.9)."""
+    if mounted.find(mountpoint).device == before.device:
+        return
+    old = [os.fsdecode(place.point) for place in holders.places(before)]
+    if found := holders.of_namespaces(before):
+        old.append(f"the mount namespace of process {holders.text(found)}")
+    if old:
+        print(f"coordlfs: mounted again; this still has the old mount, and fails: {', '.join(old)}", file=sys.stderr)
 
 
 def _replace(mountpoint: str, pid: int, pinned: int) -> None:
@@ -252,7 +266,11 @@ def _replace(mountpoint: str, pid: int, pinned: int) -> None:
     settled = end  # until all that was pinned is pinned again; what the job or the memory made of it is not our concern
     asked = None  # the server: one that dies may take the request with it
     while (now := time.monotonic()) < end:
-        figures = mounted.stats(mountpoint)
+        try:
+            figures = mounted.stats(mountpoint)
+        except UserError:  # before Linux 6.9 it is mounted again, and is not there for a moment
+            time.sleep(0.05)
+            continue
         processes = figures["processes"]
         if pid not in (processes["server"], *processes["keepers"], processes["peer_server"]):
             settled = min(settled, now + _SETTLED_WITHIN)

@@ -13,7 +13,7 @@ from typing import Any
 
 from coordlfs.errors import UserError
 from coordlfs.kernel import mounts
-from coordlfs.processes import attachment
+from coordlfs.processes import attachment, holders
 
 FSTYPE = attachment.FSTYPE.encode()
 
@@ -29,21 +29,44 @@ def find(mountpoint: str) -> mounts.Mount:
     return found[-1]
 
 
+def whole(mountpoint: str) -> mounts.Mount:
+    """As `find`, for what only the root of a mount answers. Raises UserError where a directory of it is bound."""
+    found = find(mountpoint)
+    if found.root != b"/":
+        where = next(iter(_places(found)), "which is unmounted")
+        raise UserError(f"{mountpoint} shows a directory of the mount on {where}: name that mountpoint")
+    return found
+
+
+def _places(mount: mounts.Mount) -> list[str]:
+    return [os.fsdecode(m.point) for m in holders.places(mount) if m.root == b"/"]
+
+
+def other_places(mountpoint: str) -> list[str]:
+    """Where else a mount is seen. Raises UserError."""
+    found = find(mountpoint)
+    return [place for place in _places(found) if place != os.fsdecode(found.point)]
+
+
 def all_mounts() -> list[str]:
-    """The mountpoints of every coordlfs mount that this process sees."""
-    return list(dict.fromkeys(os.fsdecode(m.point) for m in mounts.table() if m.fstype == FSTYPE and m.root == b"/"))
+    """A mountpoint of every coordlfs mount that this process sees: where it was bound elsewhere, the first."""
+    first: dict[int, str] = {}
+    for m in mounts.table():
+        if m.fstype == FSTYPE and m.root == b"/":
+            first.setdefault(m.device, os.fsdecode(m.point))
+    return list(first.values())
 
 
 def stats(mountpoint: str) -> dict[str, Any]:
-    """The figures of a mount (docs/reference/status.md). Raises UserError."""
-    find(mountpoint)
+    """The figures of a mount (docs/reference/status.md), under the mountpoint that it has by now. Raises UserError."""
+    found = whole(mountpoint)
     try:
         result: dict[str, Any] = json.loads(os.getxattr(mountpoint, "user.coordl.stats"))
     except PermissionError:
         raise UserError(f"{mountpoint} is another user's, who alone may read it") from None
     except OSError as e:
         raise UserError(f"{mountpoint} does not answer: {e.strerror}") from e
-    return result
+    return result | {"mountpoint": os.fsdecode(found.point)}
 
 
 def clear_dead(mountpoint: str) -> None:

@@ -16,10 +16,9 @@ from coordlfs.commands import job
 from coordlfs.commands.mount import Options, mount
 from coordlfs.commands.mounted import find, stats
 from coordlfs.commands.status import epochs_table, summary
-from coordlfs.commands.umount import holders, umount
 from coordlfs.errors import UserError
 from coordlfs.kernel import process
-from coordlfs.processes import attachment
+from coordlfs.processes import attachment, holders
 
 _END_TIMEOUT = 30.0  # seconds that the mount's processes are waited for
 _LOOK_EVERY = 1.0  # seconds between looks for who holds the mount
@@ -54,16 +53,15 @@ def _end(source: str, supervisor: subprocess.Popen[bytes]) -> None:
     device = None
     with suppress(UserError):
         device = find(source).device
-        umount(source, lazy=True)
+    supervisor.terminate()  # it unmounts wherever the mount is by now
     deadline = time.monotonic() + _END_TIMEOUT
     while time.monotonic() < deadline:
         with suppress(subprocess.TimeoutExpired):
             supervisor.wait(_LOOK_EVERY)
             return
-        if device is not None and holders(device):
+        if device is not None and holders.of_files(device):
             supervisor.returncode = 0  # it lives on: do not let Popen warn of it
             return
-    supervisor.terminate()
 
 
 def _unshare() -> None:

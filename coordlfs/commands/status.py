@@ -91,6 +91,8 @@ def table(s: dict[str, Any]) -> Table:
     grid.add_column(style="bold")
     grid.add_column()
     source = s["source"]
+    if places := mounted.other_places(s["mountpoint"]):
+        grid.add_row("also mounted on", Text(", ".join(places)))
     grid.add_row("cached", f"{text(s['pinned_bytes'])} of {text(s['capacity_bytes'])} ({_share(s['fill'])})")
     memory = s["memory"]
     if memory["limit_bytes"] < s["capacity_bytes"]:

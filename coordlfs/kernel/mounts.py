@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from coordlfs.kernel.libc import check, libc, syscall
 
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_NOATIME, MS_REC, MS_SLAVE = 1, 2, 4, 8, 1024, 16384, 1 << 19
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_BIND, MS_REC, MS_SLAVE = 1 << 12, 1 << 14, 1 << 19
 MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 1, 2, 8
 SYS_OPEN_TREE = 428
 AT_FDCWD, OPEN_TREE_CLONE = -100, 1
@@ -27,11 +28,20 @@ class Mount:
     fstype: bytes
     source: bytes
 
+    def shows_same(self, other: Mount) -> bool:
+        """Whether both show one file system; the number alone may be another one's, once it is unmounted."""
+        return (self.device, self.fstype, self.source) == (other.device, other.fstype, other.source)
+
 
 def mount(source: str, target: bytes, fstype: str, flags: int, options: str) -> None:
     """mount(2)."""
     result = libc.mount(os.fsencode(source), target, fstype.encode(), ctypes.c_ulong(flags), options.encode())
     check(result, os.fsdecode(target))
+
+
+def bind(mounted: bytes, target: bytes) -> None:
+    """Have the mount at `mounted` seen at `target`, too."""
+    check(libc.mount(mounted, target, None, ctypes.c_ulong(MS_BIND), None), os.fsdecode(target))
 
 
 def make_slave(target: str) -> None:
@@ -64,9 +74,9 @@ def _unescape(field: bytes) -> bytes:
     return parts[0] + b"".join(bytes([int(p[:3], 8)]) + p[3:] for p in parts[1:])
 
 
-def table() -> Iterator[Mount]:
-    """What is mounted in this process's namespace, in the order it was mounted."""
-    with open("/proc/self/mountinfo", "rb") as f:
+def table(pid: str = "self") -> Iterator[Mount]:
+    """What is mounted in a process's namespace, in the order it was mounted."""
+    with open(f"/proc/{pid}/mountinfo", "rb") as f:
         for line in f:
             front, _, back = line.rstrip(b"\n").partition(b" - ")
             mount_id, _, device, root, point, *_ = front.split(b" ")

@@ -77,6 +77,13 @@ def detach(mountpoint: bytes, *, lazy: bool = False, abort: bool = False, device
     fusermount.unmount(mountpoint, lazy=lazy)
 
 
+def detach_all(places: list[mounts.Mount], *, abort: bool = False) -> None:
+    """Unmount lazily at several places, as `holders.places` finds them; what is mounted above one of them stays."""
+    for place in reversed(places):
+        with suppress(OSError):
+            detach(place.point, lazy=True, abort=abort, device=place.device)
+
+
 def copy(mountpoint: bytes) -> tuple[int, bool]:
     """A descriptor of the mount's root for the keepers to work from, and whether `umount` is busy for its sake.
 

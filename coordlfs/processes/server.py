@@ -35,7 +35,7 @@ from coordlfs.cache.stash import Stash
 from coordlfs.catalogue.catalog import Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.catalogue.records import Records
-from coordlfs.kernel import fuse, pages, process, threads
+from coordlfs.kernel import fuse, mounts, pages, process, threads
 from coordlfs.kernel.notifier import Notifier
 from coordlfs.processes import attachment, exporter
 from coordlfs.processes.control import Control
@@ -235,9 +235,12 @@ async def _tasks(
 
         def orphaned() -> None:
             log.error("the supervisor died: unmounting %s", mountpoint)
-            with suppress(OSError):
-                # Nobody is to wait any more for a process that cannot end: one with a thread that waits for the source.
-                attachment.detach(os.fsencode(mountpoint), lazy=True, abort=True, device=device)
+            # Nobody is to wait any more for a process that cannot end: one with a thread that waits for the source.
+            if device is not None:
+                attachment.detach_all([m for m in mounts.table() if m.device == device], abort=True)
+            else:
+                with suppress(OSError):
+                    attachment.detach(os.fsencode(mountpoint), lazy=True, abort=True)
             nursery.cancel_scope.cancel()
 
         loop.on_end = unmounted

@@ -28,7 +28,7 @@ from coordlfs.cache import keeper_protocol
 from coordlfs.cache.residence import Residence
 from coordlfs.catalogue import memfds
 from coordlfs.kernel import fuse, mounts, process
-from coordlfs.processes import attachment, interpreter
+from coordlfs.processes import attachment, holders, interpreter
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,9 @@ class Supervisor:
     tree: int = -1
     is_busy: bool = False  # whether the tree makes `umount` busy
     readahead: int = _READAHEAD_KIB[0]  # KiB that the kernel reads ahead on the mount
-    mount_device: int = 0
+    mounted: mounts.Mount | None = None  # as it was when it was mounted
+    mountpoint: bytes = b""  # where to mount; one that was moved meanwhile is mounted again where it is
+    bound: list[bytes] = field(default_factory=list)  # where else, when it is mounted again
     memory_fds: dict[int, int] = field(default_factory=dict)  # of the cache's memory, by process
     records: int = -1
     names: int = -1
@@ -107,18 +109,22 @@ class Supervisor:
     replaced: set[int] = field(default_factory=set)  # processes that were ended to be replaced
     keepers_missing: int = 0
     peer_server_pause: float = 0.0
+    tell_holders_at: float | None = None  # when to say for whose sake the processes stay, though nothing is mounted
+
+    def __post_init__(self) -> None:
+        self.mountpoint = os.fsencode(self.config["mountpoint"])
 
     # -- beginning ----------------------------------------------------------------------------------------------
 
     def mount(self) -> None:
         """Mount, and settle with the kernel what both can do. Raises OSError, with nothing left mounted."""
-        mountpoint = os.fsencode(self.config["mountpoint"])
+        mountpoint = self.mountpoint
         self.device = attachment.attach(self.config["source"], mountpoint, noexec=self.config["noexec"])
         try:
             self._answer_init()
             self.tree, self.is_busy = attachment.copy(mountpoint)
-            self.mount_device = next(
-                m.device
+            self.mounted = next(
+                m
                 for m in reversed(list(mounts.table()))
                 if m.point == mountpoint and m.fstype == attachment.FSTYPE.encode()
             )
@@ -126,21 +132,22 @@ class Supervisor:
             if self.records < 0:
                 self.records, self.names = memfds.allocate()
         except BaseException:
-            self._unmount(lazy=True)
+            with suppress(OSError):
+                attachment.detach(mountpoint, lazy=True)
             os.close(self.device)
             self.device = -1
             raise
 
     def _set_readahead(self) -> None:
         if self.records >= 0:  # mounted again: a source that went away since must not be asked by this process
-            mounts.set_readahead(self.mount_device, self.readahead)
+            mounts.set_readahead(self._device, self.readahead)
             return
         least, most = _READAHEAD_KIB
         wanted = min(most, max(least, mounts.readahead(os.fstat(self.root).st_dev) or 0))
-        if mounts.set_readahead(self.mount_device, wanted):
+        if mounts.set_readahead(self._device, wanted):
             self.readahead = wanted
         else:  # it is root's to set
-            self.readahead = mounts.readahead(self.mount_device) or _LEAST_READAHEAD_KIB
+            self.readahead = mounts.readahead(self._device) or _LEAST_READAHEAD_KIB
             log.info(
                 "the kernel reads %d KiB ahead, and may be told so by root only: large files are read slower",
                 self.readahead,
@@ -250,7 +257,7 @@ class Supervisor:
             config = self.config | {
                 "parent": os.getpid(),
                 "device": self.device,
-                "mount_device": self.mount_device,
+                "mount_device": self._device,
                 "records": self.records,
                 "names": self.names,
                 "root": self.root,
@@ -325,11 +332,14 @@ class Supervisor:
         if wake in events and set(_ENDING) & set(os.read(wake, 512)):
             if self.mounts_again:
                 return True  # it is not mounted just now
-            self._unmount(lazy=True)
+            if not self.ending:
+                attachment.detach_all(self._places())
         if not self.ending and not self.mounts_again and not self._is_mounted():
             self._release()
         if self.link is not None and self.link.fileno() in events:
             self._hear()
+        if self.tell_holders_at is not None and time.monotonic() >= self.tell_holders_at:
+            self._tell_holders()
         self._replace_keepers()
         self._replace_peer_server()
         self.delayed = [server for server in self.delayed if server.poll() is None]
@@ -398,7 +408,12 @@ class Supervisor:
         """Give the next server a connection of its own; what is open on the old one fails. Raises OSError."""
         if self.device >= 0:
             log.warning("this kernel cannot repeat what was unanswered: mounting again; files that are open fail")
-            self._unmount(lazy=True, abort=True)
+            if elsewhere := self._elsewhere():
+                log.warning("the mount namespace of process %s keeps the old mount: it fails", holders.text(elsewhere))
+            # Where a directory of it is bound, it fails: who reads must not see what lies below.
+            whole = [place for place in self._places() if place.root == b"/"]
+            self.mountpoint, *self.bound = [place.point for place in whole] or [self.mountpoint]
+            attachment.detach_all(whole, abort=True)
             self.replaced |= {client.process.pid for client in self._clients}
             self._end_clients()
             os.close(self.tree)
@@ -406,6 +421,9 @@ class Supervisor:
             self.device = -1
         self.mount()
         self.mounts_again = False
+        for place in self.bound:
+            with suppress(OSError):
+                mounts.bind(self.mountpoint, place)
 
     def _hear(self) -> None:
         assert self.link is not None
@@ -492,22 +510,34 @@ class Supervisor:
 
     # -- ending -------------------------------------------------------------------------------------------------
 
-    def _is_mounted(self) -> bool:
-        return any(m.device == self.mount_device for m in mounts.table())
+    @property
+    def _device(self) -> int:
+        return self.mounted.device if self.mounted is not None else 0
 
-    def _unmount(self, *, lazy: bool, abort: bool = False) -> None:
-        with suppress(OSError):
-            attachment.detach(
-                os.fsencode(self.config["mountpoint"]), lazy=lazy, abort=abort, device=self.mount_device or None
-            )
+    def _places(self) -> list[mounts.Mount]:
+        return holders.places(self.mounted) if self.mounted is not None else []
+
+    def _elsewhere(self) -> list[holders.Process]:
+        return holders.of_namespaces(self.mounted) if self.mounted is not None else []
+
+    def _is_mounted(self) -> bool:
+        return bool(self._places())
 
     def _release(self) -> None:
         """The mountpoint is gone: end the keepers, whose files are all that still holds the file system."""
         self.ending = True
+        self.tell_holders_at = time.monotonic() + _LOOK_EVERY
         os.close(self.tree)
         # Not waited for: one that waits for the server ends when that answers.
         for client in self._clients:
             client.process.kill()
+
+    def _tell_holders(self) -> None:
+        # Of files that are open nothing is said: to look for them may wait for any file system.
+        self.tell_holders_at = None
+        if found := self._elsewhere():
+            who = holders.text(found)
+            log.warning("unmounted, but for the mount namespace of process %s: the mount ends with that", who)
 
     def _end_clients(self) -> None:
         """Kill keepers and peer server; what the kernel does not let go ends later, by itself."""
@@ -525,8 +555,8 @@ class Supervisor:
             self.server.kill()
             with suppress(subprocess.TimeoutExpired):
                 self.server.wait(_END_WITHIN)
-        if self.mount_device and not self.ending and self._is_mounted():
-            self._unmount(lazy=True, abort=True)
+        if not self.ending:
+            attachment.detach_all(self._places(), abort=True)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import mmap
 import os
 import random
@@ -135,9 +136,6 @@ def test_a_busy_mount(source: Path, mount: MakeMount, how: str, pinned: bool) ->
     _assert_ended(mounted, pids)
 
 
-# -- in the foreground --------------------------------------------------------------------------------------------
-
-
 def test_a_mount_that_another_namespace_has(source: Path, mount: MakeMount) -> None:
     """Whoever makes a mount namespace gets a mount of his own; `umount` says at once who that is."""
     (source / "f").write_bytes(b"here")
@@ -171,11 +169,127 @@ def test_a_mount_that_another_namespace_has(source: Path, mount: MakeMount) -> N
     eventually(lambda: not any(map(is_alive, pids)))
 
 
+# -- at several places, under other names ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scattered(source: Path, mount: MakeMount, place: Path) -> Iterator[tuple[Mount, Path, Path]]:
+    """A mount that was moved, and whose parent was renamed; where it is bound as well; where a directory of it is."""
+    (source / "d").mkdir()
+    (source / "d/f").write_bytes(noise(10_000))
+    bound, directory = place / "bound", place / "directory"
+    for path in (place / "parent", place / "moved/mnt", bound, directory):
+        path.mkdir(parents=True)
+    mounted = mount(source, mountpoint=place / "parent/mnt")
+    mounted.expect_errors = True
+    mounted.path = place / "renamed/mnt"
+    try:
+        _mount("--move", place / "parent/mnt", place / "moved/mnt")
+        _mount("--bind", place / "moved/mnt", bound)
+        _mount("--bind", place / "moved/mnt/d", directory)
+        (place / "moved").rename(place / "renamed")
+        yield mounted, bound, directory
+    finally:
+        for path in (directory, bound, mounted.path):
+            unmount_lazily(path)
+
+
+def _mount(how: str, what: Path, where: Path) -> None:
+    subprocess.run(["mount", how, what, where], check=True, timeout=PATIENCE)
+
+
+def test_commands_find_a_mount_wherever_it_is(scattered: tuple[Mount, Path, Path], place: Path) -> None:
+    mounted, bound, directory = scattered
+    pids = mounted.pids
+    for path in (mounted.path, bound):
+        assert json.loads(coordlfs("status", path, "--json").stdout)["mountpoint"] == str(path)
+        assert "1 of 1 items" in coordlfs("warm", path, path / "d").stdout
+        assert "all equal" in coordlfs("verify", path).stdout
+        assert "1 items" in coordlfs("drop", path, path / "d/f").stdout
+    ours = [s for s in json.loads(coordlfs("status", "--json").stdout) if s["source_path"] == str(mounted.source)]
+    assert [s["mountpoint"] for s in ours] == [str(mounted.path)]
+    assert str(bound) in coordlfs("status", mounted.path).stdout.replace("\n", "")
+    for command in ("status", "warm", "restart"):
+        _refused(command, directory, status=1, says=f"a directory of the mount on {mounted.path}")
+    _refused("status", place / "parent/mnt", status=1, says="is not mounted")
+    # It goes on wherever it is left, and whoever unmounts it is told where that is.
+    assert f"still mounted on {mounted.path}" in coordlfs("umount", bound).stderr
+    assert f"still mounted on {directory}" in coordlfs("umount", mounted.path).stderr
+    assert read(directory / "f") == noise(10_000)
+    assert all(map(is_alive, pids))
+    coordlfs("umount", directory)
+    _assert_ended(mounted, pids)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_mount_ends_wherever_it_is(scattered: tuple[Mount, Path, Path], number: signal.Signals) -> None:
+    mounted, bound, directory = scattered
+    pids = mounted.pids
+    os.kill(mounted.supervisor, number)
+    _assert_ended(mounted, pids)
+    assert not any(map(is_mounted, (mounted.path, bound, directory)))
+
+
+def test_a_mount_is_restarted_wherever_it_is(scattered: tuple[Mount, Path, Path]) -> None:
+    mounted, bound, directory = scattered
+    assert "mounted again" not in coordlfs("restart", bound).stderr
+    for path in (mounted.path / "d", bound / "d", directory):
+        assert read(path / "f") == noise(10_000)
+
+
+@pytest.mark.usefixtures("_may_mount")
+def test_a_run_ends_where_its_command_has_renamed_the_parent(place: Path) -> None:
+    (data := place / "parent/data").mkdir(parents=True)
+    script = f"mv {place}/parent {place}/renamed"
+    subprocess.run(
+        [*COORDLFS, "run", data, "--cache-size", "1M", "--", "sh", "-c", script], check=True, timeout=PATIENCE
+    )
+    assert mentions(data) == []
+
+
+@pytest.fixture
+def _no_resend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COORDLFS_NO_RESEND", "1")
+
+
+@pytest.mark.usefixtures("_no_resend")
+def test_it_is_mounted_again_wherever_it_is(scattered: tuple[Mount, Path, Path], place: Path) -> None:
+    mounted, bound, directory = scattered
+    with _other_namespace() as other:
+        said = coordlfs("restart", bound).stderr
+        assert len(said.splitlines()) == 1
+        assert str(directory) in said
+        assert f"process {other.pid} (sleep)" in said
+    for path in (mounted.path, bound):
+        assert read(path / "d/f") == noise(10_000)
+    assert not is_mounted(place / "parent/mnt")
+    assert _is_dead(directory)  # and shows nothing else
+
+
+@contextmanager
+def _other_namespace() -> Iterator[subprocess.Popen[bytes]]:
+    """A process with a mount namespace of its own, which begins as this one is."""
+    ours = os.readlink("/proc/self/ns/mnt")
+    other = subprocess.Popen(["unshare", "-m", "--propagation", "private", "sleep", "1000"])
+    try:
+        eventually(lambda: os.readlink(f"/proc/{other.pid}/ns/mnt") != ours)
+        eventually(lambda: Path(f"/proc/{other.pid}/comm").read_text() == "sleep\n")
+        yield other
+    finally:
+        other.kill()
+        other.wait()
+
+
+# -- in the foreground --------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.usefixtures("_may_mount")
 def test_the_foreground(source: Path, place: Path, number: signal.Signals) -> None:
+    """It ends though its parent was renamed; and says for whom it stays, where that is another mount namespace."""
     write_files(source, 5, 10_000)
-    mountpoint = place / "mnt"
+    mountpoint = place / "parent/mnt"
+    mountpoint.parent.mkdir()
     command = [*COORDLFS, "mount", "--foreground", "--cache-size", "10M", str(source), str(mountpoint)]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
@@ -183,11 +297,17 @@ def test_the_foreground(source: Path, place: Path, number: signal.Signals) -> No
         mounted = Mount(source, mountpoint, place / "none")
         _pin_some(mounted)
         pids = mounted.pids
-        job.send_signal(number)
+        with _other_namespace() as other:
+            mountpoint.parent.rename(parent := place / "renamed")
+            job.send_signal(number)
+            assert job.stderr is not None
+            said = job.stderr.readline()
+            assert f"namespace of process {other.pid} (sleep)" in said
         out, err = job.communicate(timeout=PATIENCE)
         assert job.returncode == 0, err
         assert "10.0 MiB of cache" in out
-        assert "Traceback" not in err
+        assert err == ""
+        assert not is_mounted(parent / "mnt")
         _assert_ended(mounted, pids)
         mounted.end()
     finally:

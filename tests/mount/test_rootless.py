@@ -350,8 +350,8 @@ def test_when_memory_runs_out_it_is_the_cache_that_goes(somebody: User, source: 
 # -- ends ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["coordlfs umount", "fusermount3 -u", "root's umount", "SIGTERM", "--lazy"])
-def test_ends(somebody: User, source: Path, mount_as: MakeUserMount, way: str) -> None:
+@pytest.mark.parametrize("way", ["coordlfs umount", "fusermount3 -u", "root's umount", "SIGTERM", "renamed", "--lazy"])
+def test_ends(somebody: User, source: Path, home: Path, mount_as: MakeUserMount, way: str) -> None:
     names = write_files(source, 5, 100_000)
     mounted = mount_as(somebody)
     mounted.read(*names)
@@ -367,6 +367,12 @@ def test_ends(somebody: User, source: Path, mount_as: MakeUserMount, way: str) -
         subprocess.run(["umount", mounted.path], check=True)
     elif way == "SIGTERM":
         os.kill(mounted.supervisor, signal.SIGTERM)
+    elif way == "renamed":
+        home.rename(renamed := home.with_name(f"{home.name}-renamed"))
+        os.kill(mounted.supervisor, signal.SIGTERM)
+        eventually(lambda: not any(map(is_alive, pids)))
+        assert not is_mounted(renamed / mounted.path.name)
+        renamed.rename(home)
     else:
         somebody.call("umount", "--lazy", mounted.path)
     assert mounted.gone(pids)
