@@ -18,11 +18,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from coordlfs.kernel import systemd
+from coordlfs.kernel.paths import shown
 
 LIMIT, INTERVAL = 10, 60.0  # messages of one kind, in so many seconds
 _LATE = 1.0  # seconds after the end of an interval by which its timer has told of it, if there is one
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
-_BARE = re.compile(r"[^\s\"=\\\x00-\x1f\x7f]+")  # a value that needs no quotes
+_BARE = re.compile(r"[^\s\"=\\]+")  # a value that needs no quotes
 
 
 def configure(target: str | None, process: str = "", mountpoint: str = "", source: str = "") -> None:
@@ -34,7 +35,7 @@ def configure(target: str | None, process: str = "", mountpoint: str = "", sourc
     handler: logging.Handler
     if target == "stderr" and not systemd.stderr_is_journal():
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s coordlfs[%(process)d] %(levelname)s: %(message)s"))
+        handler.setFormatter(Plain("%(asctime)s coordlfs[%(process)d] %(levelname)s: %(message)s"))
     elif target and target != "stderr":
         handler = _File(target)
         handler.setFormatter(KeyValue(context))
@@ -42,7 +43,7 @@ def configure(target: str | None, process: str = "", mountpoint: str = "", sourc
         handler = Journal(context)
     elif os.path.exists("/dev/log"):
         handler = logging.handlers.SysLogHandler("/dev/log", facility=logging.handlers.SysLogHandler.LOG_DAEMON)
-        handler.setFormatter(logging.Formatter("coordlfs[%(process)d] %(levelname)s: %(message)s"))
+        handler.setFormatter(Plain("coordlfs[%(process)d] %(levelname)s: %(message)s"))
     else:
         handler = logging.NullHandler()
     handler.addFilter(RateLimit(handler.handle))
@@ -59,6 +60,15 @@ class _File(logging.handlers.WatchedFileHandler):
             super().emit(record)
         except OSError:
             self.handleError(record)
+
+
+class Plain(logging.Formatter):
+    """As it stands, but one line but for a trace: names that a message holds end no line and move no cursor."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The message among what surrounds it."""
+        record.message = shown(record.message)
+        return super().formatMessage(record)
 
 
 class KeyValue(logging.Formatter):
@@ -79,8 +89,12 @@ class KeyValue(logging.Formatter):
 
 
 def _quoted(value: str) -> str:
-    value = value.encode(errors="replace").decode()  # paths may hold bytes that are not UTF-8
-    return value if _BARE.fullmatch(value) else json.dumps(value, ensure_ascii=False)
+    value = "".join(
+        shown(c) if "\ud800" <= c <= "\udfff" else c for c in value
+    )  # paths may hold bytes that are no text
+    if value.isprintable() and _BARE.fullmatch(value):
+        return value
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in json.dumps(value, ensure_ascii=False))
 
 
 class Journal(logging.Handler):
@@ -90,6 +104,7 @@ class Journal(logging.Handler):
         super().__init__()
         self._fields = {f"COORDLFS_{key.upper()}": value for key, value in context.items() if value}
         self._path = path
+        self.setFormatter(Plain())
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send an entry; one that the journal does not take at once is lost."""

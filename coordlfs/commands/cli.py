@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from coordlfs import __version__
 from coordlfs.errors import UserError
 from coordlfs.kernel import limits, process
+from coordlfs.kernel.paths import shown
 
 if TYPE_CHECKING:
     from coordlfs.commands.mount import Options
@@ -26,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print it and exit with status 2."""
-        self.exit(2, f"coordlfs: {message} (`{self.prog} --help` says more)\n")
+        self.exit(2, f"coordlfs: {shown(message)} (`{self.prog} --help` says more)\n")
 
 
 _TOOLS = {  # command → the module that has its arguments and does it, and what it is good for
@@ -330,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.inherited = process.settle()
         return _COMMANDS[arguments.command](arguments)
     except UserError as e:
-        print(f"coordlfs: {e}", file=sys.stderr)
+        print(f"coordlfs: {shown(str(e))}", file=sys.stderr)
         return e.status
     except KeyboardInterrupt:
         return 130
@@ -340,5 +341,5 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, RuntimeError, MemoryError) as e:
         if (said := _of_environment(e)) is None:
             raise
-        print(f"coordlfs: {said}", file=sys.stderr)
+        print(f"coordlfs: {shown(said)}", file=sys.stderr)
         return 1

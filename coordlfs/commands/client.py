@@ -96,18 +96,28 @@ class Client:
         """
         found = []
         for path in paths:
+            if not path:
+                raise UserError("an empty path names nothing: name files or directories on the mount", 2)
             real = os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
             if os.path.isdir(real) or (follow and os.path.exists(real)):
                 real = os.path.realpath(real)
             if real == self.root:
                 found.append(b"")
             elif real.startswith(self.root.rstrip("/") + "/"):
-                if not os.path.lexists(real):
-                    raise UserError(f"{path} does not exist")
+                _check_exists(path, real)
                 found.append(os.fsencode(os.path.relpath(real, self.root)))
             else:
                 raise UserError(f"{path} does not lie in {self.root}", 2)
         return found
+
+
+def _check_exists(path: str, real: str) -> None:
+    try:
+        os.lstat(real)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be found: {e.strerror}") from None
 
 
 def walk(source: Source, path: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
@@ -138,17 +148,16 @@ def _by_extent(source: Source, files: list[bytes]) -> list[bytes]:
     return sorted(files, key=place)
 
 
-def _files(source: Source, starts: list[bytes]) -> dict[bytes, int]:
-    """What is to be read of the files at and below some paths: bytes, by one path of each."""
+def _files(source: Source, start: bytes, linked: dict[tuple[int, int], bytes]) -> dict[bytes, int]:
+    """What is to be read of the files at and below a path: bytes, by one path of each.
+
+    `linked` keeps that path of files with several names, by device and inode.
+    """
     sizes: dict[bytes, int] = {}
-    linked: set[tuple[int, int]] = set()  # files with several names that have been met
-    for start in starts:
-        for path, st in walk(source, start):
-            if not stat.S_ISREG(st.st_mode) or not st.st_size or (st.st_dev, st.st_ino) in linked:
-                continue
-            if st.st_nlink > 1:
-                linked.add((st.st_dev, st.st_ino))
-            sizes[path] = -(-st.st_size // pages.PAGE) * pages.PAGE
+    for path, st in walk(source, start):
+        if stat.S_ISREG(st.st_mode) and st.st_size:
+            one = path if st.st_nlink == 1 else linked.setdefault((st.st_dev, st.st_ino), path)
+            sizes[one] = -(-st.st_size // pages.PAGE) * pages.PAGE
     return sizes
 
 
@@ -162,12 +171,16 @@ def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
         if not figures["capacity_bytes"]:
             raise UserError(f"{mountpoint} has no cache: mount it with a --cache-size")
         source = client.source()
-        starts = client.relative(paths, follow=True) or [b""]
-        files = _files(source, starts)
-        if paths and not files:
-            raise UserError(
-                f"there is no file with bytes to cache at {paths[0]}: name files or directories on the mount"
-            )
+        files: dict[bytes, int] = {}
+        linked: dict[tuple[int, int], bytes] = {}
+        for path, start in zip(paths, client.relative(paths, follow=True), strict=True):
+            if not (there := _files(source, start, linked)):
+                raise UserError(
+                    f"there is no file with bytes to cache at {path}: name files or directories on the mount"
+                )
+            files |= there
+        if not paths:
+            files = _files(source, b"", linked)
         room = figures["memory"]["limit_bytes"] - figures["pinned_bytes"]
         columns = (
             TextColumn("warming"),
@@ -209,14 +222,12 @@ def drop(mountpoint: str, paths: list[str]) -> dict[str, int]:
             return client.ask("drop")
         source = client.source()
         total = {"dropped": 0, "freed_pages": 0}
-        names = [
-            kernel_paths.to_text(path)
-            for start in client.relative(paths, follow=True)
-            for path, st in walk(source, start)
-            if stat.S_ISREG(st.st_mode)
-        ]
-        if not names:
-            raise UserError(f"there is no file at {paths[0]}: name files or directories on the mount")
+        names: list[str] = []
+        for path, start in zip(paths, client.relative(paths, follow=True), strict=True):
+            there = [kernel_paths.to_text(found) for found, st in walk(source, start) if stat.S_ISREG(st.st_mode)]
+            if not there:
+                raise UserError(f"there is no file at {path}: name files or directories on the mount")
+            names += there
         for at in range(0, len(names), _BATCH):
             reply = client.ask("drop", paths=names[at : at + _BATCH])
             for key in total:
@@ -258,7 +269,8 @@ def _tell_what_fails(mountpoint: str, before: mounts.Mount) -> None:
     if found := holders.of_namespaces(before):
         old.append(f"the mount namespace of process {holders.text(found)}")
     if old:
-        print(f"coordlfs: mounted again; this still has the old mount, and fails: {', '.join(old)}", file=sys.stderr)
+        where = kernel_paths.shown(", ".join(old))
+        print(f"coordlfs: mounted again; this still has the old mount, and fails: {where}", file=sys.stderr)
 
 
 def _replace(mountpoint: str, pid: int, pinned: int) -> None:

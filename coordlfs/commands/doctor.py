@@ -453,7 +453,9 @@ def show(*, as_json: bool) -> bool:
     colours = {State.OK: "green", State.WARNING: "yellow", State.MISSING: "red"}
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for check in checks:
-        table.add_row(f"[{colours[check.state]}]{check.state}[/]", f"[bold]{check.name}[/]", escape(check.found))
+        table.add_row(
+            f"[{colours[check.state]}]{check.state}[/]", f"[bold]{check.name}[/]", escape(paths.shown(check.found))
+        )
         if check.cost:
             table.add_row("", "", f"costs: {escape(check.cost)}")
             table.add_row("", "", f"mend:  {escape(check.remedy)}")

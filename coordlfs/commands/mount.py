@@ -29,6 +29,7 @@ from coordlfs.commands.mounted import FSTYPE, clear_dead, stats
 from coordlfs.errors import UserError
 from coordlfs.kernel import fusermount, limits, mounts, process, systemd
 from coordlfs.kernel.memory import Memory, memory
+from coordlfs.kernel.paths import shown
 from coordlfs.processes import attachment, exporter, interpreter
 from coordlfs.sources import numbering
 from coordlfs.sources.directory import lies_elsewhere
@@ -99,7 +100,7 @@ def _check_mountpoint(source: str, mountpoint: str) -> bool:
     if not stat.S_ISDIR(st.st_mode):
         raise UserError(f"{mountpoint} is not a directory: mount on a directory")
     if source != mountpoint and os.listdir(mountpoint):
-        print(f"coordlfs: {mountpoint} is not empty; what it holds is hidden while mounted", file=sys.stderr)
+        print(f"coordlfs: {shown(mountpoint)} is not empty; what it holds is hidden while mounted", file=sys.stderr)
     return False
 
 
@@ -280,9 +281,9 @@ def mount(
                 _warn(capacity, lockable, kind, have)
                 said = sys.stderr if bound else sys.stdout  # the output of `run` is the command's
                 cache = f"{sizes.text(capacity)} of cache ({how})"
-                print(f"{source} is mounted on {mountpoint} with {cache}", file=said, flush=True)
+                print(f"{shown(source)} is mounted on {shown(mountpoint)} with {cache}", file=said, flush=True)
                 if numbering.are_made_up(mounts.fstype(root)):
-                    print(f"coordlfs: {source} ({config['fstype']}) {numbering.TEXT}", file=sys.stderr)
+                    print(f"coordlfs: {shown(source)} ({config['fstype']}) {numbering.TEXT}", file=sys.stderr)
                 if metrics is not None:
                     print(f"metrics: {asked_at}", file=said, flush=True)
             except BaseException:

@@ -18,6 +18,7 @@ from typing import NoReturn
 from coordlfs.commands import cli
 from coordlfs.errors import UserError
 from coordlfs.kernel import fusermount
+from coordlfs.kernel.paths import shown
 from coordlfs.processes import attachment
 
 _USAGE, _FAILURE = 1, 32  # the exit statuses of mount(8)
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = _arguments(sys.argv[1:] if argv is None else argv)
         command = ["mount", *words(",".join(arguments.options), sloppy=arguments.sloppy)]
     except UserError as e:
-        print(f"mount.coordlfs: {e}", file=sys.stderr)
+        print(f"mount.coordlfs: {shown(str(e))}", file=sys.stderr)
         return _USAGE
     except SystemExit as e:
         return _USAGE if e.code else 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from coordlfs.commands import client, mounted
 from coordlfs.errors import UserError
+from coordlfs.kernel.paths import shown
 from coordlfs.sizes import text
 
 
@@ -28,8 +29,9 @@ def show(mountpoint: str, *, as_json: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"nodes that share the cache of {mounted.find(mountpoint).source.decode(errors='replace')}")
+    table = Table(title=Text(f"nodes that share the cache of {shown(mounted.find(mountpoint).source)}"))
     for heading in ("node", "state", "cached", "share", "received from", "served to", "latency"):
         left = heading in ("node", "state")
         table.add_column(heading, justify="left" if left else "right", no_wrap=heading == "node")

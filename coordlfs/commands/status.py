@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from coordlfs.cache import residence
 from coordlfs.commands import mounted
 from coordlfs.errors import UserError
+from coordlfs.kernel.paths import shown
 from coordlfs.sizes import text
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _job_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def summary(s: dict[str, Any]) -> str:
     """One line."""
     return (
-        f"{s['source_path']}: {text(s['pinned_bytes'])} of {text(s['capacity_bytes'])} cached in "
+        f"{shown(s['source_path'])}: {text(s['pinned_bytes'])} of {text(s['capacity_bytes'])} cached in "
         f"{s['pinned_items']} items; {text(s['source']['bytes'])} read from the source{_from_peers(s)}; "
         f"{s['epochs']} epochs seen, hit rate {_share(s['hit_rate'])}"
     )
@@ -86,13 +87,13 @@ def table(s: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    title = Text(f"{s['source_path']} on {s['mountpoint']}")  # whose brackets are no markup
+    title = Text(shown(f"{s['source_path']} on {s['mountpoint']}"))  # whose brackets are no markup
     grid = Table(title=title, title_style="italic", show_header=False, title_justify="left")
     grid.add_column(style="bold")
     grid.add_column()
     source = s["source"]
     if places := mounted.other_places(s["mountpoint"]):
-        grid.add_row("also mounted on", Text(", ".join(places)))
+        grid.add_row("also mounted on", Text(shown(", ".join(places))))
     grid.add_row("cached", f"{text(s['pinned_bytes'])} of {text(s['capacity_bytes'])} ({_share(s['fill'])})")
     memory = s["memory"]
     if memory["limit_bytes"] < s["capacity_bytes"]:
@@ -138,7 +139,7 @@ def show(mountpoints: list[str], *, as_json: bool, watch: bool) -> None:
             except UserError as e:
                 if mountpoints:
                     raise
-                console.print(str(e), markup=False)
+                console.print(shown(str(e)), markup=False)
         return
     from rich.live import Live
 

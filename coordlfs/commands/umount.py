@@ -12,6 +12,7 @@ import sys
 from coordlfs.commands.mounted import find, stats
 from coordlfs.errors import UserError
 from coordlfs.kernel import process
+from coordlfs.kernel.paths import shown
 from coordlfs.processes import attachment, holders
 
 _END_SOON, _END_TIMEOUT = 1.0, 30.0
@@ -39,10 +40,8 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
         raise UserError(f"{mountpoint} cannot be unmounted: {e.strerror}") from None
     if places := holders.places(found):
         place = os.fsdecode(places[0].point)
-        print(
-            f"coordlfs: {mountpoint} is unmounted; it is still mounted on {place}: `coordlfs umount {place}` ends that",
-            file=sys.stderr,
-        )
+        said = f"{mountpoint} is unmounted; it is still mounted on {place}: `coordlfs umount {place}` ends that"
+        print(f"coordlfs: {shown(said)}", file=sys.stderr)
         return
     if lazy or process.wait_gone(pids, _END_SOON):
         return

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from coordlfs.commands.client import Client, walk
 from coordlfs.kernel import fuse, pages
+from coordlfs.kernel.paths import shown
 from coordlfs.sources.directory import Source
 
 _STEP = fuse.MAX_READ
@@ -113,7 +114,7 @@ def verify(mountpoint: str) -> tuple[int, int, list[str]]:
         columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
             for path, st in progress.track(everything):
-                found += [f"{os.fsdecode(path or b'.')!r}: {d}" for d in differences(mount, source, path, buffer)]
+                found += [f"'{shown(path or b'.')}': {d}" for d in differences(mount, source, path, buffer)]
                 total += st.st_size if stat.S_ISREG(st.st_mode) else 0
         return len(everything), total, found
     finally:

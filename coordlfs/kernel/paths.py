@@ -97,6 +97,24 @@ def from_text(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+def shown(text: str | bytes) -> str:
+    """A text that may hold names, for a terminal or a log: what ends the line or moves the cursor is escaped.
+
+    A byte that is no text is shown as `\\xff`, as in a string of Python.
+    """
+    text = os.fsdecode(text)
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    if character.isprintable():
+        return character
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte, as `os.fsdecode` has it
+        code -= 0xDC00
+    return chr(code).encode("unicode_escape").decode()
+
+
 def close_at_once(fd: int) -> None:
     """Close a descriptor of which nothing is to be waited for: of a local file that was read, or with O_PATH."""
     check(quick.close(fd), "close")

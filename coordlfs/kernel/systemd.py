@@ -11,6 +11,8 @@ import socket
 import struct
 from contextlib import suppress
 
+from coordlfs.kernel.paths import shown
+
 JOURNAL = "/run/systemd/journal/socket"
 _LONGEST = 1 << 16  # of a field; longer ones would not fit a datagram
 _LENGTH = struct.Struct("<Q")
@@ -28,7 +30,7 @@ def _send(path: str, message: bytes) -> bool:
 def notify(**state: object) -> bool:
     """Tell the service manager, as in `notify(READY=1, STATUS="serves")`; False if there is none that listens."""
     path = os.environ.get("NOTIFY_SOCKET", "")
-    text = "\n".join(f"{key}={str(value).replace(chr(10), ' ')}" for key, value in state.items())
+    text = "\n".join(f"{key}={shown(str(value))}" for key, value in state.items())
     return bool(path) and _send(path, os.fsencode(text))
 
 

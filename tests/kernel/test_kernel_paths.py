@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordlfs.kernel.paths import close_at_once, open_beneath, open_if_cached
+from coordlfs.kernel.paths import close_at_once, open_beneath, open_if_cached, shown
 
 NAME = b"n" * 200  # of the deep directories
 
@@ -241,3 +241,11 @@ def test_paths_around_path_max(root: int, depth: int) -> None:
 
 def test_a_name_longer_than_path_max_is_too_long(root: int) -> None:
     assert refusal(root, b"d/" + b"x" * 5000) == errno.ENAMETOOLONG
+
+
+@given(st.binary())
+def test_names_are_shown_on_one_line_and_escaped_where_they_are_no_text(name: bytes) -> None:
+    assert shown(name).isprintable()
+    if (text := os.fsdecode(name)).isprintable():
+        assert shown(name) == text
+    assert shown(b"a\xff\n\x1b[31m\xc2\x9b\xe2\x80\xae\xc3\xa9") == "a\\xff\\n\\x1b[31m\\x9b\\u202eé"

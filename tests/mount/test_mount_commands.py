@@ -443,7 +443,9 @@ for act in (lambda: client.drop(sys.argv[1], []), lambda: client.drop(sys.argv[1
 # -- paths that are no text, or look like markup ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [b"s\xff\xfe", "größe".encode(), b"imgs [v2]", b"[red]x", b"q[b]"])
+@pytest.mark.parametrize(
+    "name", [b"s\xff\xfe", "größe".encode(), b"imgs [v2]", b"[red]x", b"q[b]", b"\x1b[1m\n\xc2\x9b"]
+)
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
 def test_any_path_is_mounted_and_shown(
     source: Path, place: Path, mount: MakeMount, monkeypatch: pytest.MonkeyPatch, name: bytes, encoding: str
@@ -455,10 +457,19 @@ def test_any_path_is_mounted_and_shown(
     mountpoint = place / os.fsdecode(name + b"[/y]".replace(b"/", b""))
     mounted = mount(named, mountpoint=mountpoint)
     assert read(mounted.path / "f") == noise(5000)
-    shown = os.fsdecode(name).encode(errors="backslashreplace").decode("ascii", "ignore")
+    shown = name.decode(errors="backslashreplace").translate({0x1B: "\\x1b", 0x0A: "\\n", 0x9B: "\\x9b"})
     text = coordlfs("status", mounted.path).stdout
-    assert shown in text.encode("ascii", "ignore").decode()
-    coordlfs("status")
+    assert shown.encode("ascii", "ignore") in text.encode("ascii", "ignore")
+    mounted.expect_errors = True
+    os.kill(mounted.processes["server"], signal.SIGKILL)  # which is logged
+    mounted.settle()
+    said = [
+        text,
+        coordlfs("status").stdout,
+        mounted.log.read_text(),
+        coordlfs("mount", named, mountpoint, status=1).stderr,
+    ]
+    assert all(line.isprintable() for text in said for line in text.split("\n"))
     assert json.loads(coordlfs("status", mounted.path, "--json").stdout)["source_path"] == str(named)
 
 
@@ -466,10 +477,18 @@ def test_what_is_named_and_holds_nothing_is_an_error(source: Path, mount: MakeMo
     (source / "empty").mkdir()
     write_files(source, 1, 10)
     mounted = mount(source)
-    for command in ("warm", "drop"):
-        done = coordlfs(command, mounted.path, mounted.path / "empty", status=1)
-        assert len(done.stderr.splitlines()) == 1
-        coordlfs(command, mounted.path)
+    there, empty, unknown = (mounted.path / name for name in ("item-00000", "empty", "unknown\x1b[31m\n\udcff"))
+    for command, paths in (
+        *((command, paths) for command in ("warm", "drop") for paths in ([empty], [there, empty])),
+        *((command, paths) for command in ("warm", "drop", "refresh") for paths in ([unknown], [there, unknown])),
+    ):
+        said = coordlfs(command, mounted.path, *paths, status=1).stderr
+        assert len(said.splitlines()) == 1
+        assert said.rstrip("\n").isprintable()
+        assert (str(empty) if paths[-1] == empty else f"{mounted.path}/unknown\\x1b[31m\\n\\xff does not exist") in said
+    for command in ("warm", "drop", "refresh"):
+        coordlfs(command, mounted.path, "", status=2)
+        coordlfs(command, mounted.path, there)
 
 
 def test_a_client_in_another_locale(source: Path, place: Path, mount: MakeMount) -> None:
