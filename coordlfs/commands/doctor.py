@@ -78,13 +78,14 @@ def _mounting() -> Check:
     if problem := fusermount.problem():
         what, remedy = problem
         found, remedy = f"no CAP_SYS_ADMIN, and {what}", f"{remedy}; a container needs --cap-add SYS_ADMIN"
-        if _namespaces().state is State.OK:
-            return Check(name, State.MISSING, found, "nothing can be mounted, but by `coordlfs run`", remedy)
-        return Check(name, State.MISSING, found, "nothing can be mounted", remedy, True)
+        cost = "nothing can be mounted" + (", but by `coordlfs run`" if _namespaces().state is State.OK else "")
+        return Check(name, State.MISSING, found, cost, remedy, True)
+    places = fusermount.confined_to()
+    only = f", which AppArmor ({fusermount.PROFILE}) lets mount on {', '.join(places)} only" if places else ""
     return Check(
         name,
         State.WARNING,
-        f"no CAP_SYS_ADMIN; {shutil.which(fusermount.PROGRAM)}",
+        f"no CAP_SYS_ADMIN; {shutil.which(fusermount.PROGRAM)}{only}",
         "mounts by way of fusermount3, of what this user may read; others see them only with user_allow_other;"
         " files larger than 128 KiB are read in smaller steps",
         "run as root for all that coordlfs can do",
@@ -463,7 +464,8 @@ def show(*, as_json: bool) -> bool:
     console.print(table)
     troubles = sum(check.state is not State.OK for check in checks)
     if not works(checks):
-        console.print("coordlfs cannot work here.")
+        lacking = ", ".join(check.name for check in checks if check.required and check.state is State.MISSING)
+        console.print(f"coordlfs cannot work here, for want of: {lacking}.")
     else:
         console.print("coordlfs works here" + (f", with {troubles} limitation(s)." if troubles else "."))
     return works(checks)

@@ -213,6 +213,8 @@ def _explain(source: str, mountpoint: str, failure: dict[str, Any]) -> UserError
             f"mounting on {mountpoint} is not permitted in a user namespace: allow it (on Ubuntu `sysctl"
             " kernel.apparmor_restrict_unprivileged_userns=0`), run as root, or use `coordlfs mount`"
         )
+    if code == errno.EACCES and not attachment.is_privileged():
+        return UserError(f"mounting on {mountpoint} is not permitted: {fusermount.explain_refusal(mountpoint)}")
     if code in (errno.EPERM, errno.EACCES):
         return UserError(f"mounting on {mountpoint} is not permitted ({text}): run as root (CAP_SYS_ADMIN is needed)")
     if code == errno.ENODEV:

@@ -9,20 +9,28 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import re
 import shutil
 import socket
 import stat
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 
 from coordlfs.kernel import process
 
 PROGRAM = "fusermount3"
 _CONFIGURATION = "/etc/fuse.conf"
 _TIMEOUT = 30.0  # seconds
+PROFILE = "/etc/apparmor.d/fusermount3"  # of AppArmor, on Ubuntu from 24.10 on
+LOCAL_PROFILE = "/etc/apparmor.d/local/fusermount3"
+_DISABLED = "/etc/apparmor.d/disable/fusermount3"
+_ALLOWED_USUALLY = ("@{HOME}/**/", "/mnt/**/", "/media/**/", "/tmp/**/")
+_RULE = re.compile(r"^\s*mount\b[^#\n]*->\s*([^\s#]+),", re.MULTILINE)
 _CODES = {  # what it says → errno
     "Device or resource busy": errno.EBUSY,
     "Operation not permitted": errno.EPERM,
+    "mount failed: Permission denied": errno.EACCES,  # mount(2) gives root that where a security module forbids it
     "not found in": errno.EPERM,  # the mount is not this user's
     "No such file": errno.ENOENT,
 }
@@ -56,6 +64,26 @@ def forbidden(mountpoint: str) -> str | None:
     if st.st_mode & stat.S_ISVTX and st.st_uid != os.getuid():
         return "has the sticky bit and belongs to another user"
     return None
+
+
+def confined_to() -> list[str]:
+    """Where AppArmor's profile of fusermount3 lets it mount, as patterns; empty where there is no such profile."""
+    found: dict[str, None] = {}
+    if not os.path.lexists(_DISABLED):
+        for path in (PROFILE, LOCAL_PROFILE):
+            with suppress(OSError), open(path, errors="replace") as f:
+                found |= dict.fromkeys(_RULE.findall(f.read()))
+    return list(found)
+
+
+def explain_refusal(mountpoint: str) -> str:
+    """Why mount(2) of fusermount3 is refused though it is root's, and what to do."""
+    allowed = confined_to()
+    is_known = "" if allowed else "a security module forbids it, probably "
+    return (
+        f"{is_known}AppArmor's profile fusermount3 ({PROFILE}), which allows {', '.join(allowed or _ALLOWED_USUALLY)}:"
+        f" mount there, or allow {mountpoint}/ in {LOCAL_PROFILE}"
+    )
 
 
 def allows_others() -> bool:

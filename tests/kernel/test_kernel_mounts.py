@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mounts import script
 
-from coordlfs.kernel import mounts
+from coordlfs.kernel import fusermount, mounts
 
 NAMES = [
     b"plain",
@@ -65,3 +65,29 @@ def test_names_of_any_bytes_are_read_back(tmp_path: Path) -> None:
 
 def test_readahead_of_a_device_that_is_none_cannot_be_set() -> None:
     assert mounts.set_readahead(os.makedev(4000, 4000), 128) is False
+
+
+def test_where_apparmor_lets_fusermount_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile, local, disabled = tmp_path / "profile", tmp_path / "local", tmp_path / "disabled"
+    for name, path in (("PROFILE", profile), ("LOCAL_PROFILE", local), ("_DISABLED", disabled)):
+        monkeypatch.setattr(fusermount, name, str(path))
+    assert fusermount.confined_to() == []
+    profile.write_text(
+        """profile fusermount3 /usr/bin/fusermount3 {
+  include <abstractions/base>
+  /dev/fuse rw,
+  mount fstype=@{fuse_types} options=(nosuid,nodev,rw) -> @{HOME}/**/,
+  mount fstype=@{fuse_types} options=(nosuid,nodev,ro) -> @{HOME}/**/,
+  mount fstype=@{fuse_types} options=(nosuid,nodev,ro) -> /mnt/{,**/},  # as admins do
+  # mount fstype=@{fuse_types} -> /srv/**/,
+  umount /opt/**/,
+  include if exists <local/fusermount3>
+}
+"""
+    )
+    local.write_text("mount fstype=@{fuse_types} options=(nosuid,nodev,ro) -> /data/mnt/,\numount /data/mnt/,\n")
+    assert fusermount.confined_to() == ["@{HOME}/**/", "/mnt/{,**/}", "/data/mnt/"]
+    assert "allows @{HOME}/**/, /mnt/{,**/}, /data/mnt/:" in fusermount.explain_refusal("/srv/m")
+    assert "allow /srv/m/ in" in fusermount.explain_refusal("/srv/m")
+    disabled.symlink_to(profile)
+    assert fusermount.confined_to() == []

@@ -67,10 +67,11 @@ def test_for_an_ordinary_user() -> None:
         assert "chmod 666" in examine(*nobody, status=1)["/dev/fuse"]["remedy"]
     with open_device():
         found = examine(*nobody)
-        bounded = examine(*nobody, "--bounding-set=-all")
+        bounded = examine(*nobody, "--bounding-set=-all", status=1)
     assert found["right to mount"]["state"] == "warning"
     assert "fusermount3" in found["right to mount"]["found"]
     assert bounded["right to mount"]["state"] == "missing", "fusermount3 cannot become root"
+    assert examine("setpriv", "--bounding-set=-all", status=1)["right to mount"]["required"]
     assert not [c for c in found.values() if "cannot be examined" in c["found"]]
 
 
