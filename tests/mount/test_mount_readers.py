@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mounts import CHUNK, MIB, PATIENCE, MakeMount, coordlfs, forget, noise, read, resident, script, write_files
+from mounts import CHUNK, MIB, PAGE, PATIENCE, MakeMount, coordlfs, forget, noise, read, resident, script, write_files
 
 _TRAIN = """
 import json, os, sys, zlib
@@ -289,3 +290,26 @@ def test_a_file_read_backwards_and_in_steps(source: Path, mount: MakeMount) -> N
     mounted.settle()
     assert mounted.cached("f") == "pinned"
     assert resident(mounted.path / "f") == -(-len(data) // 4096)
+
+
+# -- random access ------------------------------------------------------------------------------------------------
+
+
+def test_random_faults_read_around_unless_they_are_announced(source: Path, mount: MakeMount) -> None:
+    """MADV_RANDOM and `pread` read the pages that are asked for; a fault else as much as the kernel reads ahead."""
+    data = noise(64 * MIB)
+    (source / "f").write_bytes(data)
+    mounted = mount(source, "0")
+    number = os.stat(mounted.path).st_dev
+    around = int(Path(f"/sys/class/bdi/{os.major(number)}:{os.minor(number)}/read_ahead_kb").read_text()) << 10
+    places = [i * MIB + i * PAGE for i in range(1, 60, 4)]
+    for how, at_most in (("pread", PAGE), ("announced", PAGE), ("fault", around)):
+        forget(mounted.path / "f")
+        before = mounted.source_bytes()
+        with open(mounted.path / "f", "rb") as f, mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            if how == "announced":
+                mapped.madvise(mmap.MADV_RANDOM)
+            for place in places:
+                got = os.pread(f.fileno(), 16, place) if how == "pread" else mapped[place : place + 16]
+                assert got == data[place : place + 16]
+        assert len(places) * PAGE <= mounted.source_bytes() - before <= len(places) * at_most
