@@ -266,7 +266,8 @@ def mount(
                     "residence": kind,
                     "lockable": lockable,
                     "log": os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None,
-                    "acl": _supports_acl(root),
+                    # What is mounted beneath may have ACLs; without them it costs a request that says so.
+                    "acl": _supports_acl(root) or any(mounts.beneath(os.fsencode(source))),
                     "noexec": options.noexec,
                     "is_remote": lies_elsewhere(root, os.fsencode(source)),
                     "fstype": None if (fstype := mounts.fstype(root)) is None else os.fsdecode(fstype),

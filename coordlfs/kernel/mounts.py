@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+import select
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -90,6 +91,21 @@ def table(pid: str = "self") -> Iterator[Mount]:
                 fstype,
                 _unescape(source),
             )
+
+
+def beneath(path: bytes) -> Iterator[Mount]:
+    """What is mounted beneath a path, which is no link."""
+    prefix = path.rstrip(b"/") + b"/"
+    return (mount for mount in table() if mount.point.startswith(prefix))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until `condition` holds, which is looked at each time that something is mounted or unmounted."""
+    with open("/proc/self/mountinfo", "rb") as changes:
+        poll = select.poll()
+        poll.register(changes, select.POLLPRI)
+        while not condition():
+            poll.poll()
 
 
 def fstype(fd: int) -> bytes | None:

@@ -49,7 +49,7 @@ from coordlfs.serving.namespace_loop import TASKS, NamespaceLoop
 from coordlfs.serving.reading import Reader
 from coordlfs.serving.revalidation import Revalidation
 from coordlfs.serving.waits import Waits
-from coordlfs.sources.directory import Source
+from coordlfs.sources.directory import Source, holds_elsewhere
 
 if TYPE_CHECKING:
     from coordlfs.peers.placement import Placement
@@ -147,6 +147,8 @@ def serve(config: dict[str, Any]) -> None:
         stack.callback(admission.close)
         if sharing is not None:
             stack.callback(sharing.close)
+        if path is not None:  # else what is mounted there hides the mount, and not the source
+            threading.Thread(target=_watch_mounts, args=(path, loop), name="mounts", daemon=True).start()
         notifier.start()
         stack.callback(notifier.close)
         background: list[Callable[[], Awaitable[None]]] = [
@@ -165,6 +167,13 @@ def serve(config: dict[str, Any]) -> None:
         )
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
+
+
+def _watch_mounts(path: bytes, loop: DataLoop) -> None:
+    """Notice when something that may never answer is mounted beneath the source."""
+    with suppress(OSError):  # what cannot be seen is taken to have happened
+        mounts.until(lambda: holds_elsewhere(path))
+    loop.expect_waits()
 
 
 def _admission(

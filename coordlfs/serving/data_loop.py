@@ -177,6 +177,11 @@ class DataLoop:
         if not self._reader.source.is_remote:
             threading.Thread(target=self._watch_waits, name="loop watch", daemon=True).start()
 
+    def expect_waits(self) -> None:
+        """Take the source for one that may never answer, from now on."""
+        self._reader.source.is_remote = True
+        self._fast_path.leave_to_others()
+
     def _spawn(self) -> bool:
         """Start a thread; False if there is none to be had: `look_at_waits` tries again."""
         if time.monotonic() < self._no_thread_until:

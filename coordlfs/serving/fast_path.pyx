@@ -354,6 +354,10 @@ cdef class FastPath:
             for slot in range(_SLOTS):
                 self._give_slot(slot)
 
+    def leave_to_others(self):
+        """Begin nothing any more: what is looked at with the GIL held may wait for a file system that asks others."""
+        self._answers_names = self.answers_reads = False
+
     # -- READs that the disk works on, as the data loop asks for them -----------------------------------------------
 
     def hear(self):

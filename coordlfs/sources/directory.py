@@ -48,10 +48,12 @@ def lies_elsewhere(root: int, path: bytes | None = None) -> bool:
     """
     if _is_elsewhere(os.fstat(root).st_dev, mounts.fstype(root)):
         return True
-    beneath = None if path is None else path.rstrip(b"/") + b"/"
-    return beneath is not None and any(
-        mount.point.startswith(beneath) and _is_elsewhere(mount.device, mount.fstype) for mount in mounts.table()
-    )
+    return path is not None and holds_elsewhere(path)
+
+
+def holds_elsewhere(path: bytes) -> bool:
+    """Whether such a file system is mounted beneath a path. Asks none of them."""
+    return any(_is_elsewhere(mount.device, mount.fstype) for mount in mounts.beneath(path))
 
 
 def _is_elsewhere(device: int, fstype: bytes | None) -> bool:
@@ -148,6 +150,7 @@ class Source:
     A file system of another type than `fstype` is not in its place: it shows while nothing is mounted there.
     `since`: when it was mounted, in ns; now, if it is not given.
     `is_remote`: see `lies_elsewhere`, which is asked if it is not given, and may not be where the source may be gone.
+    It is set later where such a file system is mounted beneath the source meanwhile.
     Errors that may pass are returned only after a few attempts, in about half a second.
     """
 

@@ -303,6 +303,34 @@ def test_what_never_answers_holds_up_nobody_else(source: Path, faults: Callable[
     faulty.kill()  # a thread that waits for it could not end
 
 
+@pytest.mark.parametrize("fault", ["lookup hung", "open hung", "read hung"])
+def test_a_file_system_that_hangs_may_be_mounted_beneath_later(
+    source: Path, place: Path, mount: MakeMount, fault: str
+) -> None:
+    """What is decided once for a local source does not hold for it: it is waited for where that holds up nobody."""
+    (behind := place / "behind").mkdir()
+    for path in (source / "pinned", source / "other"):
+        path.write_bytes(noise(50_000))
+    (behind / "hung").write_bytes(noise(3 * MIB))  # not on the fast path
+    mounted = mount(source)
+    read(mounted.path / "pinned")
+    mounted.settle()
+    nested = Faulty(behind, source)
+    try:
+        if fault != "lookup hung":
+            nested.set("keep", seconds=3600)
+            assert (mounted.path / "faulty/hung").stat().st_size == 3 * MIB
+        nested.set(fault, delay=3600)
+        with _waiting([["cat", str(mounted.path / "faulty/hung")]] * 4):
+            assert read(mounted.path / "other") == noise(50_000)
+            eventually(lambda: mounted.cached("other") == "pinned")
+            coordlfs("refresh", mounted.path, mounted.path / "other")
+        nested.kill()
+        mounted.end()
+    finally:
+        nested.end()
+
+
 def _with_one_that_hangs(
     source: Path, faults: Callable[[], Faulty], mount: MakeMount, *names: str, size: int
 ) -> tuple[Mount, Faulty]:

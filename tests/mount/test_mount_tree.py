@@ -524,3 +524,23 @@ def test_a_file_system_without_acls_beneath_one_that_has_them(source: Path, moun
         assert read(beneath / "file") == noise(10_000, 1)
     finally:
         subprocess.run(["umount", "--lazy", nested], check=True, timeout=20)
+
+
+def test_a_file_system_with_acls_beneath_one_that_has_none(in_memory: Path, source: Path, mount: MakeMount) -> None:
+    """Who is denied by an ACL is, though the modes would let him, and who is granted is."""
+    subprocess.run(["mount", "-t", "ramfs", "-o", "mode=755", "ramfs", in_memory], check=True, timeout=20)
+    try:
+        (nested := in_memory / "nested").mkdir()
+        subprocess.run(["mount", "--bind", source, nested], check=True, timeout=20)
+        for name, rule in (("denied", f"u:{NOBODY}:---"), ("granted", f"u:{NOBODY}:r--")):
+            (nested / name).write_text(name)
+            (nested / name).chmod(0o644 if name == "denied" else 0o600)
+            _setfacl(nested / name, rule)
+        mounted = mount(in_memory)
+        answers = [
+            script(_AS_NOBODY, *(root / "nested" / name for name in ("denied", "granted"))).split("\n")[:2]
+            for root in (in_memory, mounted.path)
+        ]
+        assert answers == [[str(errno.EACCES), "ok granted"]] * 2
+    finally:
+        subprocess.run(["umount", "-R", "--lazy", in_memory], check=True, timeout=20)

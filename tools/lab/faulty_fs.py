@@ -71,6 +71,11 @@ class Operations(pyfuse3.Operations):
         a.entry_timeout = a.attr_timeout = 0
         return a
 
+    def _keep(self, a: pyfuse3.EntryAttributes) -> pyfuse3.EntryAttributes:
+        """Have the kernel believe a name and its attributes for as long as the file of faults says as `keep`."""
+        a.entry_timeout = a.attr_timeout = json.loads(self.faults.read_text()).get("keep", {}).get("seconds", 0)
+        return a
+
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """Attributes of the root or a file; of one that is open, even if its name leads elsewhere by now."""
         name = self.names.get(inode, "")
@@ -86,7 +91,7 @@ class Operations(pyfuse3.Operations):
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """A file by its name."""
         await self._fail("lookup", os.fsdecode(name))
-        return self._named(os.fsdecode(name))
+        return self._keep(self._named(os.fsdecode(name)))
 
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         """The root."""
