@@ -167,6 +167,11 @@ def _check_log(log_file: str | None) -> None:
         raise UserError(f"--log-file {log_file} cannot be written: {e.strerror}") from None
 
 
+def _check_limits() -> None:
+    if limit := limits.too_tight():
+        raise UserError(f"{limit.name} allows {limit.found}, and {limit.cost}: {limit.remedy}")
+
+
 def _check_compiled() -> None:
     missing = [name for name in _COMPILED if importlib.util.find_spec(name) is None]
     if missing:
@@ -245,6 +250,7 @@ def mount(
     lockable = process.lockable()
     kind = residence.choose(capacity, lockable)
     _check_compiled()
+    _check_limits()
     _check_log(options.log_file)
     node = _prepare(options.cluster)
     root = _check_source(source)

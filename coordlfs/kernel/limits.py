@@ -22,6 +22,9 @@ _LEAST = (  # limit, as ulimit calls it, least value with which all goes well, w
 )
 
 
+_FILES_NEEDED = 64  # with fewer a server comes up, and can open nothing
+
+
 @dataclass(frozen=True, slots=True)
 class Tight:
     """A limit that is too low: `name` it goes by, and in words what it is, what it has to be, and why."""
@@ -68,6 +71,14 @@ def _pids(root: str) -> Iterator[Tight]:
                         "each slow read takes a thread",
                         f"raise it to {now + 256} (systemd: TasksMax=, docker: --pids-limit)",
                     )
+
+
+def too_tight() -> Tight | None:
+    """The limit with which nothing can be served, though it could be mounted."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most == resource.RLIM_INFINITY or most >= _FILES_NEEDED:
+        return None
+    return next(limit for limit in tight() if limit.name == "ulimit -n")
 
 
 def hint() -> str:

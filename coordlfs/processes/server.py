@@ -14,8 +14,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,7 @@ def serve(config: dict[str, Any]) -> None:
     control = Control(catalog, source, namespace, admission, revalidation, link.replace, sharing)
     names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode, b"hint": lambda: PROTOCOL}
 
-    with ExitStack() as stack:
+    with ExitStack() as stack, _fails_at_once(link):
         for keeper in config["keepers"]:
             admission.add_keeper(keeper["index"], keeper["pid"], socket.socket(fileno=keeper["socket"]))
         ours, _theirs = _attach_pyfuse3(names, bytes.fromhex(config["init"]))
@@ -162,9 +162,7 @@ def serve(config: dict[str, Any]) -> None:
             background.append(partial(revalidation.run, config["revalidate"]))
         if config["metrics"] is not None:
             exporter.serve(config["metrics"], stats.collect)
-        _run_or_exit(
-            link, _tasks, config["mountpoint"], config.get("mount_device"), loop, link, admission, sharing, background
-        )
+        trio.run(_tasks, config["mountpoint"], config.get("mount_device"), loop, link, admission, sharing, background)
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
 
@@ -210,12 +208,17 @@ def _share(
     return sharing
 
 
-def _run_or_exit(link: SupervisorLink, *arguments: Any) -> None:
-    """`trio.run`, but a failure ends the process there and then: no thread is left to hang on to it."""
+@contextmanager
+def _fails_at_once(link: SupervisorLink) -> Iterator[None]:
+    """A failure ends the process there and then: no thread is left to hang on to it, or waited for."""
     try:
-        trio.run(*arguments)
+        yield
     except BaseException as e:
+        if isinstance(e, OSError) and e.errno == errno.ENODEV:
+            os._exit(0)  # it was unmounted while this server came up
         log.exception("the server ends")
+        while isinstance(e, BaseExceptionGroup):  # of trio
+            e = e.exceptions[0]
         link.failed(e)
         os._exit(1)
 
@@ -296,14 +299,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's to handle
     signal.signal(signal.SIGIO, signal.SIG_IGN)  # see `kernel.leases`
     threading.excepthook = _exit_with_thread
-    try:
+    with _fails_at_once(SupervisorLink(config["link"])):
         serve(config)
-    except Exception as e:
-        if isinstance(e, OSError) and e.errno == errno.ENODEV:
-            os._exit(0)  # it was unmounted while this server came up
-        log.exception("the server ends")
-        SupervisorLink(config["link"]).failed(e)
-        os._exit(1)
     os._exit(0)  # data loop threads may wait for a source that never answers
 
 

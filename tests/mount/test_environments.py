@@ -81,9 +81,16 @@ ENVIRONMENTS = {
     "hard limits": Environment(
         prepare=lambda: [
             _limit(kind, hard, hard)()
-            for kind, hard in ((resource.RLIMIT_FSIZE, 20 << 20), (resource.RLIMIT_AS, 1 << 30))
+            for kind, hard in (
+                (resource.RLIMIT_FSIZE, 20 << 20),
+                (resource.RLIMIT_AS, 1 << 30),
+                (resource.RLIMIT_NOFILE, 64),
+            )
         ],
         before=tuple(_WEAK),
+    ),
+    "other processes hidden": Environment(
+        before=("unshare", "-m", "sh", "-c", 'mount -t proc -o hidepid=2 proc /proc && exec "$@"', "sh")
     ),
     "no /dev/shm": Environment(before=("unshare", "-m", "sh", "-c", 'umount -l /dev/shm 2>/dev/null; exec "$@"', "sh")),
 }
@@ -152,13 +159,14 @@ def test_commands_depend_on_nothing_inherited(source: Path, place: Path, foreign
 
 @pytest.mark.usefixtures("_may_mount")
 def test_a_limit_that_cannot_do_is_named(source: Path, place: Path, foreign: Path) -> None:
-    where = Environment(prepare=_limit(resource.RLIMIT_FSIZE, 1024, 1024), before=tuple(_WEAK))
-    done = _start(where, foreign, "mount", source, place / "mnt", "--cache-size", "1M")
-    assert done.returncode == 1
-    assert "ulimit -f" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not is_mounted(place / "mnt")
-    assert "ulimit -f" in _start(where, foreign, "doctor").stdout
+    for kind, most, name in ((resource.RLIMIT_FSIZE, 1024, "ulimit -f"), (resource.RLIMIT_NOFILE, 32, "ulimit -n")):
+        where = Environment(prepare=_limit(kind, most, most), before=tuple(_WEAK))
+        done = _start(where, foreign, "mount", source, place / "mnt", "--cache-size", "1M")
+        assert done.returncode == 1
+        assert name in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert not is_mounted(place / "mnt")
+        assert name in _start(where, foreign, "doctor").stdout
 
 
 def test_a_relative_path_in_a_directory_that_is_gone(source: Path, foreign: Path) -> None:

@@ -543,6 +543,12 @@ def test_errors_are_one_line_each(somebody: User, source: Path, home: Path) -> N
     with open_device(0o600):
         refused("mount", source, target, says="chmod 666 /dev/fuse")
         refused("run", source, "--", "true", says="chmod 666 /dev/fuse")
+    # As many as it takes to start all processes, but not all threads of the server.
+    for most in (4, 10, 12):
+        few = ["prlimit", f"--nproc={most}:{most}", *somebody.coordlfs]
+        done = somebody.run(*few, "mount", source, target, "--cache-size", "1M", status=1)
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert f"ulimit -u (at most {most})" in done.stderr
     bounded = ["setpriv", "--no-new-privs", *somebody.coordlfs]
     done = somebody.run(*bounded, "mount", source, target, status=1)
     assert "no_new_privs" in done.stderr
