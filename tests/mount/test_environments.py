@@ -8,92 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from environments import ENVIRONMENTS, WEAK, Environment, leave_directory, limit, start
 from mounts import MakeMount, eventually, is_alive, is_mounted, noise, read, unmount_lazily, write_files
-
-# Limits that root cannot raise.
-_WEAK = ["setpriv", "--bounding-set", "-sys_resource", "--inh-caps", "-sys_resource"]
-
-
-@dataclass(frozen=True)
-class Environment:
-    """How a command is started. `variables`: None is one that is not set. `prepare` is called in the new process."""
-
-    variables: dict[str, str | None] = field(default_factory=dict)
-    prepare: Callable[[], object] | None = None
-    closed: tuple[int, ...] = ()
-    directory: str | None = None
-    before: tuple[str, ...] = ()
-
-
-def _block_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _limit(kind: int, soft: int, hard: int | None = None) -> Callable[[], None]:
-    return lambda: resource.setrlimit(kind, (soft, resource.getrlimit(kind)[1] if hard is None else hard))
-
-
-def _leave_directory() -> None:
-    os.mkdir(gone := f"/var/tmp/coordlfs-gone-{os.getpid()}")
-    os.chdir(gone)
-    os.rmdir(gone)
-
-
-_PYTHON: dict[str, str | None] = {
-    "PYTHONWARNINGS": "error",
-    "PYTHONOPTIMIZE": "2",
-    "PYTHONINSPECT": "1",
-    "PYTHONIOENCODING": "ascii:strict",
-    "PYTHONUTF8": "0",
-    "PYTHONCOERCECLOCALE": "0",
-    "LC_ALL": "C",
-}
-ENVIRONMENTS = {
-    "foreign modules": Environment({"PYTHONPATH": "{foreign}"}),
-    "foreign directory": Environment(directory="{foreign}"),
-    "Python variables": Environment(_PYTHON),
-    "no variables": Environment({"HOME": None, "PATH": None, "LANG": None, "TMPDIR": "/" + "x" * 300}),
-    "no directory": Environment(prepare=_leave_directory),
-    "signals": Environment(prepare=_block_signals),
-    "umask and niceness": Environment(prepare=lambda: (os.umask(0o777), os.nice(19))),
-    "no descriptors": Environment(closed=(0, 1, 2)),
-    "no input": Environment(closed=(0,)),
-    "no output": Environment(closed=(1,)),
-    "no errors": Environment(closed=(2,)),
-    "soft limits": Environment(
-        prepare=lambda: [
-            _limit(kind, soft)()
-            for kind, soft in (
-                (resource.RLIMIT_FSIZE, 0),
-                (resource.RLIMIT_NOFILE, 16),
-                (resource.RLIMIT_STACK, 1 << 18),
-                (resource.RLIMIT_CPU, 1),
-            )
-        ]
-    ),
-    "hard limits": Environment(
-        prepare=lambda: [
-            _limit(kind, hard, hard)()
-            for kind, hard in (
-                (resource.RLIMIT_FSIZE, 20 << 20),
-                (resource.RLIMIT_AS, 1 << 30),
-                (resource.RLIMIT_NOFILE, 64),
-            )
-        ],
-        before=tuple(_WEAK),
-    ),
-    "other processes hidden": Environment(
-        before=("unshare", "-m", "sh", "-c", 'mount -t proc -o hidepid=2 proc /proc && exec "$@"', "sh")
-    ),
-    "no /dev/shm": Environment(before=("unshare", "-m", "sh", "-c", 'umount -l /dev/shm 2>/dev/null; exec "$@"', "sh")),
-}
 
 
 @pytest.fixture
@@ -105,31 +25,12 @@ def foreign(place: Path) -> Path:
     return directory
 
 
-def _start(
-    where: Environment, foreign: Path, *command: object, timeout: float = 60
-) -> subprocess.CompletedProcess[str]:
-    def prepare() -> None:
-        if where.prepare is not None:
-            where.prepare()
-        for fd in where.closed:
-            os.close(fd)
+# As the command is installed: `python` itself may find nothing where `PYTHONPATH` leads astray.
+_COMMAND = Path(sys.executable).with_name("coordlfs")
 
-    variables = dict(os.environ)
-    for name, value in where.variables.items():
-        variables.pop(name, None)
-        if value is not None:
-            variables[name] = value.format(foreign=foreign)
-    # As the command is installed: `python` itself may find nothing where `PYTHONPATH` leads astray.
-    script = Path(sys.executable).with_name("coordlfs")
-    return subprocess.run(
-        [*where.before, str(script), *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=variables,
-        cwd=where.directory.format(foreign=foreign) if where.directory else None,
-        preexec_fn=prepare,
-    )
+
+def _start(where: Environment, foreign: Path, *command: object) -> subprocess.CompletedProcess[str]:
+    return start(where, foreign, _COMMAND, *command)
 
 
 @pytest.mark.usefixtures("_may_mount")
@@ -160,7 +61,7 @@ def test_commands_depend_on_nothing_inherited(source: Path, place: Path, foreign
 @pytest.mark.usefixtures("_may_mount")
 def test_a_limit_that_cannot_do_is_named(source: Path, place: Path, foreign: Path) -> None:
     for kind, most, name in ((resource.RLIMIT_FSIZE, 1024, "ulimit -f"), (resource.RLIMIT_NOFILE, 32, "ulimit -n")):
-        where = Environment(prepare=_limit(kind, most, most), before=tuple(_WEAK))
+        where = Environment(prepare=limit(kind, most, most), before=tuple(WEAK))
         done = _start(where, foreign, "mount", source, place / "mnt", "--cache-size", "1M")
         assert done.returncode == 1
         assert name in done.stderr
@@ -170,7 +71,7 @@ def test_a_limit_that_cannot_do_is_named(source: Path, place: Path, foreign: Pat
 
 
 def test_a_relative_path_in_a_directory_that_is_gone(source: Path, foreign: Path) -> None:
-    where = Environment(prepare=_leave_directory)
+    where = Environment(prepare=leave_directory)
     for command in (["mount", "src", "mnt"], ["umount", "mnt"], ["run", "src", "--", "true"]):
         done = _start(where, foreign, *command)
         assert done.returncode == 1
