@@ -688,7 +688,7 @@ class TestRun:
             eventually(lambda: process.is_stopped(job.pid) and process.is_stopped(command))
             os.kill(whom[go_on], signal.SIGCONT)
             eventually(lambda: not process.is_stopped(job.pid) and not process.is_stopped(command))
-            job.communicate("5\n", timeout=30)
+            job.communicate("5\n", timeout=PATIENCE)
             assert job.returncode == 5
         finally:
             job.kill()
