@@ -55,19 +55,30 @@ def _whole(fd: int, random: Random) -> list[Piece]:
     return [Piece(0, ALL, b"".join(parts))]
 
 
+def _pread(fd: int, asked: int, offset: int) -> bytes:
+    """As much as is asked for, or up to the end of the file.
+
+    A call that meets an error part of the way gives what came before, as that of any file does: the next one says so.
+    """
+    data = b""
+    while len(data) < asked and (more := os.pread(fd, asked - len(data), offset + len(data))):
+        data += more
+    return data
+
+
 def _here_and_there(fd: int, random: Random) -> list[Piece]:
     size = os.fstat(fd).st_size
     pieces = []
     for _ in range(6):
         offset, asked = random.randrange(size + 1), random.randrange(1, 1 << 16)
-        pieces.append(Piece(offset, asked, os.pread(fd, asked, offset)))
+        pieces.append(Piece(offset, asked, _pread(fd, asked, offset)))
     return pieces
 
 
 def _backwards(fd: int, random: Random) -> list[Piece]:
     step = random.randrange(1000, 1 << 19)
     offsets = range(0, os.fstat(fd).st_size, step)
-    return [Piece(offset, step, os.pread(fd, step, offset)) for offset in reversed(offsets)]
+    return [Piece(offset, step, _pread(fd, step, offset)) for offset in reversed(offsets)]
 
 
 def _mapped(fd: int, random: Random) -> list[Piece]:
