@@ -81,7 +81,7 @@ def _directory(prefix: str, beneath: str = "/var/tmp") -> Iterator[Path]:
 @pytest.fixture
 def source() -> Iterator[Path]:
     """An empty directory on a disk, to be filled and mounted."""
-    yield from _directory("coordlfs-source-")
+    yield from _directory("coordlfs-source-", os.environ.get("COORDLFS_TEST_SOURCE", "/var/tmp"))
 
 
 @pytest.fixture
