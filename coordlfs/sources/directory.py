@@ -34,6 +34,8 @@ _PASSING = frozenset(
 )
 _RETRIES = (0.0, 0.05, 0.5)  # seconds between the attempts
 _ASK_OTHERS = frozenset({b"fuseblk", b"gfs2", b"ocfs2"})  # though they have a block device
+# Where a lease says that nobody writes: all of it lies on this machine, or the file system asks its server.
+_LEASES_TELL = frozenset({b"ext2", b"ext3", b"ext4", b"xfs", b"btrfs", b"bcachefs", b"f2fs", b"tmpfs", b"zfs", b"nfs4"})
 _ROOT_IS_GONE = frozenset({errno.ENOTCONN, errno.ESTALE})
 _ATTEMPTS = 4  # at reading a file that is written to meanwhile
 _KEPT_FOR = 1.0  # seconds after which a name is looked at again
@@ -326,9 +328,10 @@ class Source:
     def _settled(self, fd: int) -> os.stat_result:
         """Wait until nobody writes to a file that has just changed, but not for ever; its attributes then."""
         until = time.monotonic() + _SETTLES_WITHIN
+        lease_tells = mounts.fstype(fd) in _LEASES_TELL
         while True:
             now = time.time_ns()
-            is_free = not self.is_remote and leases.nobody_writes(fd)
+            is_free = lease_tells and leases.nobody_writes(fd)
             st = os.fstat(fd)
             if is_free and now - st.st_mtime_ns >= _TICK_NS:
                 return st  # nobody wrote to it at `now`, nor has begun to since

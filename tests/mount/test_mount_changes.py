@@ -556,6 +556,7 @@ def _exists(path: Path) -> bool:
 # -- what `refresh` promises --------------------------------------------------------------------------------------
 
 _BOUNDS = [1, PAGE - 1, PAGE, PAGE + 1, 50_000, 128 * 1024, MIB - 1, MIB]
+_LARGE = [CHUNK - 1, CHUNK, CHUNK + 1, 40 * MIB]  # one in fifty
 # Of each kind of change, on each file system. With more of them, and on others, see docs/contributing.md.
 _ROUNDS = int(os.environ.get("COORDLFS_TEST_ROUNDS", 30))
 
@@ -578,7 +579,7 @@ def _append_up_to(path: Path, data: bytes) -> None:
 
 def _versions(change: Change, choice: random.Random, old: bytes) -> bytes:
     """What a file that holds `old` is to hold after `change`."""
-    size = choice.choice(_BOUNDS)
+    size = choice.choice(_LARGE if choice.random() < 0.02 else _BOUNDS)
     if change is _write_over:
         return choice.randbytes(len(old))
     if change is _truncate_to:
@@ -597,7 +598,7 @@ def test_when_refresh_has_answered_a_new_open_gets_the_new_bytes(
     choice = random.Random(f"{where} {change.__name__}")
     held = choice.randbytes(MIB)
     (source / "f").write_bytes(held)
-    mounted = mount(source, "10M", "--immutable")
+    mounted = mount(source, "100M", "--immutable")
     for number in range(_ROUNDS):
         path = mounted.path / "f"
         assert read(path) == held
