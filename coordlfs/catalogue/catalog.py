@@ -342,7 +342,7 @@ class Catalog:
         first version stays: from it the later ones are found.
         """
         flags = self.flags(record)
-        is_past = flags & SUPERSEDED and flags & LATER
+        is_past = flags & SUPERSEDED and flags & LATER and self.node(record)  # which is 0 if it was given back before
         if is_past and not flags & (STALE | LINKED) and staleness == self.staleness(record):
             self.words[HEADER_WORDS + record * RECORD_WORDS] = 0
             self._free.setdefault(self.entry(record), []).append(record)
