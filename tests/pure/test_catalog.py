@@ -427,8 +427,7 @@ def test_records_of_versions_that_are_forgotten_are_used_again(fds: tuple[int, i
             catalog.give_back(past, catalog.staleness(past))
             assert catalog.node(past) == node, "the kernel has not been told"
             catalog.set_fresh(past)
-            for _ in range(2):  # by who met the change and by who was told of it
-                catalog.give_back(past, catalog.staleness(past))
+            catalog.give_back(past, catalog.staleness(past))
             assert (catalog.find(node) is None) == (number > 1), "the first leads to the others"
     assert len(nodes) == 3000
     assert len(records) == 3
@@ -579,3 +578,22 @@ def test_what_was_told_of_a_past_version_is_told_once(fds: tuple[int, int]) -> N
     catalog.set_fresh(record, catalog.staleness(record))
     assert catalog.supersedes(record, attributes(2, size=5))
     assert catalog.stale() == []
+
+
+def test_a_record_that_is_given_back_twice_is_one_versions(fds: tuple[int, int]) -> None:
+    """By who met the change and by who was told of it."""
+    catalog = Catalog(*fds)
+    versions = [attributes(2, size=number, mtime_ns=number) for number in range(5)]
+    records = []
+    for version in versions[:3]:
+        records.append(catalog.enter(0, b"f", version)[0])
+        catalog.set_served(records[-1])
+    past = records[1]
+    catalog.set_fresh(past)
+    for _ in range(2):
+        catalog.give_back(past, catalog.staleness(past))
+    assert catalog.enter(0, b"f", versions[3])[0] == past
+    catalog.set_served(past)
+    another, _, superseded = catalog.enter(0, b"f", versions[4])
+    assert another not in records
+    assert superseded == past
