@@ -113,6 +113,8 @@ class Admission:
         self.dropping: set[int] = set()
         self.recovering: set[int] = set()  # keepers that have not yet told what they hold
         self._orphans: dict[int, int] = {}  # records with pages that the last server knew to be pinned
+        # Items that are to be pinned again: the catalogue counts them as pinned, for a server that takes over meanwhile.
+        self._again: set[int] = set()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
 
@@ -404,7 +406,7 @@ class Admission:
             if not self._keepers.remove(index):
                 return
             for item in self.policy.held_by(index):
-                self.catalog.add_pinned_pages(items.record_of(item), -self.policy.unpin(item))
+                self.policy.unpin(item)
                 self._pin_again(item)
             self._pending.lose_keeper(index)
             for item in [i for i in self.dropping if self.policy.holder(i) is None]:
@@ -413,7 +415,8 @@ class Admission:
             self._ask_waiting()
 
     def _pin_again(self, item: int) -> None:
-        """Have an item pinned whose pages are resident, as they are."""
+        """Have an item pinned whose pages are resident, as they are, and that the catalogue counts as pinned."""
+        self._again.add(item)
         self._pending.by_item[item] = Pending(flags=How.KEEP)
         self._pending.wait_for_keeper(item)
 
@@ -550,9 +553,7 @@ class Admission:
 
     def _ask_waiting(self) -> None:
         for item in self._pending.take_waiting():
-            pending = self._pending.by_item.get(item)
-            if pending is not None:
-                self._ask_unless_awaited(item, pending)
+            self._ask_unless_awaited(item, self._pending.by_item[item])
 
     def _take_reply(self, link: Link, reply: Reply) -> None:
         match reply.outcome:
@@ -588,6 +589,7 @@ class Admission:
             for item in wanted:
                 room = pages.count(items.length(item, self.catalog.size(record)))
                 if item not in self.dropping and self.policy.admit(item, room):
+                    self.catalog.add_pinned_pages(record, room)
                     self._pin_again(item)
         self._ask_waiting()
 
@@ -606,7 +608,10 @@ class Admission:
 
     def _pinned(self, holder: int, item: int) -> None:
         self.policy.pin(item, holder)
-        self.catalog.add_pinned_pages(items.record_of(item), self.policy.pages(item))
+        if item in self._again:
+            self._again.discard(item)
+        else:
+            self.catalog.add_pinned_pages(items.record_of(item), self.policy.pages(item))
 
     def _answered(self, link: Link, outcome: Outcome, code: int, item: int) -> None:
         if outcome is Outcome.DROPPED:
@@ -657,8 +662,12 @@ class Admission:
         self.dropping.discard(item)
         self.stash.remove(item)
         self.accounts.epochs.unwatch(item)
+        room = self.policy.pages(item)
         pinned = self.policy.release(item)
-        if pinned:
+        if item in self._again:
+            self._again.discard(item)
+            self.catalog.add_pinned_pages(items.record_of(item), -room)
+        elif pinned:
             self.catalog.add_pinned_pages(items.record_of(item), -pinned)
 
     def _name(self, item: int) -> str:

@@ -60,10 +60,13 @@ class PendingItems:
         """Have an item asked for when there is a keeper that has room."""
         self._waiting.append(item)
 
-    def take_waiting(self) -> list[int]:
-        """The items that wait for a keeper and are with none; they wait no longer."""
+    def take_waiting(self) -> Iterator[int]:
+        """The items that wait for a keeper and are with none when they come; they wait no longer."""
         waiting, self._waiting = self._waiting, deque()
-        return [item for item in waiting if (found := self.by_item.get(item)) is not None and found.keeper is None]
+        for item in waiting:
+            pending = self.by_item.get(item)
+            if pending is not None and pending.keeper is None:
+                yield item
 
     def lose_keeper(self, index: int) -> None:
         """Have what a keeper that died was asked for wait for another."""

@@ -95,7 +95,20 @@ class Cache:
     catalog: Catalog
     counters: Counters
     others: Others
-    admission: Admission
+    admission: Admission = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.admission = self.another()
+
+    def another(self) -> Admission:
+        """As a server that takes over makes it."""
+        return Admission(
+            *(self.catalog, MinIO(3 * PAGES), Stash(1 << 20), Epochs(), self.counters, self.others.more_keepers),
+            announced=self.others,
+            awaited=self.others,
+            invalidator=self.others,
+            owners=self.others,
+        )
 
     def file(self, number: int) -> int:
         """Enter a file; its item."""
@@ -119,15 +132,7 @@ def cache() -> Iterator[Cache]:
         for fd in fds:
             stack.callback(os.close, fd)
         catalog, others = Catalog(*fds), Others()
-        counters = Counters(catalog.counters)
-        admission = Admission(
-            *(catalog, MinIO(3 * PAGES), Stash(1 << 20), Epochs(), counters, others.more_keepers),
-            announced=others,
-            awaited=others,
-            invalidator=others,
-            owners=others,
-        )
-        yield Cache(catalog, counters, others, admission)
+        yield Cache(catalog, Counters(catalog.counters), others)
 
 
 needs_memory_cgroups = pytest.mark.skipif(cgroups.of_memory(os.getpid()) is None, reason="no cgroup of memory")
@@ -214,6 +219,29 @@ def test_what_a_dead_keeper_held_is_pinned_by_the_next_one(cache: Cache) -> None
         (Verb.PIN, How.KEEP, held),
         (Verb.PIN, 0, asked_for),
     ]
+
+
+def test_what_a_dead_keeper_held_is_pinned_though_the_server_dies_as_well(cache: Cache) -> None:
+    """Before the next keeper has pinned it, and again and again."""
+    keeper = Keeper(cache.admission, 1, os.getpid())
+    held, dropped = cache.file(0), cache.file(1)
+    cache.admission.admit([held, dropped])
+    keeper.asked()
+    for item in (held, dropped):
+        keeper.say(Outcome.PINNED, item)
+    keeper.sock.close()
+    cache.admission.receive()
+    assert cache.admission.drop([dropped]) == 1
+    for _ in range(3):
+        cache.admission = cache.another()
+        cache.admission.recover()
+        assert cache.states() == {"on_their_way": 1}
+    last = Keeper(cache.admission, 2, os.getpid())
+    assert last.asked() == [(Verb.PIN, How.KEEP, held)]
+    last.say(Outcome.PINNED, held)
+    assert cache.states() == {"pinned": 1}
+    pinned = [cache.catalog.pinned_pages(items.record_of(item)) for item in (held, dropped)]
+    assert pinned == [PAGES, 0]
 
 
 def test_a_full_keeper_has_the_item_go_to_another(cache: Cache) -> None:
