@@ -113,7 +113,7 @@ class Admission:
         self.dropping: set[int] = set()
         self.recovering: set[int] = set()  # keepers that have not yet told what they hold
         self._orphans: dict[int, int] = {}  # records with pages that the last server knew to be pinned
-        # Items that are to be pinned again: the catalogue counts them as pinned, for a server that takes over meanwhile.
+        # Items to be pinned again: the catalogue counts them as pinned, for a server that takes over meanwhile.
         self._again: set[int] = set()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
