@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.inherited = process.settle()
         return _COMMANDS[arguments.command](arguments)
     except UserError as e:
-        print(f"coordlfs: {shown(str(e))}", file=sys.stderr)
+        print(f"coordlfs: {shown(str(e))}", *map(shown, e.output), sep="\n  ", file=sys.stderr)
         return e.status
     except KeyboardInterrupt:
         return 130

@@ -544,7 +544,7 @@ def test_errors_are_one_line_each(somebody: User, source: Path, home: Path) -> N
         refused("mount", source, target, says="chmod 666 /dev/fuse")
         refused("run", source, "--", "true", says="chmod 666 /dev/fuse")
     # As many as it takes to start all processes, but not all threads of the server.
-    for most in (4, 10, 12):
+    for most in (4, 10):
         few = ["prlimit", f"--nproc={most}:{most}", *somebody.coordlfs]
         done = somebody.run(*few, "mount", source, target, "--cache-size", "1M", status=1)
         assert len(done.stderr.splitlines()) == 1, done.stderr

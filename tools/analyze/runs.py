@@ -85,7 +85,7 @@ def run(
         ran = Ran(results, _opened(out / "opens"), mapped, (out / "started").exists(), seconds)
         # What fails after everything was measured fails because the measured processes ended in the midst of it.
         if status and not _complete(ran, sections):
-            raise UserError(_failure(command, status, output))
+            raise _failure(command, status, output)
         return ran
 
 
@@ -206,8 +206,8 @@ def _ours(out: Path) -> list[int]:
     return found
 
 
-def _failure(command: Sequence[str], status: int, output: Path) -> str:
+def _failure(command: Sequence[str], status: int, output: Path) -> UserError:
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     lines = output.read_text(errors="replace").strip().splitlines()[-_LAST_LINES:]
-    said = "; it said at last:\n  " + "\n  ".join(lines) if lines else " and said nothing"
-    return f"the command {how}: {' '.join(command)}{said}"
+    said = "; it said at last:" if lines else " and said nothing"
+    return UserError(f"the command {how}: {' '.join(command)}{said}", output=lines)
