@@ -97,9 +97,13 @@ def test_every_figure_is_in_the_reference(site: Path, source: Path, mount: MakeM
 
 
 def test_no_markdown_shows_through(site: Path) -> None:
-    """A list or a table that is not taken for one, as for want of an empty line, is text for `--strict`."""
+    """A list or a table that is not taken for one, as for want of an empty line, is text for `--strict`.
+
+    So is the name of a file that a block of code should show: `ruff format` takes `--8<--` in a block of Python apart.
+    """
     pages = list(site.rglob("index.html"))
     assert len(pages) > 20
+    assert "SuccessiveHalvingPruner" in (site / "guides" / "optuna" / "index.html").read_text()
     for page in pages:
         text = re.sub(r"<pre.*?</pre>", "", page.read_text(), flags=re.DOTALL)
         assert re.findall(r"^(?:<p>)?(?:[*|] |\d\. |```).*|--8&lt;--.*|\{\{ .*", text, re.MULTILINE) == [], page
