@@ -512,7 +512,7 @@ class Admission:
             self._failed(item, errno.ETIMEDOUT)
 
     def _ask(self, item: int, pending: Pending) -> None:
-        pending.due = 0.0
+        pending.due = None
         if self.catalog.flags(items.record_of(item)) & SUPERSEDED:
             self._forget(item)
         elif pending.attempts >= _FORCE_FROM and not pending.same_cgroup:

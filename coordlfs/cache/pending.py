@@ -12,7 +12,7 @@ from dataclasses import dataclass
 class Pending:
     """An item on its way to be pinned."""
 
-    due: float = 0.0  # when it is asked for, while it is not with a keeper
+    due: float | None = None  # when it is asked for, if it is not with a keeper and not to be asked for now
     keeper: int | None = None  # who is asked
     contended: bool = False  # a job READ it since
     cancelled: bool = False
@@ -49,7 +49,7 @@ class PendingItems:
             due, item = heapq.heappop(self._clock)
             pending = self.by_item.get(item)
             if pending is not None and pending.due == due:
-                pending.due = 0.0
+                pending.due = None
                 yield item
 
     def next_due(self) -> float | None:

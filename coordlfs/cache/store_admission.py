@@ -99,7 +99,7 @@ class StoreAdmission(Admission):
             self._later(item, IDLE)
 
     def _ask(self, item: int, pending: Pending) -> None:
-        pending.due = 0.0
+        pending.due = None
         is_announced = items.record_of(item) in self.announced.wanted
         flags = How.FORCE if pending.attempts else How.KEEP if is_announced else 0
         self._ask_keeper(item, pending, flags)

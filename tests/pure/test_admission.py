@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from coordlfs.cache import items
@@ -315,6 +315,7 @@ def test_the_account_follows_what_is_read(cache: Cache) -> None:
     assert (cache.counters["dataset_items"], cache.counters["dataset_bytes"]) == (0, 0)
 
 
+@example([(1, 0.0), (1, 0.0)], [0.0])
 @given(
     st.lists(
         st.tuples(st.integers(0, 5), st.one_of(st.none(), st.integers(0, 20).map(float))),
