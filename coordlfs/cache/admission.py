@@ -565,6 +565,8 @@ class Admission:
                 self.accounts.epochs.watch(reply.item)
             case Outcome.OPENED:
                 self.accounts.epochs.opened(reply.item, time.monotonic(), self.accounts.unpinned())
+            case Outcome.FETCHED if not reply.code:
+                self.announced.fetched(items.record_of(reply.item))
             case Outcome.THREAD | Outcome.FETCHED | Outcome.GONE | Outcome.SEEN:
                 pass
             case _:

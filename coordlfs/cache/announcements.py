@@ -12,7 +12,7 @@ import xxhash
 from coordlfs.cache import items
 from coordlfs.cache.accounting import unpinned
 from coordlfs.cache.epochs import Epochs
-from coordlfs.cache.hints import Hint, Job, Orders
+from coordlfs.cache.hints import Hint, Job, Orders, Reader
 from coordlfs.cache.minio import MinIO
 from coordlfs.catalogue.catalog import REGULAR, Catalog
 from coordlfs.catalogue.metrics import Counters
@@ -35,18 +35,24 @@ class Announcements:
         """The records of the files that some reader announced."""
         return self.orders.wanted
 
-    def take(self, hint: Hint, uid: int, pid: int, now: float) -> None:
+    def take(self, hint: Hint, uid: int, pid: int, now: float) -> Reader:
         """A reader of user `uid`, of process `pid`, or 0 if its end will not be known, announces what it will read.
 
         Raises HintError.
         """
-        self._follow(self.orders.take(hint, uid, pid, now))
+        reader = self.orders.take(hint, uid, pid, now)
+        self._follow(reader.job)
+        return reader
 
     def missed(self, record: int, nbytes: int) -> None:
         """So much of a file was read from the source."""
         if record in self.orders.wanted:
             self.orders.missed(record, nbytes)
             self._note()
+
+    def fetched(self, record: int) -> None:
+        """A keeper has read an item of a file into memory, or found it there."""
+        self.orders.fetched(record)
 
     def look_for_leader(self) -> None:
         """Where the job that led is gone, nobody says any more when an epoch begins."""
@@ -58,11 +64,11 @@ class Announcements:
         if record is None or not self._catalog.flags(record) & REGULAR:
             return None
         size = self._catalog.size(record)
-        return record, size, len(items.items_of(record, size))
+        return record, size, 1 if 0 < size <= items.CHUNK else len(items.items_of(record, size))
 
     def _cost(self, record: int) -> int:
-        size = self._catalog.size(record)
-        return max(0, pages.count(size) - self._catalog.pinned_pages(record)) * pages.PAGE
+        unpinned = pages.count(self._catalog.size(record)) - self._catalog.pinned_pages(record)
+        return unpinned * pages.PAGE if unpinned > 0 else 0
 
     def _was_missed(self, job: Job, record: int) -> bool:
         current = self._epochs.current.number

@@ -11,27 +11,31 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
 from coordlfs.cache import hints, items
 from coordlfs.cache.admission import Admission
 from coordlfs.cache.announcements import Announcements
-from coordlfs.cache.hints import HintError
+from coordlfs.cache.hints import Hint, HintError
 from coordlfs.cache.memory_watch import MemoryWatch
 from coordlfs.catalogue.catalog import Catalog
 from coordlfs.catalogue.metrics import Counters
-from coordlfs.kernel import process
+from coordlfs.kernel import pages, process
 
 log = logging.getLogger(__name__)
+M = TypeVar("M")
 
 _SHARE = 8  # of the memory that can be spared, one part
 _ITEMS_AHEAD = 4096  # of one file
 _MOST = 8 << 30  # bytes
 _INTERVAL = 0.5  # seconds
-PROTOCOL = b'{"version": 1, "numbers": %d, "ahead": %d}' % (hints.MOST_NUMBERS, hints.AHEAD)
+PROTOCOL = b'{"version": %d, "numbers": %d, "ahead": %d, "numbers_in_name": %d}' % (
+    *(hints.VERSION, hints.MOST_NUMBERS, hints.AHEAD, hints.MOST_IN_NAME),
+)
 
 
 class FetchAhead:
@@ -61,17 +65,40 @@ class FetchAhead:
 
     # -- called by the data loop --------------------------------------------------------------------------------
 
-    def take(self, message: bytes | memoryview, uid: int, pid: int, now: float) -> None:
-        """A message of user `uid` from thread `pid`. Raises HintError; what was wrong is in the log."""
+    def take(self, parse: Callable[[M], Hint], message: M, uid: int, pid: int, now: float) -> bytes:
+        """A hint of user `uid` from thread `pid`. Raises HintError; what was wrong is in the log.
+
+        What the reader is told: how many files it asked for, how many it announced beyond them, and may beyond those.
+        """
         try:
-            hint = hints.parse(message)
+            hint = parse(message)
             with self._lock:
-                self._announcements.take(hint, uid, self._known(pid), now)
+                reader = self._announcements.take(hint, uid, self._known(pid), now)
                 self._step()
         except HintError as e:
             log.warning("a hint of process %d, user %d, is refused: %s", pid, uid, e.strerror)
             raise
         self._counters.add("hints")
+        return b"%d %d %d" % (reader.position, reader.announced, hints.AHEAD - reader.announced)
+
+    def ask(self, record: int, uid: int, now: float) -> bytes:
+        """User `uid` will read one file soon; how it stands with it."""
+        with self._lock:
+            if self._is_pinned(record):
+                return b"pinned"
+            entry = self._orders.ask(self._catalog.node(record), uid, now, self.bound)
+            if entry is None:
+                return b"no room"
+            self._step()
+            wanted = items.items_of(record, entry.size)[:_ITEMS_AHEAD]
+            absent = sum(map(self._admission.is_absent, wanted))
+            is_read = entry.fetched >= absent or (entry.held and entry.read >= entry.size)
+            is_here = is_read and not any(map(self._admission.is_pending, wanted))
+        self._counters.add("hints")
+        return b"cached" if is_here else b"on its way"
+
+    def _is_pinned(self, record: int) -> bool:
+        return self._catalog.pinned_pages(record) >= pages.count(self._catalog.size(record))
 
     def receive(self) -> None:
         """Take what the keepers have said, as `Admission.receive`: they may have time for more."""

@@ -8,12 +8,13 @@ out indices before its workers read the files. The protocol is described in docs
 
 from __future__ import annotations
 
+import binascii
 import errno
 import struct
 import sys
 from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +23,21 @@ MAGIC = b"CLH1"
 HEADER = struct.Struct("<4sIQQQQQQ")  # magic count job reader epoch length position start; numbers of 8 bytes follow
 MOST_BYTES = (1 << 14) - 1  # of a message: as many as an ioctl takes
 MOST_NUMBERS = (MOST_BYTES - HEADER.size) // 8
+_FIELDS = struct.Struct("<QQQQQQ")  # of the header, from the job on
+_AFTER_COUNT = HEADER.size - _FIELDS.size
+
+VERSION = 1
+PREFIX = b"user.coordl.hint."  # of the attributes whose names are hints
+OF_ONE_FILE = b"user.coordl.ahead"  # the attribute of a file that is asked for to have it read ahead
+MOST_IN_NAME = 16  # numbers: a name has 255 bytes at most
+MOST_ANSWER = 64  # bytes: the value of both
+_FROM_URLS = bytes.maketrans(b"-_+/=", b"+/\0\0\0")  # to the alphabet of `binascii`; NUL is in neither
+
 AHEAD = 8192  # files that a reader may announce before it asks for them
 READERS, READERS_OF_A_USER = 256, 64
 _LONGEST = 1 << 40  # files of an epoch
+_BY_ITSELF = -1  # instead of the name of a reader: the files that a user asked for one by one
+_SOON = 60.0  # seconds that room is kept for each of these
 _IDLE = 600.0  # seconds after which a reader that says nothing, and whose process is not known, is gone
 
 
@@ -46,19 +59,50 @@ class Hint:
 
 
 def parse(message: bytes | memoryview) -> Hint:
-    """Raises HintError (EINVAL) for what is no hint."""
+    """The hint in the message of an ioctl. Raises HintError (EINVAL) for what is no hint."""
     if not HEADER.size <= len(message) <= MOST_BYTES:
         raise HintError(errno.EINVAL, f"{len(message)} bytes are no hint")
-    magic, count, job, reader, epoch, length, position, start = HEADER.unpack_from(message)
+    magic, count, *_ = HEADER.unpack_from(message)
     if magic != MAGIC:
         raise HintError(errno.EINVAL, f"a hint begins with {MAGIC!r}, not {magic!r}")
     if len(message) != HEADER.size + 8 * count:
         raise HintError(errno.EINVAL, f"{len(message)} bytes do not hold {count} numbers")
-    if not position <= start <= start + count <= length <= _LONGEST:
+    return _hint(bytes(message[_AFTER_COUNT:]))
+
+
+def is_hint(name: bytes) -> bool:
+    """Whether to ask for an attribute of this name is a hint."""
+    return name.startswith(PREFIX) or name == OF_ONE_FILE
+
+
+def parse_name(name: bytes) -> Hint:
+    """The hint in a name: PREFIX, version, a dot, and the message without magic and count in base64url, unpadded.
+
+    Raises HintError: EPROTONOSUPPORT for a version that is not known, EINVAL for what is no hint.
+    """
+    version, _, text = name[len(PREFIX) :].partition(b".")
+    if not version.isdigit():
+        raise HintError(errno.EINVAL, f"a hint is {PREFIX.decode()}{VERSION}.…, not {name!r}")
+    if int(version) != VERSION:
+        raise HintError(errno.EPROTONOSUPPORT, f"of hints version {VERSION} is known, and not {int(version)}")
+    try:
+        body = binascii.a2b_base64(text.translate(_FROM_URLS) + b"=" * (-len(text) % 4), strict_mode=True)
+    except binascii.Error as e:
+        raise HintError(errno.EINVAL, f"a hint is not in base64url: {e}") from e
+    if len(body) < _FIELDS.size or len(body) % 8:
+        raise HintError(errno.EINVAL, f"{len(body)} bytes are no hint, but {_FIELDS.size} and 8 for each number")
+    return _hint(body)
+
+
+def _hint(body: bytes) -> Hint:
+    """The hint in a message without magic and count."""
+    job, reader, epoch, length, position, start = _FIELDS.unpack_from(body)
+    numbers = array("Q", body[_FIELDS.size :])
+    if not position <= start <= start + len(numbers) <= length <= _LONGEST:
         raise HintError(
-            errno.EINVAL, f"position {position} ≤ start {start} ≤ start + {count} ≤ length {length} does not hold"
+            errno.EINVAL,
+            f"position {position} ≤ start {start} ≤ start + {len(numbers)} ≤ length {length} does not hold",
         )
-    numbers = array("Q", bytes(message[HEADER.size :]))
     if sys.byteorder == "big":
         numbers.byteswap()
     return Hint(job, reader, epoch, length, position, start, numbers)
@@ -75,6 +119,8 @@ class Entry:
     counted: bool = False  # as a hit or a miss
     missed: bool = False
     read: int = 0  # bytes, from the source
+    asked: float = 0.0  # when, if it was by itself
+    fetched: int = 0  # items that a keeper has read, or found in memory
 
 
 @dataclass(slots=True, eq=False)
@@ -126,6 +172,11 @@ class Reader:
     behind_bytes: int = 0
     by_record: dict[int, Entry] = field(default_factory=dict)
 
+    @property
+    def announced(self) -> int:
+        """Files that it has announced and not asked for."""
+        return len(self.ahead) + len(self.waiting) - self.late
+
 
 class Orders:
     """The orders of all readers. Not thread-safe.
@@ -146,17 +197,17 @@ class Orders:
         self._was_missed = was_missed
         self.readers: dict[tuple[int, int], Reader] = {}  # by user and the reader's own name for itself
         self.jobs: dict[tuple[int, int], Job] = {}
-        self.wanted: Counter[int] = Counter()  # how many readers wait for, or hold, a record
+        self.wanted: dict[int, int] = {}  # how many readers wait for, or hold, a record
         self.kept: set[int] = set()  # records that were fetched, or read, and not let go since
         self.free: deque[int] = deque()  # of those, records that nobody wants any more
         self.ignored = 0  # numbers of no file that is known
 
     # -- what readers say ---------------------------------------------------------------------------------------
 
-    def take(self, hint: Hint, uid: int, pid: int, now: float) -> Job:
+    def take(self, hint: Hint, uid: int, pid: int, now: float) -> Reader:
         """A reader of user `uid` in process `pid` (0: not known) says `hint`. Raises HintError (EBUSY, ENOBUFS).
 
-        Returns its job, whose `begun` is False if an epoch begins with this.
+        Its job's `begun` is False if an epoch begins with this.
         """
         key = (uid, hint.reader)
         reader = self.readers.get(key)
@@ -165,7 +216,7 @@ class Orders:
         follows = hint.epoch == reader.epoch and hint.start == reader.end and hint.position >= reader.position
         if follows:
             passed = hint.position - reader.position
-            left = len(reader.ahead) + len(reader.waiting) - reader.late - max(0, passed - reader.unknown)
+            left = reader.announced - max(0, passed - reader.unknown)
             if left + len(hint.numbers) > AHEAD:
                 raise HintError(errno.ENOBUFS, f"more than {AHEAD} files announced before they are asked for")
             self._pass(reader, passed)
@@ -174,13 +225,58 @@ class Orders:
         reader.heard, reader.pid = now, pid or reader.pid
         reader.length = hint.length
         reader.end = hint.start
-        for number in hint.numbers:
-            self._announce(reader, number)
-        return reader.job
+        self._announce(reader, hint.numbers)
+        return reader
+
+    def ask(self, number: int, uid: int, now: float, bound: int) -> Entry | None:
+        """User `uid` will read a file soon: it is fetched as if it were next in an order. None without room for it.
+
+        Room is kept for a minute, since nobody says when such a file was read, and longer while the user asks for more.
+        """
+        found, reader = self._find(number), self._by_itself(uid, now)
+        if found is None or reader is None:
+            return None
+        while reader.ahead and now - reader.ahead[0].asked > _SOON:
+            self._pass(reader, 1)
+        while reader.waiting and now - reader.waiting[0].asked > _SOON:
+            late = reader.waiting.popleft()
+            reader.ahead_bytes -= late.held
+            self._release(reader, late)
+        entry = reader.by_record.get(found[0])
+        if entry is not None and (entry.fetched or now - entry.asked <= _SOON):
+            return entry
+        cost = self._cost(found[0])
+        if reader.ahead_bytes + cost > bound // len(self.readers) // 2 or reader.announced >= AHEAD:
+            return None
+        self._announce(reader, [number])
+        entry = reader.waiting[-1]
+        entry.asked, entry.held = now, cost
+        reader.ahead_bytes += cost
+        return entry
+
+    def _by_itself(self, uid: int, now: float) -> Reader | None:
+        """The files that a user asked for one by one, as an order; None for one user too many. Its job is no job."""
+        key = (uid, _BY_ITSELF)
+        if key not in self.readers and self._has_place(uid):
+            self.readers[key] = Reader(Job(*key, 0), 0, 0, 0, 0, 0, now)
+        reader = self.readers.get(key)
+        if reader is not None:
+            reader.heard = now
+        return reader
+
+    def fetched(self, record: int) -> None:
+        """An item of a file was read into memory, or was there."""
+        for (_, name), reader in self.readers.items() if record in self.wanted else ():
+            entry = reader.by_record.get(record) if name == _BY_ITSELF else None
+            if entry is not None:
+                entry.fetched += 1
+
+    def _has_place(self, uid: int) -> bool:
+        return len(self.readers) < READERS and sum(who == uid for who, _ in self.readers) < READERS_OF_A_USER
 
     def _admit(self, key: tuple[int, int], hint: Hint, pid: int, now: float) -> Reader:
         uid = key[0]
-        if len(self.readers) >= READERS or sum(who == uid for who, _ in self.readers) >= READERS_OF_A_USER:
+        if not self._has_place(uid):
             raise HintError(errno.EBUSY, f"user {uid} has too many readers")
         job = self.jobs.get((uid, hint.job))
         if job is None:
@@ -214,20 +310,22 @@ class Orders:
         reader.position = hint.position
         reader.unknown = hint.start - hint.position
 
-    def _announce(self, reader: Reader, number: int) -> None:
-        found = self._find(number)
-        reader.end += 1
-        if found is None:
-            self.ignored += 1
-            # Nothing to fetch, but a place in the order all the same.
-            reader.waiting.append(Entry(-1, 0, 0))
-            return
-        entry = Entry(*found)
-        reader.waiting.append(entry)
-        reader.by_record[entry.record] = entry
-        self.wanted[entry.record] += 1
-        if self._was_missed(reader.job, entry.record):
-            self._miss(reader.job, entry, entry.size)
+    def _announce(self, reader: Reader, numbers: Sequence[int]) -> None:
+        reader.end += len(numbers)
+        for number in numbers:
+            found = self._find(number)
+            if found is None:
+                self.ignored += 1
+                # Nothing to fetch, but a place in the order all the same.
+                reader.waiting.append(Entry(-1, 0, 0))
+                continue
+            record, size, items = found
+            entry = Entry(record, size, items)
+            reader.waiting.append(entry)
+            reader.by_record[record] = entry
+            self.wanted[record] = self.wanted.get(record, 0) + 1
+            if self._was_missed(reader.job, record):
+                self._miss(reader.job, entry, size)
 
     def _pass(self, reader: Reader, count: int) -> None:
         reader.position += count
@@ -276,11 +374,12 @@ class Orders:
 
     def missed(self, record: int, nbytes: int) -> None:
         """`nbytes` of a file were read from the source, for a reader or ahead of it."""
-        for reader in self.readers.values() if record in self.wanted else ():
+        for (_, name), reader in self.readers.items() if record in self.wanted else ():
             entry = reader.by_record.get(record)
             if entry is not None:
                 self._miss(reader.job, entry, nbytes)
-                return
+                if name != _BY_ITSELF:
+                    return
 
     def _miss(self, job: Job, entry: Entry, nbytes: int) -> None:
         self._count(job, entry)
@@ -313,13 +412,14 @@ class Orders:
         cost = self._cost(entry.record) if entry.record >= 0 else 0
         if cost > share // 2:
             cost = 0  # too large to be held at all
-        if reader.ahead_bytes + cost > share // 2:
+        more = cost - entry.held  # room was made for a file that was asked for by itself
+        if reader.ahead_bytes + more > share // 2:
             return None
         reader.waiting.popleft()
         reader.ahead.append(entry)
+        entry.held = cost
+        reader.ahead_bytes += more
         if cost:
-            entry.held = cost
-            reader.ahead_bytes += cost
             self.kept.add(entry.record)
         return entry
 
@@ -339,10 +439,14 @@ class Orders:
                 entry = reader.ahead.pop()
                 reader.waiting.appendleft(entry)
                 reader.ahead_bytes -= entry.held
-                held, entry.held = entry.held, 0
+                held, entry.held, entry.fetched = entry.held, 0, 0
                 if held and self.wanted[entry.record] == 1:
                     self.kept.discard(entry.record)
                     yield entry.record
+            if reader.ahead_bytes > share // 2:  # room that was made for files which wait
+                reader.ahead_bytes = 0
+                for entry in reader.waiting:
+                    entry.held = 0
         while self.free:
             record = self.free.popleft()
             if record not in self.wanted and record in self.kept:
@@ -354,18 +458,18 @@ class Orders:
             return
         if reader.by_record.get(entry.record) is entry:
             del reader.by_record[entry.record]
-        self.wanted[entry.record] -= 1
-        if self.wanted[entry.record] <= 0:
-            del self.wanted[entry.record]
-            if entry.record in self.kept:
-                self.free.append(entry.record)
+        others = self.wanted.pop(entry.record) - 1
+        if others:
+            self.wanted[entry.record] = others
+        elif entry.record in self.kept:
+            self.free.append(entry.record)
 
     def leave(self, now: float, ended: Callable[[int], bool]) -> None:
         """Forget readers whose process `ended`, or, where that is not known, that were not heard of for long."""
         gone = [
             key
             for key, reader in self.readers.items()
-            if (ended(reader.pid) if reader.pid else now - reader.heard > _IDLE)
+            if (ended(reader.pid) if reader.pid else now - reader.heard > (_SOON if key[1] == _BY_ITSELF else _IDLE))
         ]
         for key in gone:
             reader = self.readers.pop(key)

@@ -26,6 +26,9 @@ class Announced(Protocol):
     def missed(self, record: int, nbytes: int) -> None:
         """`nbytes` of a file were read from the source."""
 
+    def fetched(self, record: int) -> None:
+        """A keeper has read an item of a file into memory, or found it there."""
+
 
 class Awaited(Protocol):
     """Which READs of jobs are at the source."""

@@ -191,11 +191,13 @@ class Keeper:
         self.fetching.append(request)
 
     def _end_fetch(self, request: _Request) -> None:
+        code = errno.EIO
         if request.fd >= 0:
             with suppress(OSError):
                 pages.wait_fetched(request.fd, request.offset, request.length, fuse.MAX_READ)
+                code = 0
             os.close(request.fd)
-        self.sock.send(request.reply(Outcome.FETCHED))
+        self.sock.send(request.reply(Outcome.FETCHED, code))
 
     def _finish(self, request: _Request) -> None:
         if not self._may_lock(request.length):  # others of the batch took it

@@ -57,7 +57,7 @@ class Outcome(IntEnum):
     LISTED = 6
     WATCHED = 7  # an item is a sentinel from now on
     OPENED = 8  # a sentinel was opened
-    FETCHED = 10  # or it cannot be
+    FETCHED = 10  # or, with an errno, it cannot be
     GONE = 11  # let go
     FILLED = 12
     THREAD = 13  # the item is the number of a thread that reads as well

@@ -20,6 +20,8 @@ ATTR_VALID = struct.Struct("=QII")  # seconds nanoseconds padding
 ATTR = struct.Struct(
     "=QQQqqqIIIIIIIIII"
 )  # ino size blocks, times, their nanoseconds, mode nlink uid gid rdev blksize flags
+XATTR_IN = struct.Struct("=II")  # size padding; the name follows
+XATTR_OUT = struct.Struct("=II")  # size padding, where a size of 0 asks for it; else the value is the reply
 IOCTL_IN = struct.Struct("=QIIQII")  # fh flags cmd arg in_size out_size; what it takes in follows
 IOCTL_DIR = 1 << 4  # in flags: of a directory
 IOCTL_OUT = struct.Struct("=iIII")  # result, and three of no use here
@@ -36,8 +38,8 @@ ACCESS, INTERRUPT, DESTROY, IOCTL, BATCH_FORGET, READDIRPLUS = 34, 36, 38, 39, 4
 _BODIES = {
     LOOKUP: (0, True),
     READ: (READ_IN.size, False),
-    GETXATTR: (8, True),
-    LISTXATTR: (8, False),
+    GETXATTR: (XATTR_IN.size, True),
+    LISTXATTR: (XATTR_IN.size, False),
     IOCTL: (IOCTL_IN.size, False),
     READDIRPLUS: (READ_IN.size, False),
 }
@@ -117,9 +119,14 @@ def error_reply(unique: int, code: int) -> bytes:
     return OUT_HEADER.pack(OUT_HEADER.size, -code, unique)
 
 
+def reply(unique: int, body: bytes) -> bytes:
+    """A reply that is nothing but `body`."""
+    return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body
+
+
 def ioctl_reply(unique: int) -> bytes:
     """The reply to an ioctl that was done, and gives nothing back."""
-    return OUT_HEADER.pack(OUT_HEADER.size + IOCTL_OUT.size, 0, unique) + IOCTL_OUT.pack(0, 0, 0, 0)
+    return reply(unique, IOCTL_OUT.pack(0, 0, 0, 0))
 
 
 def attributes(node: int, st: os.stat_result) -> bytes:

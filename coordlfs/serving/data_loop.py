@@ -30,6 +30,7 @@ from contextlib import contextmanager, suppress
 
 from coordlfs.cache import hints
 from coordlfs.cache.fetch_ahead import FetchAhead
+from coordlfs.catalogue.catalog import DIRECTORY, REGULAR
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.catalogue.records import Records
 from coordlfs.catalogue.timeouts import NAME_TIMEOUT, attr_timeout
@@ -72,6 +73,7 @@ _NAMES = frozenset(
 _SILENT = frozenset({fuse.FORGET, fuse.BATCH_FORGET})
 _LAST_OFFSET = (1 << 63) - 1 - fuse.MAX_READ
 _SIZE_BITS = 0x3FFF << 16  # of an ioctl's number
+_XATTR_NAME = fuse.IN_HEADER.size + fuse.XATTR_IN.size  # where it begins, in a request
 _HANDLE = struct.Struct("=Q")
 _NOBODY_WAITS = frozenset({errno.ENOENT, errno.ENODEV})  # the caller gave up; unmounted
 
@@ -415,6 +417,9 @@ class DataLoop:
             self._counters.add("name_requests")
             _, position, size, _, _, _ = fuse.READ_IN.unpack_from(buffer, fuse.IN_HEADER.size)
             self._answer(unique, pid, self._list, unique, node, position, memoryview(into)[: min(size, fuse.MAX_READ)])
+        elif opcode == fuse.GETXATTR and hints.is_hint(name := bytes(request[_XATTR_NAME:-1])):
+            [size, _] = fuse.XATTR_IN.unpack_from(buffer, fuse.IN_HEADER.size)
+            self._answer(unique, pid, self._hint_by_name, unique, node, name, size, uid, pid)
         elif opcode in _NAMES:
             self._counters.add("name_requests")
             self._waits.by_request[unique] = Wait(time.monotonic(), False, unique in self._waits.early)
@@ -516,8 +521,25 @@ class DataLoop:
         self._reply(fuse.OUT_HEADER.pack(fuse.OUT_HEADER.size + n, 0, unique), into[:n])
 
     def _hint(self, unique: int, body: memoryview, uid: int, pid: int, before_wait: Callable[[], None]) -> None:
-        self._ahead.take(body, uid, pid, time.monotonic())
+        self._ahead.take(hints.parse, body, uid, pid, time.monotonic())
         self._reply(fuse.ioctl_reply(unique))
+
+    def _hint_by_name(
+        self, unique: int, node: int, name: bytes, size: int, uid: int, pid: int, before_wait: Callable[[], None]
+    ) -> None:
+        is_of_one_file = name == hints.OF_ONE_FILE
+        record, now = self._namespace.record_of(node), time.monotonic()
+        if self._namespace.kind(record) != (REGULAR if is_of_one_file else DIRECTORY):
+            raise OSError(errno.ENODATA, "no such attribute")
+        if not size:  # many ask for it first, as getfattr does, and then again: only that is the hint
+            answer = fuse.XATTR_OUT.pack(hints.MOST_ANSWER, 0)
+        elif size < hints.MOST_ANSWER:
+            raise OSError(errno.ERANGE, "no room for the answer")
+        elif is_of_one_file:
+            answer = self._ahead.ask(record, uid, now)
+        else:
+            answer = self._ahead.take(hints.parse_name, name, uid, pid, now)
+        self._reply(fuse.reply(unique, answer))
 
     def _read(self, unique: int, asked: Request, into: pages.Buffer, before_wait: Callable[[], None]) -> None:
         if asked.offset > _LAST_OFFSET:

@@ -41,6 +41,10 @@ class Namespace:
         """The node id of a record."""
         return self._catalog.node(record)
 
+    def kind(self, record: int) -> int:
+        """REGULAR, DIRECTORY or neither."""
+        return self._catalog.flags(record) & (REGULAR | DIRECTORY)
+
     def directory_path(self, record: int) -> bytes:
         """The path of a directory relative to the source; empty for the root."""
         return self._catalog.directory_path(record)

@@ -402,7 +402,7 @@ def test_names_of_extended_attributes(source: Path, mount: MakeMount) -> None:
     write_files(source, 2, 1000)
     mounted = mount(source)
     names = st.binary(min_size=1, max_size=240).filter(lambda name: b"\0" not in name)
-    verbs = st.sampled_from([b"stats", b"control", b"cached", b"hint", b""])
+    verbs = st.sampled_from([b"stats", b"control", b"cached", b"hint", b"hint.", b"hint.1.", b"ahead", b""])
 
     @OFTEN
     @given(

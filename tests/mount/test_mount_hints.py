@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import ctypes
 import errno
 import fcntl
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,7 +39,7 @@ from mounts import (
     write_files,
 )
 
-from coordlfs.cache.hints import COMMAND, HEADER, MAGIC
+from coordlfs.cache.hints import COMMAND, HEADER, MAGIC, MOST_ANSWER
 
 SIZE = 50_000
 COUNT = 300
@@ -228,6 +232,142 @@ except PermissionError:
     assert script(text, mounted.path, os.stat(mounted.path / "secret").st_ino) == "refused\n"
     for name in files:
         assert read(mounted.path / name) == read(source / name)
+
+
+def name_of(message: bytes, version: int = 1) -> str:
+    """The name that says what a message says."""
+    return f"user.coordl.hint.{version}.{base64.urlsafe_b64encode(message[8:]).decode().rstrip('=')}"
+
+
+def from_the_documentation(language: str, place: Path) -> list[str | Path]:
+    """The command that runs a program of docs/hints.md."""
+    page = (Path(__file__).parents[2] / "docs/hints.md").read_text()
+    text = page.partition(f"### From scratch in {language}")[2]
+    [program] = re.findall(r"```\w+\n(.*?)```", text.partition("\n## ")[0].partition("\n### ")[0], re.DOTALL)
+    file = place / ("hint.py" if language == "Python" else "hint.c")
+    file.write_text(program)
+    if language == "Python":
+        return [sys.executable, "-S", "-E", file]
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler here")
+    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-O2", "-o", place / "hint", file], check=True)
+    return [place / "hint"]
+
+
+@pytest.mark.parametrize("language", ["Python", "C"])
+def test_the_programs_of_the_documentation_send_hints(
+    source: Path, place: Path, mount: MakeMount, language: str
+) -> None:
+    command = from_the_documentation(language, place)
+    (source / "d").mkdir()
+    names = write_files(source / "d", 40, SIZE)
+    mounted = mount(source, "0")
+    paths = [mounted.path / "d" / name for name in random.Random(7).sample(names, 40)]
+    with subprocess.Popen(
+        [*command, mounted.path / "d", *paths], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "0 40 8152\n"
+        eventually(lambda: all(resident(path) == page_count(SIZE) for path in paths))
+        assert (job(mounted)["position"], job(mounted)["files"]) == (0, 40)
+        before = figures(mounted)["messages"]
+        assert before == 3  # of 16, 16 and 8
+        assert program.communicate("\n")[0] == ""
+    assert program.returncode == 0
+    assert figures(mounted)["messages"] == before + 1
+    eventually(lambda: not figures(mounted)["jobs"])
+    eventually(lambda: not any(map(resident, paths)), what="let go")
+    assert mounted.stats()["epochs"] == 1
+
+
+def test_hints_by_name_are_answered_and_refused_as_told(source: Path, mount: MakeMount, files: list[str]) -> None:
+    (source / "closed").mkdir(mode=0o700)
+    (source / "secret").write_bytes(b"s" * SIZE)
+    (source / "secret").chmod(0o600)
+    mounted = mount(source, "0")
+    numbers = [os.stat(mounted.path / name).st_ino for name in files]
+
+    def ask(name: str, file: str = "") -> bytes:
+        return os.getxattr(mounted.path / file, name)
+
+    first = name_of(message(numbers[:16], length=COUNT))
+    assert ask(first) == b"0 16 8176"
+    told = subprocess.run(
+        ["getfattr", "--only-values", "-n", name_of(message(numbers[16:32], length=COUNT, start=16, position=4)), "."],
+        cwd=mounted.path,
+        capture_output=True,
+        check=True,
+    )  # which asks for the size first
+    assert told.stdout == b"4 28 8164"
+    good = name_of(message(numbers[32:48], length=COUNT, start=32, position=4))
+    libc = ctypes.CDLL(None, use_errno=True)
+    value = ctypes.create_string_buffer(MOST_ANSWER)
+    attribute = os.fsencode(mounted.path), good.encode(), value
+    assert libc.getxattr(*attribute, 0) == MOST_ANSWER
+    assert libc.getxattr(*attribute, MOST_ANSWER - 1) == -1
+    assert ctypes.get_errno() == errno.ERANGE
+    assert figures(mounted)["messages"] == 2  # neither was taken
+    assert libc.getxattr(*attribute, MOST_ANSWER) == len(b"4 44 8148")
+    assert value.value == b"4 44 8148"
+
+    raises(errno.EPROTONOSUPPORT, lambda: ask(name_of(message([], length=COUNT), 2)))
+    assert "version 1 is known, and not 2" in mounted.log.read_text()
+    for bad in ("user.coordl.hint.", "user.coordl.hint.1.", good[:-1], good[:-11] + "/" * 11):
+        raises(errno.EINVAL, lambda bad=bad: ask(bad))  # type: ignore[misc]
+    raises(errno.EINVAL, lambda: ask(name_of(message(numbers[:2], length=1))))
+    raises(errno.ENODATA, lambda: ask(good, files[0]))
+    raises(errno.ENODATA, lambda: ask("user.coordl.ahead"))
+    raises(errno.ENODATA, lambda: ask("user.coordl.ahead.", files[0]))
+    raises(errno.EROFS, lambda: os.setxattr(mounted.path, good, b""))
+    assert (os.listxattr(mounted.path), os.listxattr(mounted.path / files[0])) == ([], [])
+    text = """
+import errno, os, sys
+root, name, file = sys.argv[1:]
+os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+for path, attribute in ((f"{root}/closed", name), (f"{root}/secret", "user.coordl.ahead")):
+    try:
+        os.getxattr(path, attribute)
+    except OSError as e:
+        print(errno.errorcode[e.errno])
+print(os.getxattr(root, name).decode(), os.getxattr(f"{root}/{file}", "user.coordl.ahead").decode())
+"""
+    printed = script(text, mounted.path, name_of(message([], length=9)), files[0])
+    assert printed == "EACCES\nEACCES\n0 0 8192 on its way\n"
+
+
+def test_a_file_is_read_ahead_for_who_asks(source: Path, place: Path, mount: MakeMount, files: list[str]) -> None:
+    (source / "empty").touch()
+    (source / "d").mkdir()
+    write_files(source / "d", 3, SIZE)
+    with open(source / "huge", "wb") as f:
+        f.truncate(1 << 40)
+    mounted = mount(source, "2M")
+    pinnable = 2 * MIB // (page_count(SIZE) * PAGE)
+    before = mounted.stats()
+
+    def ask(name: str) -> str:
+        command = ["getfattr", "--only-values", "-n", "user.coordl.ahead", str(mounted.path / name)]
+        return subprocess.check_output(command, text=True)
+
+    assert ask(files[0]) == "on its way"  # the first one that anybody wants; there was no keeper before it
+    chosen = files[: pinnable + 20]
+    eventually(lambda: {ask(name) for name in chosen} == {"pinned", "cached"})
+    assert all(resident(mounted.path / name) == page_count(SIZE) for name in chosen)
+    assert [mounted.cached(name) for name in chosen].count("pinned") == pinnable
+    with mounted.messages() as sent:
+        for name in chosen:
+            assert read(mounted.path / name) == read(source / name)
+    assert sent["read"] == 0
+    assert ask("empty") == "pinned"
+    assert ask("huge") == "no room"
+    after = mounted.stats()
+    assert after["source"]["bytes"] - before["source"]["bytes"] == len(chosen) * SIZE
+    assert after["hints"]["jobs"] == []
+    assert 20 * SIZE <= after["hints"]["held_bytes"] <= after["hints"]["bound_bytes"]
+
+    for command in (f"cp -a d {place}/d", f"tar --xattrs -cf {place}/t d", "getfattr -dR d"):
+        subprocess.run(command.split(), cwd=mounted.path, check=True, capture_output=True)
+    assert figures(mounted)["messages"] == after["hints"]["messages"]
 
 
 def test_who_sees_a_part_of_the_mount_may_send_hints(source: Path, place: Path, mount: MakeMount) -> None:

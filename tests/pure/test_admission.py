@@ -51,6 +51,9 @@ class Others:
     def missed(self, record: int, nbytes: int) -> None:
         assert nbytes >= 0
 
+    def fetched(self, record: int) -> None:
+        pass
+
     def is_awaited(self, node: int, offset: int) -> bool:
         return node in self.awaited
 

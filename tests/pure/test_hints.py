@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import random
 import struct
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -14,7 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordlfs.cache import hints
-from coordlfs.cache.hints import AHEAD, HEADER, MAGIC, READERS_OF_A_USER, HintError, Orders, parse
+from coordlfs.cache.hints import (
+    AHEAD,
+    HEADER,
+    MAGIC,
+    MOST_IN_NAME,
+    PREFIX,
+    READERS,
+    READERS_OF_A_USER,
+    Hint,
+    HintError,
+    Orders,
+    parse,
+    parse_name,
+)
 
 U64 = st.integers(0, (1 << 64) - 1)
 SIZE = 100
@@ -34,7 +49,12 @@ def message(
     return HEADER.pack(MAGIC, len(numbers), *fields) + array("Q", numbers).tobytes()
 
 
-def refusal(text: bytes) -> int:
+def name_of(message: bytes) -> bytes:
+    """The name that says what a message says."""
+    return PREFIX + b"1." + base64.urlsafe_b64encode(message[8:]).rstrip(b"=")
+
+
+def refusal(text: bytes, parse: Callable[[bytes], Hint] = parse) -> int:
     with pytest.raises(HintError) as caught:
         parse(text)
     assert caught.value.errno is not None
@@ -55,6 +75,7 @@ def test_a_message_is_read_as_it_was_meant(
     assert list(hint.numbers) == numbers
     assert (hint.job, hint.reader, hint.epoch) == (job, reader, epoch)
     assert (hint.length, hint.position, hint.start) == (length, position, start)
+    assert parse_name(name_of(said)) == hint
 
 
 @given(st.one_of(st.binary(max_size=200), st.builds(lambda tail: MAGIC + tail, st.binary(max_size=200))))
@@ -65,6 +86,37 @@ def test_noise_is_refused_or_keeps_the_bounds(text: bytes) -> None:
         assert len(text) == HEADER.size + 8 * len(hint.numbers)
         return
     assert refusal(text) == errno.EINVAL
+
+
+NOISE = st.binary(max_size=200) | st.text("ABCabc019-_", max_size=236).map(str.encode)
+
+
+@given(NOISE | NOISE.map(lambda text: b"1." + text))
+def test_a_name_of_noise_is_refused_or_keeps_the_bounds(text: bytes) -> None:
+    with suppress(HintError):
+        hint = parse_name(PREFIX + text)
+        assert hint.position <= hint.start <= hint.start + len(hint.numbers) <= hint.length
+        return
+    assert refusal(PREFIX + text, parse_name) in (errno.EINVAL, errno.EPROTONOSUPPORT)
+
+
+def test_a_name_holds_as_many_numbers_as_are_told_and_no_more() -> None:
+    fullest = message([(1 << 64) - 1] * MOST_IN_NAME, length=1 << 40)
+    assert len(name_of(fullest)) <= 255 < len(name_of(fullest + bytes(8)))
+    assert len(parse_name(name_of(fullest)).numbers) == MOST_IN_NAME
+
+
+def test_names_are_refused_for_what_is_wrong_with_them() -> None:
+    good = name_of(message([1, 2], length=2))
+    text = good[len(PREFIX) + 2 :]
+    for version in (b"0", b"2", b"10", b"9" * 200):
+        assert refusal(PREFIX + version + b"." + text, parse_name) == errno.EPROTONOSUPPORT
+    other = text.replace(b"A", b"+", 1), text.replace(b"A", b"/", 1), text.replace(b"A", b"\xff", 1)
+    for flawed in (b"", text[:-1], text + b"=", text + b"A", b" " + text, text + b"\n", *other):
+        assert refusal(PREFIX + b"1." + flawed, parse_name) == errno.EINVAL
+    for name in (PREFIX, PREFIX + b"1", PREFIX + text, PREFIX + b"one." + text, PREFIX + b"-1." + text):
+        assert refusal(name, parse_name) == errno.EINVAL
+    assert refusal(name_of(message([1, 2], length=1)), parse_name) == errno.EINVAL
 
 
 @pytest.mark.parametrize(
@@ -111,6 +163,11 @@ class Server:
         self.orders.take(parse(text), uid, pid, self.now)
         self.work()
 
+    def ask(self, number: int, uid: int = 0) -> bool:
+        entry = self.orders.ask(number, uid, self.now, self.bound)
+        self.work()
+        return entry is not None
+
     def work(self) -> None:
         while True:
             for record in self.orders.trim(self.bound):
@@ -123,6 +180,7 @@ class Server:
                 return
             self.held.add(entry.record)
             self.read(entry.record)
+            self.orders.fetched(entry.record)
 
     def read(self, record: int) -> None:
         if record % 2 and record not in self.resident:
@@ -143,7 +201,7 @@ class Server:
         )
         assert wanted == orders.wanted
         for reader in orders.readers.values():
-            assert reader.ahead_bytes == sum(e.held for e in reader.ahead)
+            assert reader.ahead_bytes == sum(e.held for e in [*reader.ahead, *reader.waiting])
             assert reader.behind_bytes == sum(e.held for e in reader.behind)
             assert len(reader.waiting) + len(reader.ahead) <= AHEAD
             assert len(reader.behind) <= AHEAD
@@ -215,6 +273,8 @@ STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("hear"), HINTS, st.integers(0, 2), st.integers(0, 3)),
         st.tuples(st.just("miss"), st.integers(0, 25)),
+        st.tuples(st.just("ask"), st.integers(0, 25), st.integers(0, 2)),
+        st.tuples(st.just("wait"), st.integers(1, 700)),
         st.tuples(st.just("end"), st.integers(1, 3)),
         st.tuples(st.just("bound"), st.integers(0, 20 * SIZE)),
     ),
@@ -233,6 +293,11 @@ def test_whatever_readers_say_what_is_kept_is_true(steps: list[tuple]) -> None: 
                 server.hear(text, uid, pid)
         elif kind == "miss":
             server.orders.missed(rest[0], SIZE)
+        elif kind == "ask":
+            server.ask(*rest)
+        elif kind == "wait":
+            server.now += rest[0]
+            server.leave()
         elif kind == "end":
             server.ended = {rest[0]}
             server.leave()
@@ -257,6 +322,41 @@ def test_readers_and_windows_are_bounded() -> None:
         server.hear(message([1] * 1000, length=1 << 20, start=start, reader=5), uid=8)
     assert caught.value.errno == errno.ENOBUFS
     server.hear(message([1] * 1000, length=1 << 20, start=start, position=1000, reader=5), uid=8)
+
+
+def test_what_is_asked_for_one_by_one_is_bounded_and_of_no_epoch() -> None:
+    server = Server(1000, 20 * SIZE)
+    asked = range(1, 1000, 2)
+    assert [server.ask(number) for number in asked] == [True] * 10 + [False] * 490
+    assert server.held == set(asked[:10])
+    assert server.ask(1)  # it is there
+    assert not server.orders.jobs
+    assert server.ask(101, uid=1)  # half of the bound is another user's
+    assert server.held == {1, 3, 5, 7, 9, 101}
+    server.now += 100
+    assert server.ask(201)  # the first ones had their minute; they stay while there is room behind
+    assert server.held == {1, 3, 5, 7, 9, 101, 201}
+    server.now += 1000
+    server.leave()
+    assert not server.held
+    assert not server.orders.readers
+
+
+def test_a_file_is_asked_for_by_itself_and_by_a_reader() -> None:
+    server = Server(10, 100 * SIZE)
+    assert server.ask(1)
+    server.hear(message([1, 3], length=2), uid=0)
+    server.hear(message([], length=2, start=2, position=2), uid=0)
+    [figures] = server.orders.figures()
+    assert (figures["hits"], figures["misses"]) == (1, 1)
+    server.now += 1000
+    server.leave()
+    assert not server.held
+
+
+def test_there_are_not_more_readers_for_those_who_ask_one_by_one() -> None:
+    server = Server(10, 10_000 * SIZE)
+    assert [server.ask(1, uid) for uid in range(READERS + 1)] == [True] * READERS + [False]
 
 
 def test_files_that_are_too_large_or_unknown_are_passed_over() -> None:
