@@ -108,14 +108,18 @@ def until(condition: Callable[[], bool]) -> None:
             poll.poll()
 
 
+def id_of(fd: int, pid: str = "self") -> int:
+    """The mount that a descriptor of a process was opened through, see `Mount.mount_id`. Asks no file system."""
+    with open(f"/proc/{pid}/fdinfo/{fd}", "rb") as f:
+        return next((int(line.split()[1]) for line in f if line.startswith(b"mnt_id:")), -1)
+
+
 def fstype(fd: int) -> bytes | None:
     """The type of the file system that a file lies on; None if the table does not say.
 
     By the mount that it was opened through, as files of Btrfs have other device numbers than their mount.
     """
-    with open(f"/proc/self/fdinfo/{fd}", "rb") as f:
-        mount_id = next((int(line.split()[1]) for line in f if line.startswith(b"mnt_id:")), -1)
-    device = os.fstat(fd).st_dev
+    mount_id, device = id_of(fd), os.fstat(fd).st_dev
     return next((m.fstype for m in table() if m.mount_id == mount_id or m.device == device), None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 
 from coordlfs.kernel import mounts
@@ -57,14 +58,26 @@ def _name(pid: str) -> str:
 
 
 def _holds(pid: str, device: int) -> bool:
+    """Never waits for a file system, as to ask for attributes may: another mount of the process may hang."""
     with suppress(OSError):
-        links = [f"/proc/{pid}/cwd", f"/proc/{pid}/root"]
-        links += [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
-        for link in links:
-            with suppress(OSError):
-                if os.stat(link).st_dev == device:
-                    return True
+        ids = {mount.mount_id for mount in mounts.table(pid) if mount.device == device}
+        if ids and not ids.isdisjoint(_mount_ids(pid)):
+            return True
         wanted = f" {os.major(device):02x}:{os.minor(device):02x} "
         with open(f"/proc/{pid}/maps", errors="replace") as f:
             return any(wanted in line for line in f)
     return False
+
+
+def _mount_ids(pid: str) -> Iterator[int]:
+    """The mounts that a process's descriptors, working directory and root lie on."""
+    for number in os.listdir(f"/proc/{pid}/fdinfo"):
+        with suppress(OSError):
+            yield mounts.id_of(int(number), pid)
+    for link in ("cwd", "root"):
+        with suppress(OSError):
+            fd = os.open(f"/proc/{pid}/{link}", os.O_PATH | os.O_CLOEXEC)
+            try:
+                yield mounts.id_of(fd)
+            finally:
+                os.close(fd)

@@ -1055,3 +1055,24 @@ def test_a_mount_can_be_mounted_again_at_once(source: Path, mount: MakeMount, pl
         assert read(mounted.path / "f") == noise(MIB)
         mounted.settle()
         mounted.end()
+
+
+def test_unmounting_beside_a_mount_that_hangs(source: Path, mount: MakeMount) -> None:
+    """Whoever looks for processes with files of the one must ask nothing of the other."""
+    (source / "empty").touch()  # its attributes are believed for a second only
+    hangs, other = mount(source), mount(source)
+    with open(hangs.path / "empty") as empty:
+        holder = subprocess.Popen(["sleep", "1000"], stdin=empty, cwd=other.path)
+    server = hangs.processes["server"]
+    try:
+        time.sleep(1.1)
+        os.kill(server, signal.SIGSTOP)
+        refused = coordlfs("umount", other.path, status=1)
+        assert f"in use by process {holder.pid} (sleep)" in refused.stderr
+        holder.kill()
+        holder.wait()
+        coordlfs("umount", other.path)
+    finally:
+        os.kill(server, signal.SIGCONT)
+        holder.kill()
+        holder.wait()

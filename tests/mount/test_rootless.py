@@ -35,6 +35,7 @@ from mounts import (
     noise,
     raises,
     read,
+    unmount_lazily,
     write_files,
 )
 from users import User, UserMount, installation, open_device
@@ -546,7 +547,10 @@ def test_errors_are_one_line_each(somebody: User, source: Path, home: Path) -> N
     # As many as it takes to start all processes, but not all threads of the server.
     for most in (4, 10):
         few = ["prlimit", f"--nproc={most}:{most}", *somebody.coordlfs]
-        done = somebody.run(*few, "mount", source, target, "--cache-size", "1M", status=1)
+        try:
+            done = somebody.run(*few, "mount", source, target, "--cache-size", "1M", status=1)
+        finally:
+            unmount_lazily(target)
         assert len(done.stderr.splitlines()) == 1, done.stderr
         assert f"ulimit -u (at most {most})" in done.stderr
     bounded = ["setpriv", "--no-new-privs", *somebody.coordlfs]
