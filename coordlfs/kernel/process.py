@@ -132,7 +132,8 @@ def raise_limits() -> None:
 
 def _status(task: int | str = "self") -> dict[str, str]:
     """The fields of /proc/TASK/status. Raises OSError."""
-    with open(f"/proc/{task}/status", encoding="latin-1", newline="\n") as f:  # the name may be any bytes
+    # The name may be any bytes; a codec that Python has not loaded yet would be imported while the server serves.
+    with open(f"/proc/{task}/status", encoding="utf-8", errors="surrogateescape", newline="\n") as f:
         return {field: value.strip() for field, _, value in (line.partition(":") for line in f)}
 
 
