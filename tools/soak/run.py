@@ -31,8 +31,10 @@ _BESIDE_CACHE = 400 << 20  # bytes of the memory cgroup for processes, and for p
 _WORKERS = 2  # of the DataLoader
 _TELL = 15.0  # seconds
 _ENOUGH = 50  # reads that went wrong, after which there is no use in going on
-# Of a log: all that no kill explains. That keepers keep dying is said of those that were killed.
-_WORRYING = re.compile(r"level=CRITICAL(?!.*keepers keep dying)|Traceback|exception=|ended with status [1-9]")
+# Of a log: all that no kill explains. That processes keep dying is said of those that are killed.
+_WORRYING = re.compile(
+    r"level=CRITICAL(?!.*(keepers keep dying|cannot be kept running))|Traceback|exception=|ended with status [1-9]"
+)
 
 
 @dataclass(frozen=True, slots=True)
