@@ -11,19 +11,14 @@ cache are ordinary ones: the kernel may keep or drop them.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 
 from coordlfs.cache import items
 from coordlfs.cache.admission import IDLE, Admission
-from coordlfs.cache.epochs import Epochs
-from coordlfs.cache.interfaces import Announced, Awaited, Invalidator, Owners
 from coordlfs.cache.keeper_protocol import How, Outcome, Verb
 from coordlfs.cache.keepers import Link
-from coordlfs.cache.minio import MinIO
 from coordlfs.cache.pending import Pending
 from coordlfs.cache.store import Store
-from coordlfs.catalogue.catalog import SUPERSEDED, Catalog
-from coordlfs.catalogue.metrics import Counters
+from coordlfs.catalogue.catalog import SUPERSEDED
 from coordlfs.kernel import pages
 
 _HOLDER = 0  # no keeper: they are counted from 1
@@ -36,43 +31,16 @@ class StoreAdmission(Admission):
 
     served_from = "memory_bytes"
     hits_ask_nobody = False
+    stash: Store  # what is cached, and not only on its way there
     _verb = Verb.FILL
-
-    def __init__(
-        self,
-        catalog: Catalog,
-        policy: MinIO,
-        fd: int,
-        epochs: Epochs,
-        counters: Counters,
-        more_keepers: Callable[[], None],
-        *,
-        announced: Announced,
-        awaited: Awaited,
-        invalidator: Invalidator,
-        owners: Owners | None = None,
-    ) -> None:
-        self.memory = Store(fd, policy.capacity, lambda item: catalog.stamp(items.record_of(item)))
-        super().__init__(
-            catalog,
-            policy,
-            self.memory,
-            epochs,
-            counters,
-            more_keepers,
-            announced=announced,
-            awaited=awaited,
-            invalidator=invalidator,
-            owners=owners,
-        )
-        self._watched = 0
+    _watched = 0  # files, by a keeper
 
     def stashed(self, item: int, offset: int, size: int, end: int, pid: int) -> list[memoryview | int]:
         """What of an item need not be read, see `Store.parts`. Takes no lock."""
-        return self.memory.parts(item, offset, size)
+        return self.stash.parts(item, offset, size)
 
     def _missed_though_pinned(self, item: int) -> None:
-        if not self.memory.is_current(item):
+        if not self.stash.is_current(item):
             self.drop([item])  # else it came to be cached while this READ was at the source
 
     def _take(self, item: int, offset: int, data: memoryview, file_size: int, pid: int, *, for_peer: bool) -> None:
@@ -80,7 +48,7 @@ class StoreAdmission(Admission):
             length = items.length(item, file_size)
             if not length or not self._admits(item, pages.count(length)):
                 return
-            if not self.memory.reserve(item, length):
+            if not self.stash.reserve(item, length):
                 self.policy.release(item)
                 self.counters.add("not_admitted")
                 return
@@ -90,8 +58,8 @@ class StoreAdmission(Admission):
     def _add(self, item: int, offset: int, data: memoryview) -> None:
         pending = self._pending.by_item[item]
         pending.awaited = 0
-        self.memory.put(item, offset, data)
-        if self.memory.is_whole(item):
+        self.stash.put(item, offset, data)
+        if self.stash.is_whole(item):
             del self._pending.by_item[item]
             self._pinned(_HOLDER, item)
             self._watch(item)
@@ -110,7 +78,7 @@ class StoreAdmission(Admission):
         with self.lock:
             self._watched = 0
             for item in self.policy.items()[:_SENTINELS]:
-                if self.memory.is_whole(item):
+                if self.stash.is_whole(item):
                     self._watch(item)
 
     def _watch(self, item: int) -> None:
@@ -135,12 +103,12 @@ class StoreAdmission(Admission):
         """Take over what the last server cached."""
         with self.lock:
             self.catalog.clear_pinned_pages()
-            for item in self.memory.recover(self._length):
+            for item in self.stash.recover(self._length):
                 is_past = self.catalog.flags(items.record_of(item)) & SUPERSEDED
                 if not is_past and self.policy.admit(item, pages.count(self._length(item))):
                     self._pinned(_HOLDER, item)
                 else:
-                    self.memory.remove(item)
+                    self.stash.remove(item)
             for link in self._keepers.links.values():
                 self._keepers.ask(link, Verb.LIST)  # its threads
             if not self._keepers.links:  # it died with the last server, and is being replaced

@@ -64,6 +64,11 @@ def _node(key: bytes, seed: int) -> int:
     return max(xxhash.xxh3_64_intdigest(key, seed) & _MASK, 2)
 
 
+def kind_of(st: os.stat_result) -> int:
+    """REGULAR, DIRECTORY or neither."""
+    return REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
+
+
 def _locked(method: Callable[Concatenate[Catalog, P], T]) -> Callable[Concatenate[Catalog, P], T]:
     @functools.wraps(method)
     def call(self: Catalog, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -232,11 +237,13 @@ class Catalog:
     def supersedes(self, record: int, st: os.stat_result) -> bool:
         """Whether `st` needs another node: it is another version than the one of which bytes have been handed out.
 
-        Or another symbolic link: the kernel keeps where one leads with the node, whatever attributes it is told.
+        Or of another kind, or another symbolic link or device: the kernel keeps with the node what it is and where it
+        leads, whatever attributes it is told.
         """
         flags = self.flags(record)
-        is_link = stat.S_ISLNK(st.st_mode) and not flags & (REGULAR | DIRECTORY)
-        if not flags & SUPERSEDED and (flags & SERVED or is_link) and not self.shows_bytes(record, st):
+        kind = flags & (REGULAR | DIRECTORY)
+        is_other = kind != kind_of(st) or ((flags & SERVED or not kind) and not self.shows_bytes(record, st))
+        if is_other and not flags & SUPERSEDED:
             self.supersede(record)
         return bool(self.flags(record) & SUPERSEDED)
 
@@ -301,30 +308,31 @@ class Catalog:
                 same = not flags & LINKED and self.entry(record) == (parent, name)
             if same and linked and self.entry(record) != (parent, name):
                 self._other_names.setdefault(record, set()).add((parent, name))
-            if same and self.shows(record, Version.of(st)):
-                if flags & SUPERSEDED:  # it is back
-                    self.words[HEADER_WORDS + record * RECORD_WORDS + 1] &= ~SUPERSEDED
+            is_shown = same and self.shows(record, Version.of(st))
+            if same and (is_shown or flags & kind_of(st) & DIRECTORY) and flags & SUPERSEDED:  # it is back
+                self.words[HEADER_WORDS + record * RECORD_WORDS + 1] &= ~SUPERSEDED
+            if is_shown:
                 return record, False, superseded
             if same and not self.supersedes(record, st):
-                kind = self._kind(st, linked)
-                if (REGULAR | DIRECTORY) & kind & flags:
+                if flags & (REGULAR | DIRECTORY):
                     return record, True, superseded
-                self.set_version(record, Version.of(st), kind | flags & LATER)
+                self.set_version(record, Version.of(st))
                 return record, False, superseded
             if same and not flags & SUPERSEDED:
                 superseded = record
             if same and is_first:
                 # From the second version on; other nodes of a cluster know no more of it than size and time.
-                key, seed, is_first = key + _VERSION_KEY.pack(st.st_size, st.st_mtime_ns), 0, False
+                # A directory stays one node, whatever becomes of its time.
+                later = (0, 0) if stat.S_ISDIR(st.st_mode) else (st.st_size, st.st_mtime_ns)
+                key, seed, is_first = key + _VERSION_KEY.pack(*later), 0, False
             else:
                 seed += 1
-        if is_first:
-            record = self.add(node, parent, name, self._kind(st, linked), Version.of(st))
-        elif free := self._free.get((parent, name)):
+        kind = kind_of(st) | (LINKED if linked else 0) | (0 if is_first else LATER)
+        if not is_first and (free := self._free.get((parent, name))):
             record = free.pop()
-            self._reuse(record, node, self._kind(st, linked) | LATER, Version.of(st))
+            self._reuse(record, node, kind, Version.of(st))
         else:
-            record = self.add(node, parent, name, self._kind(st, linked) | LATER, Version.of(st))
+            record = self.add(node, parent, name, kind, Version.of(st))
         return record, False, superseded
 
     @_locked
@@ -358,11 +366,6 @@ class Catalog:
             self.index, self._reused = self._build_index(len(self)), 0
         else:
             self._insert(node, record)
-
-    @staticmethod
-    def _kind(st: os.stat_result, linked: bool) -> int:
-        kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
-        return kind | (LINKED if linked else 0)
 
     def other_names(self, record: int) -> list[tuple[int, bytes]]:
         """Names of a file with several hard links that are known, but for the one that it is read by."""

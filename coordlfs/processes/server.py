@@ -117,7 +117,7 @@ def serve(config: dict[str, Any]) -> None:
     stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source, ahead, sharing)
     namespace = Namespace(catalog, source, reader, counters)
     records = Records(catalog)
-    listings = Listings(source, namespace, Entries(records, namespace, counters))
+    listings = Listings(namespace, Entries(records, namespace, counters))
     names = NamespaceLoop(catalog, source, namespace)
     revalidation = Revalidation(catalog, source, namespace, reader, counters)
     control = Control(catalog, source, namespace, admission, revalidation, link.replace, sharing)
@@ -184,9 +184,11 @@ def _admission(
     **others: Any,
 ) -> Admission:
     if config["memory"] is not None:
-        from coordlfs.cache.store_admission import StoreAdmission  # here, since few mounts need it
+        from coordlfs.cache.store import Store  # here, since few mounts need it
+        from coordlfs.cache.store_admission import StoreAdmission
 
-        return StoreAdmission(catalog, policy, config["memory"], epochs, counters, more_keepers, **others)
+        store = Store(config["memory"], policy.capacity, lambda item: catalog.stamp(items.record_of(item)))
+        return StoreAdmission(catalog, policy, store, epochs, counters, more_keepers, **others)
     stash = Stash(min(_STASH_MOST, max(_STASH_LEAST, config["capacity"] // 8)))
     return Admission(catalog, policy, stash, epochs, counters, more_keepers, **others)
 

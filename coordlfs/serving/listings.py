@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from coordlfs.serving.entries import Entries
 from coordlfs.serving.namespace import Namespace
-from coordlfs.sources.directory import Listing, Source
+from coordlfs.sources.directory import Listing
 
 _LISTINGS = 64  # directories; those that are listed to their end are forgotten sooner
 _FEW = 1000  # names that do not matter
@@ -37,8 +37,7 @@ class _Listed:
 class Listings:
     """The names of directories while the kernel asks for them. Thread-safe."""
 
-    def __init__(self, source: Source, namespace: Namespace, entries: Entries) -> None:
-        self._source = source
+    def __init__(self, namespace: Namespace, entries: Entries) -> None:
         self._namespace = namespace
         self._entries = entries
         self._listed: OrderedDict[int, _Listed] = OrderedDict()  # by node, the last used last
@@ -49,7 +48,7 @@ class Listings:
         record = self._namespace.record_of(node)
         listing = self._going_on(node) if position else None
         if listing is None:
-            listing = self._begin(node, self._source.listing(self._namespace.directory_path(record)))
+            listing = self._begin(node, self._namespace.listing(record))
         n = self._entries.pack(listing, record, position, into)
         if not n:
             self._end(node)

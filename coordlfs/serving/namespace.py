@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.serving.reading import Reader
-from coordlfs.sources.directory import Source
+from coordlfs.sources.directory import Listing, Source
 from coordlfs.sources.versions import Version
 
 _NO_NAMES = frozenset({b"", b".", b".."})
@@ -45,10 +46,6 @@ class Namespace:
         """REGULAR, DIRECTORY or neither."""
         return self._catalog.flags(record) & (REGULAR | DIRECTORY)
 
-    def directory_path(self, record: int) -> bytes:
-        """The path of a directory relative to the source; empty for the root."""
-        return self._catalog.directory_path(record)
-
     def lookup(
         self, parent: int, name: bytes, before_wait: Callable[[], None] | None = None, *, announce: bool = False
     ) -> tuple[int, os.stat_result]:
@@ -72,11 +69,9 @@ class Namespace:
             st = self._lstat(self._catalog.path(record), before_wait)
         if self._catalog.shows_file(record, st):
             return st
-        flags = self._catalog.flags(record)
-        kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
-        if self._reader.supersedes(record, st) or flags & (REGULAR | DIRECTORY) != kind:
+        if self._reader.supersedes(record, st):
             raise OSError(errno.ESTALE, "replaced")
-        if flags & REGULAR:
+        if stat.S_ISREG(st.st_mode):
             if not self._reader.modified(record, st):
                 raise OSError(errno.ESTALE, "replaced")
         else:
@@ -103,9 +98,19 @@ class Namespace:
             self._reader.announce(record)
         return record
 
+    def listing(self, record: int) -> Listing:
+        """The entries of a directory as they are now; ENOENT also if its name leads to what is none by now."""
+        with self._absences():
+            return self._source.listing(self._catalog.directory_path(record))
+
     def _lstat(self, path: bytes, before_wait: Callable[[], None] | None) -> os.stat_result:
-        try:
+        with self._absences():
             return self._source.lstat(path, before_wait)
+
+    @contextmanager
+    def _absences(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as e:
             if e.errno in _ABSENT:
                 raise FileNotFoundError(errno.ENOENT, "no such name") from e

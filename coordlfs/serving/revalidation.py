@@ -11,14 +11,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import stat
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
 
 import trio
 
-from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, STALE, SUPERSEDED, Catalog
+from coordlfs.catalogue.catalog import DIRECTORY, STALE, SUPERSEDED, Catalog, kind_of
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import threads
 from coordlfs.serving.namespace import Namespace
@@ -33,7 +32,6 @@ _SHARE = 0.8  # of the promised time in which a pass is to be through
 _LONGEST_PAUSE = 0.01  # of that time, after which it is seen what else has become known
 _HANGS_AFTER = 30.0  # seconds that the source may take for a batch
 _THREADS = 16  # that may wait for a source which does not answer
-_KINDS = REGULAR | DIRECTORY
 
 
 class Revalidation:
@@ -162,16 +160,10 @@ class Revalidation:
         self._reader.lead_elsewhere(record)
 
     def _changed(self, record: int, st: os.stat_result) -> None:
-        kind = REGULAR if stat.S_ISREG(st.st_mode) else DIRECTORY if stat.S_ISDIR(st.st_mode) else 0
-        if self._catalog.flags(record) & _KINDS != kind:
-            self._vanished(record)
-            return
-        parent, name = self._catalog.entry(record)
-        if kind == DIRECTORY:
+        if self._catalog.flags(record) & kind_of(st) & DIRECTORY:
             self._catalog.set_version(record, Version.of(st))
-        else:
-            if self._namespace.enter(parent, name, st) != record:
-                self._catalog.supersede(record)
+        elif self._namespace.enter(*self._catalog.entry(record), st) != record:
+            self._catalog.supersede(record)
         if self._catalog.flags(record) & SUPERSEDED:
             self._reader.lead_elsewhere(record)
         else:

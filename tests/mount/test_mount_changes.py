@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import mmap
 import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from mounts import (
@@ -95,7 +98,10 @@ def _reading(look: Callable[[random.Random], None]) -> Iterator[None]:
 _SIZES = [0, 1, 5000, 300_000, 3 * MIB + 1, CHUNK + 5]
 
 
-def _or_error(action: Callable[[], bytes], *codes: int) -> bytes | None:
+T = TypeVar("T")
+
+
+def _or_error(action: Callable[[], T], *codes: int) -> T | None:
     """What `action` returns, or None if it fails with one of these errors."""
     try:
         return action()
@@ -252,6 +258,69 @@ def test_a_name_that_becomes_another_kind(source: Path, mount: MakeMount) -> Non
     assert os.listdir(again.path / "file") == []
     assert read(again.path / "directory") == noise(6000)
     assert read(again.path / "link") == noise(7000)
+
+
+def _becomes(path: Path, kind: str, size: int) -> None:
+    """Have a name lead to what is of `kind`, and was not there before."""
+    new = path.with_name("new")
+    match kind:
+        case "file":
+            new.write_bytes(noise(size))
+        case "directory":
+            new.mkdir()
+            (new / "in it").write_bytes(noise(size))
+        case "link":
+            new.symlink_to(f"elsewhere {size}")
+        case "fifo":
+            os.mkfifo(new)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    new.rename(path)
+
+
+def _shown(path: Path) -> object:
+    kind = stat.S_IFMT(os.lstat(path).st_mode)
+    match kind:
+        case stat.S_IFREG:
+            return kind, read(path)
+        case stat.S_IFDIR:
+            return kind, [(name, read(path / name)) for name in os.listdir(path)]
+        case stat.S_IFLNK:
+            return kind, os.readlink(path)
+    return kind, None
+
+
+_KINDS = ("file", "directory", "link", "fifo")
+
+
+@pytest.mark.parametrize("is_read", [False, True], ids=["unread", "read"])
+@pytest.mark.parametrize(("before", "after"), [*itertools.permutations(_KINDS, 2)])
+def test_whoever_holds_what_becomes_another_kind(
+    source: Path, mount: MakeMount, before: str, after: str, is_read: bool
+) -> None:
+    name = source / "name"
+    _becomes(name, before, 5000)
+    mounted = mount(source, "8M", "--immutable")
+    shown = mounted.path / "name"
+    if is_read:
+        _shown(shown)
+    mounted.expect_errors = True  # it cannot be read by its name
+    held = os.open(shown, os.O_RDONLY if before in ("file", "directory") else os.O_PATH | os.O_NOFOLLOW)
+    number = os.fstat(held).st_ino
+    for size, kind in ((6000, after), (7000, before), (8000, after), (9000, before)):
+        _becomes(name, kind, size)
+        coordlfs("refresh", mounted.path)
+        assert _shown(shown) == _shown(name), (size, kind)
+        if kind == after:
+            assert os.lstat(shown).st_ino != number
+        # What is held is what it was, or gone: no error of a disk.
+        if before == "file":
+            assert _or_error(lambda: os.pread(held, 10_000, 0), errno.ESTALE, errno.ENOENT) in (None, noise(5000))
+        if before == "directory":
+            assert _or_error(lambda: os.listdir(held), errno.ESTALE, errno.ENOENT) in (None, [], ["in it"])
+    os.close(held)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "directory"])
@@ -678,7 +747,8 @@ def test_a_file_that_changes_for_ever_takes_up_no_more_room(source: Path, mount:
             with redirect_stdout(io.StringIO()):
                 assert cli.main(["refresh", str(mounted.path)]) == 0
             assert read(mounted.path / "f") == noise(50_000, number)
-        assert os.pread(f.fileno(), 50_000, 0) in (noise(50_000, 0), b""), "who has an old version open keeps it"
+        # Gone, if the keeper dropped it before the name led elsewhere.
+        assert _or_error(lambda: os.pread(f.fileno(), 50_000, 0), errno.ESTALE) in (noise(50_000, 0), b"", None)
     mounted.settle()
     figures = mounted.stats()
     assert figures["known_files"] - before < 8

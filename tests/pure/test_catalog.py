@@ -452,6 +452,28 @@ def test_a_symbolic_link_that_leads_elsewhere_is_another_node(fds: tuple[int, in
     assert catalog.flags(record) & SUPERSEDED
 
 
+def test_a_name_that_becomes_another_kind_and_is_it_again() -> None:
+    with memory() as fds:
+        catalog = Catalog(*fds)
+        first, *_ = catalog.enter(0, b"d", directory(2))
+        below, *_ = catalog.enter(first, b"f", attributes(3))
+        file, changed, superseded = catalog.enter(0, b"d", attributes(4, size=7))
+        assert (changed, superseded) == (False, first)
+        assert catalog.node(file) != catalog.node(first)
+        assert catalog.flags(file) & (REGULAR | DIRECTORY) == REGULAR
+        # A directory is one node whatever it holds, and so are the files in it.
+        assert catalog.enter(0, b"d", directory(5)) == (first, True, file)
+        assert catalog.flags(first) & (REGULAR | DIRECTORY | SUPERSEDED) == DIRECTORY
+        assert catalog.enter(first, b"f", attributes(3))[0] == below
+        # Also where it was something else at first.
+        file, *_ = catalog.enter(0, b"f", attributes(6))
+        later, *_ = catalog.enter(0, b"f", directory(7))
+        assert catalog.node(later) not in (catalog.node(file), catalog.node(first))
+        assert catalog.enter(0, b"f", attributes(8, kind=stat.S_IFDIR, mtime_ns=9)) == (later, True, None)
+        assert catalog.enter(0, b"f", attributes(8, size=10))[2] == later
+        assert catalog.enter(0, b"f", directory(11))[0] == later
+
+
 def test_a_node_takes_versions_until_bytes_of_one_are_handed_out(fds: tuple[int, int]) -> None:
     catalog = Catalog(*fds)
     first, second, third = (Version.of(attributes(2, mtime_ns=time)) for time in (1, 2, 3))

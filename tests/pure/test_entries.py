@@ -170,7 +170,7 @@ def test_who_lists_a_changing_directory_gets_what_stays_once(steps: list[tuple[s
         for number in range(0, 31, 2):
             (root / f"{number:02}").touch()
         side = stack.enter_context(side_of(root))
-        listings = Listings(side.reader.source, side.namespace, side.entries())
+        listings = Listings(side.namespace, side.entries())
         readers, changed = [_Reader(listings)], set()
         for what, number in steps:
             path = root / f"{number:02}"
