@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from coordlfs.commands.client import Client, walk
 from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.paths import shown
-from coordlfs.sources.directory import Source
+from coordlfs.sources.directory import Part, Source
 
 _STEP = fuse.MAX_READ
 _ATTRIBUTES = (
@@ -86,7 +86,7 @@ def _bytes_differ(mount: Source, source: Source, path: bytes, size: int, buffer:
                 yield f"cannot be read at {offset}: {e.strerror}"
                 return
             # Through Source, since reading for comparison must not fill the page cache.
-            n, _ = source.read(0, path, buffer, offset, _STEP, _no_wait)
+            n, _ = source.read(Part(0, path, offset, _STEP), buffer, _no_wait)
             source.forget(0)
             if ours != memoryview(buffer)[:n]:
                 yield f"bytes differ within {offset}–{offset + _STEP}"

@@ -28,7 +28,7 @@ from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.notifier import Notifier
 from coordlfs.serving.ends import Ends
-from coordlfs.sources.directory import Opened, Source
+from coordlfs.sources.directory import Opened, Part, Source
 from coordlfs.sources.versions import Version
 
 if TYPE_CHECKING:
@@ -158,8 +158,7 @@ class Reader:
             return None
         if self.admission.stashed(item, offset, size, shown.size, request.pid) != [size]:
             return None
-        is_first = not catalog.flags(record) & SERVED
-        found = self.source.begin(record, catalog.path(record), into, offset, size, is_first=is_first)
+        found = self.source.begin(self._part(record, offset, size), into)
         if found is None:
             return None
         if isinstance(found, Opened):
@@ -170,6 +169,9 @@ class Reader:
         data = into[:size]
         fetched = Fetched(item, offset, data, found)
         return self._checked(Answer(record, request, self._is_for_peer(request), False, [data], [fetched]), size)
+
+    def _part(self, record: int, offset: int, size: int) -> Part:
+        return Part(record, self.catalog.path(record), offset, size, not self.catalog.flags(record) & SERVED)
 
     def fetched(self, begun: Begun, data: memoryview) -> Answer | None:
         """The answer with `data`, all that was begun; None if `read` is to be called after all.
@@ -230,9 +232,7 @@ class Reader:
                 return n
         for attempt in range(_ATTEMPTS):
             try:
-                is_first = not self.catalog.flags(record) & SERVED
-                path = self.catalog.path(record)
-                n, st = self.source.read(record, path, into, offset, size, before_wait, is_first=is_first)
+                n, st = self.source.read(self._part(record, offset, size), into, before_wait)
             except OSError as e:
                 if e.errno == errno.ENOENT and self.use_other_name(record):
                     return self._fetch(answer, item, offset, size, into, before_wait)

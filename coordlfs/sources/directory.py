@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from mmap import mmap
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from coordlfs.kernel import leases, mounts, pages, paths
 from coordlfs.sources.numbering import Numbering
@@ -131,6 +131,19 @@ class Neighbours:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class Part(NamedTuple):
+    """Up to `size` bytes at `offset` of the file at `path`; `record` names it for the descriptors that are kept.
+
+    `is_first`: one that has just changed is read when that is over, as far as can be told; see `versions.is_young`.
+    """
+
+    record: int
+    path: bytes
+    offset: int
+    size: int
+    is_first: bool = False
 
 
 @dataclass(slots=True)
@@ -269,36 +282,17 @@ class Source:
 
     # -- bytes --------------------------------------------------------------------------------------------------
 
-    def read(
-        self,
-        record: int,
-        path: bytes,
-        into: mmap | memoryview,
-        offset: int,
-        size: int,
-        slow: Callable[[], None],
-        *,
-        is_first: bool = False,
-    ) -> tuple[int, os.stat_result]:
-        """Read up to `size` bytes at `offset` into page-aligned memory; how many, and the attributes they belong to.
+    def read(self, part: Part, into: mmap | memoryview, slow: Callable[[], None]) -> tuple[int, os.stat_result]:
+        """Read a part of a file into page-aligned memory; how many bytes, and the attributes they belong to.
 
-        `record` names the file for the descriptors that are kept. `slow` is called before what will wait. `is_first`:
-        a file that has just changed is read when that is over, as far as can be told; see `versions.is_young`.
+        `slow` is called before what will wait.
         """
         if self.is_remote:
             slow()
-        return self._persistently(lambda: self._read_file(record, path, into, offset, size, slow, is_first), slow)
+        return self._persistently(lambda: self._read_file(part, into, slow), slow)
 
-    def _read_file(
-        self,
-        record: int,
-        path: bytes,
-        into: mmap | memoryview,
-        offset: int,
-        size: int,
-        slow: Callable[[], None],
-        is_first: bool,
-    ) -> tuple[int, os.stat_result]:
+    def _read_file(self, part: Part, into: mmap | memoryview, slow: Callable[[], None]) -> tuple[int, os.stat_result]:
+        record, path, offset, size, is_first = part
         fd, opened = self._take(record) or (self._open(path, slow), time.monotonic())
         keep = False
         try:
@@ -339,17 +333,16 @@ class Source:
                 return st
             time.sleep(_SETTLE_EVERY)
 
-    def begin(
-        self, record: int, path: bytes, into: memoryview, offset: int, size: int, *, is_first: bool = False
-    ) -> Version | Opened | None:
-        """Read `size` bytes at `offset`, a multiple of the page size, if the page cache holds all of them; never waits.
+    def begin(self, part: Part, into: memoryview) -> Version | Opened | None:
+        """Read a part that begins with a page, if the page cache holds all of it; never waits.
 
         Returns the version that the file has afterwards: if it is not the one that it had before, it may have been
         written to meanwhile, and `read` is to be called. So it is if None is returned, whatever the reason. Otherwise
-        the disk has to be read, which is to be followed by `end`. `is_first`: see `read`.
+        the disk has to be read, which is to be followed by `end`.
         """
         if self.is_remote:
             return None
+        record, path, offset, size, is_first = part
         taken = self._take(record)
         if taken is None:
             try:

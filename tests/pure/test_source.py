@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.pages import PAGE
-from coordlfs.sources.directory import Source
+from coordlfs.sources.directory import Part, Source
 
 MIB = 1 << 20
 SIZES = [0, 1, PAGE - 1, PAGE, PAGE + 1, 5 * PAGE, 37_000, MIB - 1, MIB, MIB + 1, 3 * MIB + 123]
@@ -47,7 +47,7 @@ class Reader:
     def read(self, name: str, offset: int, size: int, record: int = 1) -> bytes:
         """As the data loop does."""
         self.into[:16] = b"left from before"
-        n, attributes = self.source.read(record, os.fsencode(name), self.into, offset, size, self._is_slow)
+        n, attributes = self.source.read(Part(record, os.fsencode(name), offset, size), self.into, self._is_slow)
         assert attributes.st_ino == os.stat(self.root / name).st_ino
         return self.into[:n]
 
@@ -153,7 +153,7 @@ def test_many_threads_read_large_files_at_once(reader: Reader) -> None:
         for _ in range(40):
             number, offset, size = rng.randrange(3), rng.randrange(3 * MIB), rng.choice([1, PAGE, 50_000, MIB])
             offset -= offset % PAGE if rng.random() < 0.7 else 0
-            n, _ = reader.source.read(number, names[number].encode(), into, offset, size, lambda: None)
+            n, _ = reader.source.read(Part(number, names[number].encode(), offset, size), into, lambda: None)
             expected = CONTENT[number : number + 3 * MIB][offset : offset + size]
             if into[:n] != expected:
                 wrong.append((number, offset, size, n))
@@ -219,7 +219,7 @@ def test_what_is_no_file_is_an_error(reader: Reader, name: str, code: int) -> No
     (reader.root / "link").symlink_to("f")
     (reader.root / "d" / "up").symlink_to("..")
     with pytest.raises(OSError) as failed:
-        reader.source.read(1, os.fsencode(name), reader.into, 0, PAGE, lambda: None)
+        reader.source.read(Part(1, os.fsencode(name), 0, PAGE), reader.into, lambda: None)
     assert failed.value.errno == code
 
 
@@ -303,11 +303,11 @@ def test_a_file_is_read_first_when_nobody_writes_to_it(source: Path, reader: Rea
     writer.start()
     begun.wait(240)
     # Called before it waits for the writer, who goes on only then.
-    n, _ = reader.source.read(1, b"f", into, 0, size, over.set, is_first=True)
+    n, _ = reader.source.read(Part(1, b"f", 0, size, is_first=True), into, over.set)
     writer.join()
     assert n == size
     assert bytes(into) == half + half
     path.write_bytes(b"gone")
     with open(path, "ab"):  # by somebody who never ends: not for ever
-        n, _ = reader.source.read(1, b"f", into, 0, size, lambda: None, is_first=True)
+        n, _ = reader.source.read(Part(1, b"f", 0, size, is_first=True), into, lambda: None)
     assert bytes(into[:n]) == b"gone"
