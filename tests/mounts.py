@@ -197,6 +197,7 @@ class Mount:
         log = self.log.read_text(errors="replace") if self.log.exists() else ""
         if not self.expect_errors and any(word in log for word in ("ERROR", "CRITICAL", "Traceback")):
             problems.append(f"the log says:\n{log}")
+        problems += [line for line in log.splitlines() if "imported only now" in line]
         assert not problems, "\n".join(problems)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from environments import ENVIRONMENTS, start
+from mounts import PATIENCE
 
 _JOB = """
 import sys
@@ -31,6 +32,8 @@ if __name__ == "__main__":
 def test_the_loader_depends_on_nothing_inherited(tmp_path: Path, name: str) -> None:
     job, total = tmp_path / "job.py", tmp_path / "total"
     job.write_text(_JOB)
-    done = start(ENVIRONMENTS[name], tmp_path, sys.executable, job, total, f"environments-{tmp_path.name}", timeout=120)
+    done = start(
+        ENVIRONMENTS[name], tmp_path, sys.executable, job, total, f"environments-{tmp_path.name}", timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     assert total.read_text() == str(sum(range(24)))

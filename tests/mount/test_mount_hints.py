@@ -342,7 +342,6 @@ print(os.getxattr(root, name).decode(), os.getxattr(f"{root}/{file}", "user.coor
 """
     printed = script(text, mounted.path, name_of(message([], length=9)), files[0])
     assert printed == "EACCES\nEACCES\n0 0 8192 on its way\n"
-    assert "imported only now" not in mounted.log.read_text()
 
 
 def test_a_file_is_read_ahead_for_who_asks(source: Path, place: Path, mount: MakeMount, files: list[str]) -> None:

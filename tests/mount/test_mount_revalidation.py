@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,14 @@ def _tree(root: Path) -> dict[str, object]:
 
 def _shows(mounted: Mount, tree: dict[str, object]) -> bool:
     """Whether a mount shows just this."""
-    with suppress(FileNotFoundError):
+    try:
         return _tree(mounted.path) == tree
-    return False
+    except FileNotFoundError:
+        return False
+    except OSError as e:
+        if e.errno != errno.ESTALE:  # opened a moment before the change was noticed
+            raise
+        return False
 
 
 def _cached(source: Path, mount: MakeMount, *options: str) -> Mount:
