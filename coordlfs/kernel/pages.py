@@ -86,6 +86,11 @@ def set_direct(fd: int, on: bool) -> None:
     check(quick.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT if on else 0), "fcntl")
 
 
+def allot(fd: int, offset: int, length: int) -> None:
+    """fallocate(2): have the file system allot room for a range, which the file has from then on. Raises ENOSPC."""
+    check(libc.fallocate(fd, 0, ctypes.c_long(offset), ctypes.c_long(length)), "fallocate")
+
+
 def drop(fd: int, offset: int, length: int) -> None:
     """Let go of clean pages of the range that nobody maps, locks or is using."""
     os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)

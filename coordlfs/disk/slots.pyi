@@ -1,0 +1,3 @@
+from array import array
+
+def enter(slots: array[int] | memoryview, rows: memoryview, first: int) -> int: ...

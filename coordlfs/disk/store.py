@@ -1,0 +1,428 @@
+"""One store: what is in it, and how bytes come to be in it, out of it, and to be proved.
+
+Three files in a directory of its own: `data`, `index` (`coordlfs.disk.index`) and `names`. They grow by pieces that are
+allotted by the file system at once (fallocate), so that it is found to be full when a piece is made, and never in the
+middle of a block. Bytes are durable before the row that leads to them is written, and a row is gone before its units
+are used again, so that a process or a machine may stop at any moment. Whatever is read is checked all the same.
+
+Any thread may find and read, without a lock; one thread does all else. Methods raise OSError for what the disk says.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from coordlfs.disk import layout
+from coordlfs.disk.index import Index
+from coordlfs.disk.layout import BLOCK, HEADER, ROW, UNIT, Row, Version
+from coordlfs.disk.space import Space
+from coordlfs.kernel import pages
+
+log = logging.getLogger(__name__)
+
+FILES = "index", "names", "data"
+_PIECES = 64  # that a store of the size that is wanted grows by, unless they would be smaller or larger than this
+_LEAST_PIECE, _LARGEST_PIECE = BLOCK, 1 << 30
+_SMALL_PIECE = 1 << 16  # bytes, of the other files
+_SPARE = 8 * UNIT  # that the file system may need to know which parts of a piece have been written
+_EXPECTED = 1 << 16  # bytes of a block, before there are any
+_STAGED = 8 * BLOCK  # bytes that are written at once
+_REMEMBERED = 1 << 10  # files whose names were written last
+_ROWS = np.dtype(
+    [
+        ("key", "u8"),
+        ("name", "u8"),
+        ("size", "u8"),
+        ("mtime_ns", "i8"),
+        ("inode", "u8"),
+        ("block", "u4"),
+        ("unit", "u4"),
+        ("checksum", "u8"),
+        ("proof", "u8"),
+    ]
+)
+_OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+_UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+
+
+class Block(NamedTuple):
+    """What is to be kept: one block of a file, whose path leads to this version of it."""
+
+    path: bytes
+    version: Version
+    block: int
+    data: bytes | memoryview
+
+
+class Found(NamedTuple):
+    """One block that is on the disk; its bytes are yet to be read, and checked."""
+
+    number: int
+    row: Row
+
+    @property
+    def position(self) -> int:
+        """Where its bytes begin in `Store.data`."""
+        return self.row.unit * UNIT
+
+    def proved(self, data: memoryview) -> memoryview | None:
+        """Those of `data`, which was read from there, that are its bytes; None if they are not what was written."""
+        length = self.row.length
+        if len(data) >= length and layout.checksum_of(data[:length]) == self.row.checksum:
+            return data[:length]
+        return None
+
+
+@dataclass(slots=True)
+class Stock:
+    """What was found when a store was opened."""
+
+    rows: int = 0
+    bytes: int = 0
+    bad_rows: int = 0  # torn, flipped, or in the way of others
+    beyond: int = 0  # rows of blocks that lie behind the size that is wanted now
+
+
+class Store:
+    """The store in an open directory, which is this process's alone, at most `size` bytes of its file system.
+
+    `identity`, 16 bytes, tells the source from others. A store of another one, or of another format, is emptied:
+    `emptied` says why. Nothing is added before `take_stock` was called.
+    """
+
+    def __init__(self, directory: int, identity: bytes, size: int) -> None:
+        self.size = size
+        self.emptied: str | None = None
+        self.bytes = 0  # of blocks that are here, from `take_stock` on
+        beside = [
+            os.stat(name, dir_fd=directory, follow_symlinks=False) for name in {*os.listdir(directory)} - {*FILES}
+        ]
+        self._beside = sum(st.st_blocks for st in [os.fstat(directory), *beside]) * 512
+        self._index_fd, self._names_fd, self.data = (os.open(name, _OPEN, 0o600, dir_fd=directory) for name in FILES)
+        self._seed = self._begin(identity)
+        self.is_direct = self._go_direct()
+        self.allots = True  # the file system can allot room ahead
+        self.index = Index(self._index_fd, self._seed)
+        self._space = Space()
+        self._erased: list[tuple[int, int]] = []  # units of rows that were erased, maybe not durably
+        self._names_end, self._names_room = 0, os.fstat(self._names_fd).st_size
+        self._names: OrderedDict[bytes, int] = OrderedDict()
+        self._staging = pages.buffer(_STAGED)
+
+    def _begin(self, identity: bytes) -> int:
+        """The seed of the store that is here, or of a new one in its place."""
+        try:
+            seed, found = layout.parse_header(os.pread(self._index_fd, HEADER, 0))
+            if found == identity:
+                return seed
+            self.emptied = "it is of another directory, which was at this path before"
+        except ValueError as e:
+            if os.fstat(self._index_fd).st_size:
+                self.emptied = str(e)
+        for fd in self._fds:
+            os.ftruncate(fd, 0)
+        seed = secrets.randbits(64)
+        os.pwrite(self._index_fd, layout.pack_header(seed, identity), 0)
+        os.fsync(self._index_fd)
+        return seed
+
+    @property
+    def _fds(self) -> tuple[int, int, int]:
+        return self._index_fd, self._names_fd, self.data
+
+    def _go_direct(self) -> bool:
+        try:
+            pages.set_direct(self.data, True)
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the files."""
+        for fd in self._fds:
+            os.close(fd)
+
+    # -- finding and reading ------------------------------------------------------------------------------------
+
+    def find(self, path: bytes, version: Version, block: int) -> Found | None:
+        """A block of a file of that very version."""
+        found = self.index.find(path, block)
+        return None if found is None or found[1].version != version else Found(*found)
+
+    def read(self, found: Found, into: memoryview) -> memoryview | None:
+        """The bytes of a block, read into page-aligned memory of `BLOCK` bytes; None if they are not what was written.
+
+        Then the block is to be handed to `forget`.
+        """
+        length = found.row.units * UNIT
+        n = os.preadv(self.data, [into[:length]], found.position)
+        if not self.is_direct:
+            os.posix_fadvise(self.data, found.position, length, os.POSIX_FADV_DONTNEED)
+        return found.proved(into[:n])
+
+    # -- room: by one thread, as all that follows -----------------------------------------------------------------
+
+    @property
+    def taken(self) -> int:
+        """Bytes of the file system that the store takes."""
+        return self._beside + sum(os.fstat(fd).st_blocks for fd in self._fds) * 512
+
+    def take(self, block: Block) -> int | None:
+        """Take room for a block: its first unit; None if there is none. Raises OSError if the file system has none."""
+        if not self._grow_names(block.path) or not self._grow_index():
+            return None
+        units = layout.units_of(len(block.data))
+        first = self._space.take(units)
+        if first is None and self._erased:
+            self.settle()
+            first = self._space.take(units)
+        if first is None and self._grow_data():
+            first = self._space.take(units)
+        return first
+
+    def settle(self) -> None:
+        """Have what was erased stay erased, so that its room can be used again."""
+        os.fdatasync(self._index_fd)
+        for first, units in self._erased:
+            self._space.give(first, units)
+        self._erased.clear()
+
+    def _grow_names(self, path: bytes) -> bool:
+        needed = self._names_end + len(layout.pack_name(path)) - self._names_room
+        if needed > 0 and self._grow(self._names_fd, -(-needed // _SMALL_PIECE) * _SMALL_PIECE):
+            self._names_room = os.fstat(self._names_fd).st_size
+            needed = self._names_end + len(layout.pack_name(path)) - self._names_room
+        return needed <= 0
+
+    def _grow_index(self, rows: int = 1) -> bool:
+        """See to it that there is room for as many more rows; whether there is any."""
+        needed = self.index.missing(rows)
+        if needed and self._grow(self._index_fd, -(-needed * ROW // _SMALL_PIECE) * _SMALL_PIECE):
+            self.index.room = (os.fstat(self._index_fd).st_size - HEADER) // ROW
+        return not self.index.missing(1)
+
+    def _grow_data(self) -> bool:
+        """Have the data grow by a piece, and the index by as many rows as that will take; False if there is no room."""
+        piece = min(_LARGEST_PIECE, max(_LEAST_PIECE, self.size // _PIECES // UNIT * UNIT))
+        piece = min(piece, max(0, self.size - self.taken - _SPARE))
+        average = max(UNIT, self.bytes // len(self.index)) if len(self.index) else _EXPECTED
+        self._grow_index(piece // average)
+        before = os.fstat(self.data).st_size // UNIT
+        if not self._grow(self.data, piece):
+            return False
+        self._space.give(before, os.fstat(self.data).st_size // UNIT - before)
+        return True
+
+    def _grow(self, fd: int, wanted: int) -> bool:
+        """Have a file grow by so many bytes, or fewer if that would be more than the store may take; False if none."""
+        size = os.fstat(fd).st_size
+        wanted = min(wanted, self.size - self.taken - _SPARE) // UNIT * UNIT
+        if wanted <= 0 or (size + wanted) // UNIT > layout.LAST_UNIT:
+            return False
+        end = -(-size // UNIT) * UNIT + wanted
+        self._allot(fd, size, end)
+        excess = self.taken - self.size  # what the file system needs to know where all of it is
+        if excess > 0:
+            end = max(size, end - -(-excess // UNIT) * UNIT)
+            os.ftruncate(fd, end)
+        return end > size
+
+    def _allot(self, fd: int, size: int, end: int) -> None:
+        if self.allots:
+            try:
+                pages.allot(fd, size, end - size)
+                return
+            except OSError as e:
+                os.ftruncate(fd, size)
+                if e.errno not in _UNKNOWN:
+                    raise
+                self.allots = False
+        os.ftruncate(fd, end)  # room is found, or not, as it is written to
+
+    # -- adding and removing ------------------------------------------------------------------------------------
+
+    def add(self, blocks: Sequence[tuple[int, Block]]) -> None:
+        """Keep blocks, each in the room that was taken for it: first unit and block; durably, when this returns.
+
+        A block of another version of the same file gives way. If OSError is raised none of them may be there, and
+        their room is lost until the store is opened again.
+        """
+        before = self._names_end
+        rows = [(block, _row(block, self._name(block), first)) for first, block in blocks]
+        for start, parts in _runs(blocks):
+            self._write(start, parts)
+        if self._names_end > before:
+            os.fdatasync(self._names_fd)
+        os.fdatasync(self.data)
+        for block, row in rows:
+            found = self.index.find(block.path, block.block)
+            if found is None:
+                self.index.put(row)
+            else:
+                self.index.replace(found[0], row)
+                self._released(found[1])
+            self.bytes += row.length
+
+    def _write(self, start: int, parts: list[bytes | memoryview]) -> None:
+        """Write the bytes of blocks that lie side by side, each filled up to whole units."""
+        staging, n = memoryview(self._staging), 0
+        for part in parts:
+            staging[n : n + len(part)] = part
+            end = n + layout.units_of(len(part)) * UNIT
+            staging[n + len(part) : end] = bytes(end - n - len(part))
+            n = end
+        at = 0
+        while at < n:
+            at += os.pwrite(self.data, staging[at:n], start * UNIT + at)
+        if not self.is_direct:
+            os.posix_fadvise(self.data, start * UNIT, n, os.POSIX_FADV_DONTNEED)
+
+    def _name(self, block: Block) -> int:
+        """Where the name of a block's file is, written just now if it is not there."""
+        known = self._names.get(block.path)
+        if known is None and (found := self.index.find(block.path, block.block)) is not None:
+            known = found[1].name  # of an earlier version
+        if known is None:
+            raw = layout.pack_name(block.path)
+            if self._names_end + len(raw) > self._names_room:
+                raise OSError(errno.ENOSPC, "no room for a name")
+            known, self._names_end = self._names_end, self._names_end + len(raw)
+            os.pwrite(self._names_fd, raw, known)
+        self._names[block.path] = known
+        if len(self._names) > _REMEMBERED:
+            self._names.popitem(last=False)
+        return known
+
+    def remove(self, path: bytes, block: int, unless: Version | None = None) -> int:
+        """Give back the room of a block, of whatever version, `unless` it is of that one; its bytes, or 0."""
+        found = self.index.find(path, block)
+        if found is None or found[1].version == unless:
+            return 0
+        self._erase(*found)
+        return found[1].length
+
+    def forget(self, found: Found) -> bool:
+        """Remove a block that turned out not to be what was written; False if it was removed meanwhile."""
+        if self.index.row(found.number) != found.row:
+            return False
+        self._erase(*found)
+        return True
+
+    def _erase(self, number: int, row: Row) -> None:
+        self.index.erase(number)
+        self._released(row)
+
+    def _released(self, row: Row) -> None:
+        self._erased.append((row.unit, row.units))
+        self.bytes -= row.length
+
+    # -- all of it ----------------------------------------------------------------------------------------------
+
+    def take_stock(self, pause: Callable[[], None] = lambda: None) -> Stock:
+        """See what is here, erase what is none, and find out which room is free; `pause` is called every so often.
+
+        What can be found meanwhile is right as ever.
+        """
+        stock, bad, kept, used = Stock(), [], [], 0
+        limit = max(0, self.size - self.taken + os.fstat(self.data).st_blocks * 512) // UNIT
+        erased: list[int] = []
+        for first, raw in self.index.pieces():
+            rows = np.frombuffer(raw, _ROWS)
+            is_used = rows["key"] != 0
+            good = np.array([layout.is_row(raw[at : at + ROW], self._seed) for at in range(0, len(raw), ROW)])
+            numbers = np.arange(first, first + len(rows))
+            erased += numbers[~is_used & ~good].tolist()
+            bad += numbers[is_used & ~good].tolist()
+            kept.append(_places(rows, numbers, is_used & good))
+            if is_used.any():
+                used = int(numbers[is_used][-1]) + 1
+            pause()
+        places = np.concatenate(kept) if kept else np.empty((0, 5), np.int64)
+        places = places[np.argsort(places[:, 1], kind="stable")]
+        ends = np.maximum.accumulate(places[:, 1] + places[:, 2])
+        apart = np.ones(len(places), bool)
+        apart[1:] = places[1:, 1] >= ends[:-1]
+        inside = ends <= limit
+        stock.beyond = int((apart & ~inside).sum())
+        stock.bad_rows = len(bad) + int((~apart).sum())
+        self.index.settle(used, (n for n in erased if n < used))
+        for number in [*bad, *places[~(apart & inside), 0].tolist()]:
+            self.index.erase(number)
+        places = places[apart & inside]
+        self._space = Space(_gaps(places, self._shrunk(limit)))
+        self.bytes, stock.rows = int(places[:, 3].sum()), len(places)
+        stock.bytes = self.bytes
+        self._names_end = self._end_of_names(int(places[:, 4].max())) if len(places) else 0
+        return stock
+
+    def _shrunk(self, limit: int) -> int:
+        """Have the data end within `limit` units; where it ends."""
+        end = os.fstat(self.data).st_size // UNIT
+        if end > limit:
+            os.ftruncate(self.data, limit * UNIT)
+        return min(end, limit)
+
+    def _end_of_names(self, last: int) -> int:
+        raw = os.pread(self._names_fd, 2, last)
+        return last + 2 + int.from_bytes(raw, "little") if len(raw) == 2 else last
+
+    def name(self, row: Row) -> bytes | None:
+        """The path of the file that a row is of; None if it is not to be read."""
+        return layout.parse_name(os.pread(self._names_fd, layout.LONGEST_NAME, row.name), row)
+
+    def rows(self) -> Iterator[Row]:
+        """Every row that is one, in the order of the file."""
+        for _, raw in self.index.pieces():
+            for at in range(0, len(raw), ROW):
+                row = layout.parse_row(raw[at : at + ROW], self._seed)
+                if row is not None:
+                    yield row
+
+
+def _row(block: Block, name: int, first: int) -> Row:
+    checksum = layout.checksum_of(block.data)
+    return Row(layout.key_of(block.path, block.block), name, block.version, block.block, first, checksum)
+
+
+def _runs(blocks: Sequence[tuple[int, Block]]) -> Iterator[tuple[int, list[bytes | memoryview]]]:
+    """The bytes of blocks that lie side by side, at most as many as are staged: the first unit, and each one's."""
+    start = end = room = 0
+    parts: list[bytes | memoryview] = []
+    for first, block in sorted(blocks, key=lambda each: each[0]):
+        units = layout.units_of(len(block.data))
+        if parts and (first != end or units * UNIT > room):
+            yield start, parts
+            parts = []
+        if not parts:
+            start, room = first, _STAGED
+        parts.append(block.data)
+        end, room = first + units, room - units * UNIT
+    if parts:
+        yield start, parts
+
+
+def _places(rows: np.ndarray, numbers: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Of some rows a line each: number, first unit, units, bytes, name."""
+    rows = rows[which]
+    sizes = rows["size"].astype(np.int64) - rows["block"].astype(np.int64) * BLOCK
+    lengths = np.minimum(BLOCK, sizes)
+    units = -(-lengths // UNIT)
+    return np.stack([numbers[which], rows["unit"].astype(np.int64), units, lengths, rows["name"].astype(np.int64)], 1)
+
+
+def _gaps(places: np.ndarray, end: int) -> Iterator[tuple[int, int]]:
+    """The ranges between places, which are in order and apart, up to `end`."""
+    firsts = places[:, 1]
+    ends = np.concatenate([[0], firsts + places[:, 2]])
+    lengths = np.concatenate([firsts, [end]]) - ends
+    for at in np.flatnonzero(lengths > 0):
+        yield int(ends[at]), int(lengths[at])
