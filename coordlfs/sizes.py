@@ -56,6 +56,32 @@ def cache_size(asked: str, memory: Memory) -> tuple[int, str]:
     raise UserError(f"--cache-size {asked!r} is not a size: write 200G, 512M, 60% or auto", 2)
 
 
+def disk_size(asked: str, total: int, free: int, least: int) -> int:
+    """Bytes of disk cache for "2T", "80%" (of the file system) or "auto" (what is `free`, less a tenth of the `total`).
+
+    Raises UserError for anything else, for more than the file system has, and for fewer than `least`.
+    """
+    asked = asked.strip()
+    if asked.lower() == "auto":
+        size = max(0, free - total // 10)
+        if size < least:
+            raise UserError(
+                f"--disk-size auto finds no room: {text(free)} of {text(total)} are free: make some, or give a size"
+            )
+        return size
+    if share := _SHARE.fullmatch(asked):
+        size = int(total * min(101.0, float(share[1])) / 100)
+    elif match := _SIZE.fullmatch(asked):
+        size = int(float(match[1]) * _UNITS[match[2].upper()])
+    else:
+        raise UserError(f"--disk-size {asked!r} is not a size: write 2T, 500G, 80% or auto", 2)
+    if size > total:
+        raise UserError(f"--disk-size {asked} is more than the {text(total)} of its file system: give less, or auto", 2)
+    if size < least:
+        raise UserError(f"--disk-size {asked} is too small: give {text(least)} or more, or leave --disk-cache out", 2)
+    return size
+
+
 def seconds(asked: str) -> float:
     """Seconds for "90", "90s", "10m", "6h" or "1d". Raises UserError for anything else, and for less than one."""
     match = _TIME.fullmatch(asked.strip())

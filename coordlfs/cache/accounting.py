@@ -62,6 +62,11 @@ class Accounts:
         """A reader had `nbytes` from another node."""
         self.epochs.current.peer_bytes += nbytes
 
+    def given_by_disk(self, nbytes: int, *, is_new: bool) -> None:
+        """A reader had `nbytes` from this node's disk, the first of an item in this epoch if it `is_new`."""
+        self.epochs.current.disk_bytes += nbytes
+        self.epochs.current.disk_items += is_new
+
     def know(self, record: int, file_size: int) -> tuple[int, int]:
         """Count a file as part of the dataset, unless it is; epoch and page of its last miss."""
         last = self._catalog.last_miss(record)

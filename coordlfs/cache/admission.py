@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from coordlfs.cache import items
 from coordlfs.cache.accounting import Accounts
 from coordlfs.cache.epochs import Epochs
-from coordlfs.cache.interfaces import Announced, Awaited, Invalidator, Owners
+from coordlfs.cache.interfaces import Announced, Awaited, Disk, Invalidator, Owners
 from coordlfs.cache.keeper_protocol import How, Outcome, Reply, Verb
 from coordlfs.cache.keepers import Keepers, Link
 from coordlfs.cache.memory_cgroups import MemoryCgroups
@@ -93,6 +93,7 @@ class Admission:
         awaited: Awaited,
         invalidator: Invalidator,
         owners: Owners | None = None,
+        disk: Disk | None = None,
     ) -> None:
         """`more_keepers` asks the supervisor for another keeper. `owners`: None if this node shares with no other."""
         self.catalog = catalog
@@ -104,6 +105,7 @@ class Admission:
         self._awaited = awaited
         self._invalidator = invalidator
         self._owners = owners
+        self._disk = disk
         self._keepers = Keepers(catalog, more_keepers)
         self._cgroups = MemoryCgroups()
         self.fd = self._keepers.fd
@@ -141,8 +143,10 @@ class Admission:
                 pending.contended = not pending.same_cgroup
             return self.stash.parts(item, offset, min(size, end - offset))
 
-    def missed(self, fetched: Fetched, pid: int, direct: bool, *, for_peer: bool = False) -> None:
-        """A READ of job `pid` was answered from the source.
+    def missed(
+        self, fetched: Fetched, pid: int, direct: bool, *, for_peer: bool = False, on_disk: bool = False
+    ) -> None:
+        """A READ of job `pid` was answered from the source, or, `on_disk`, from this node's disk.
 
         Counts it, and admits its item if there is room. `direct`: the READ went around the page cache. `for_peer`: it
         was another node that wanted it, and no epoch of this one.
@@ -156,7 +160,7 @@ class Admission:
                 self.accounts.know(record, file_size)
                 return  # it fills no cache, and may read a page many times an epoch
             if not for_peer:
-                self._count_miss(item, offset, len(data), file_size)
+                self._count_miss(item, offset, len(data), file_size, on_disk=on_disk)
             if self.recovering:
                 return
             state = self.policy.state(item)
@@ -235,7 +239,7 @@ class Admission:
         if self._owners is not None and npages <= self.policy.capacity:
             self.drop(self._owners.displaced(npages))
 
-    def keep(self, fetched: Fetched) -> None:
+    def keep(self, fetched: Fetched, *, on_disk: bool = False) -> None:
         """The keeper's READ was answered from the source: should the item have to be pinned again, its bytes are here.
 
         Ahead of a reader it is that reader's miss.
@@ -247,8 +251,8 @@ class Admission:
                 return
             pending = self._pending.by_item.get(item)
             if record in self.announced.wanted:
-                self._count_miss(item, offset, len(data), version.size)
-            elif pending is not None and pending.missed:
+                self._count_miss(item, offset, len(data), version.size, on_disk=on_disk)
+            elif pending is not None and pending.missed and not on_disk:
                 self.accounts.continue_miss(len(data))
             if pending is not None:
                 self._add(item, offset, data)
@@ -262,9 +266,12 @@ class Admission:
             self.catalog.set_other_cgroup(record)
         return not self.catalog.flags(record) & OTHER_CGROUP
 
-    def _count_miss(self, item: int, offset: int, nbytes: int, file_size: int) -> None:
-        if self.accounts.miss(item, offset, nbytes, file_size):
+    def _count_miss(self, item: int, offset: int, nbytes: int, file_size: int, *, on_disk: bool = False) -> None:
+        is_new = self.accounts.miss(item, offset, 0 if on_disk else nbytes, file_size)
+        if is_new:
             self.skipped.discard(item)
+        if on_disk:
+            self.accounts.given_by_disk(nbytes, is_new=is_new)
 
     # -- called by whoever wants items in or out ----------------------------------------------------------------
 
@@ -332,6 +339,8 @@ class Admission:
 
     def drop_file(self, record: int, size: int) -> int:
         """`drop` every item of a file that had `size` bytes."""
+        if self._disk is not None:
+            self._disk.release(record, size)
         if not self.catalog.pinned_pages(record) and not self._pending.by_item:
             return 0
         with self.lock:
@@ -610,6 +619,8 @@ class Admission:
 
     def _pinned(self, holder: int, item: int) -> None:
         self.policy.pin(item, holder)
+        if self._disk is not None:
+            self._disk.pinned(item)
         if item in self._again:
             self._again.discard(item)
         else:

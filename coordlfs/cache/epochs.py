@@ -27,13 +27,15 @@ class Epoch:
     bytes: int = 0
     expected_bytes: int = 0  # what was known and not pinned when it began: what it will read
     peer_bytes: int = 0  # got from other nodes, on top of `bytes`
+    disk_items: int = 0  # of `misses`, those that were on this node's disk
+    disk_bytes: int = 0  # got from there, on top of `bytes`
     told_items: int = 0  # that a loader's order named, as far as it got; 0 without one
     told_bytes: int = 0
 
     @property
     def is_read(self) -> bool:
         """Whether it has read nearly all that it will."""
-        return self.bytes >= self.expected_bytes * _NEARLY_ALL
+        return self.bytes + self.disk_bytes >= self.expected_bytes * _NEARLY_ALL
 
 
 @dataclass(slots=True)

@@ -37,6 +37,16 @@ class Awaited(Protocol):
         """Whether somebody waits for the source's bytes of a chunk of a file, but for a keeper."""
 
 
+class Disk(Protocol):
+    """A second tier, on a local disk."""
+
+    def pinned(self, item: int) -> None:
+        """An item is in memory now."""
+
+    def release(self, record: int, size: int) -> None:
+        """A file of `size` bytes is another one by now, or gone."""
+
+
 class Invalidator(Protocol):
     """Has the kernel forget."""
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from coordlfs.cache import items
 from coordlfs.cache.extents import Extent, Extents
+from coordlfs.cache.ranges import merged
 from coordlfs.catalogue import memfds
 from coordlfs.kernel import pages
 from coordlfs.kernel.libc import check, libc
@@ -109,7 +110,7 @@ class Store:
                     at, place, n = at + done, place + done, n - done
         except OSError:  # the memory cannot be had
             return False
-        held.ranges = _merged(held.ranges, begin, end)
+        held.ranges = merged(held.ranges, begin, end)
         if held.ranges == ((0, held.length),) and not held.rows:
             self._record(item, held)
         return True
@@ -228,11 +229,3 @@ class Store:
             self._free_rows = list(range(rows))
         self._punch(self._space.ranges())
         return list(self._items)
-
-
-def _merged(ranges: tuple[tuple[int, int], ...], begin: int, end: int) -> tuple[tuple[int, int], ...]:
-    """`ranges` and one more, those that touch made one."""
-    apart = [r for r in ranges if r[1] < begin or r[0] > end]
-    touching = [r for r in ranges if not (r[1] < begin or r[0] > end)]
-    whole = min([begin, *(r[0] for r in touching)]), max([end, *(r[1] for r in touching)])
-    return tuple(sorted([*apart, whole]))

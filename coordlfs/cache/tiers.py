@@ -53,6 +53,11 @@ class Tiers(Generic[Block]):
         if self._memory.state(item) is State.PINNED:
             self._both.append(item)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether there is no copy that may give way."""
+        return not self._both
+
     def place(self, item: int, block: Block) -> int | None:
         """Take room for a block of an item that was read from the source; None if it is not to be kept."""
         while (place := self._disk.take(block)) is None:

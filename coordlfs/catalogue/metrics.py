@@ -41,6 +41,13 @@ NAMES = (
     "hints",  # messages about what will be read
     "fetched_items",  # ahead of a reader, and not to stay
     "told_epoch",  # which epoch of which job the last hint was about, as a hash
+    "disk_bytes",  # given to readers from the disk tier
+    "disk_reads",  # READs that it answered
+    "disk_read_bytes",  # read from its disk for that
+    "disk_written_bytes",  # of blocks that were added to it
+    "disk_written_blocks",
+    "disk_not_admitted",  # blocks that it could not keep up with
+    "disk_bad_blocks",  # that were not what had been written
     "peer_skipped",  # not asked, because of failures before or because too many waited
 )
 

@@ -63,6 +63,15 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
             help="200G, 512M, 60%% (of all memory), 0 (none), or auto: 60%% of what is available (default)",
         )
         command.add_argument(
+            "--disk-cache", metavar="DIR", help="keep what has no room in memory there, on a local disk"
+        )
+        command.add_argument(
+            "--disk-size",
+            default="auto",
+            metavar="SIZE",
+            help="2T, 500G, 80%% (of the file system of DIR), or auto: what is free there, less a tenth (default)",
+        )
+        command.add_argument(
             "--revalidate",
             default="10m",
             metavar="TIME",
@@ -163,8 +172,19 @@ def _options(arguments: argparse.Namespace) -> Options:
         from coordlfs.peers.settings import Cluster
 
         cluster = Cluster(*given)
+    if a.disk_cache is None and a.disk_size != "auto":
+        raise UserError("--disk-size needs a directory: give --disk-cache DIR as well", 2)
     revalidate = None if a.immutable else seconds(a.revalidate)
-    return Options(a.cache_size, a.log_file, revalidate, a.metrics, cluster, a.noexec)
+    return Options(
+        a.cache_size,
+        a.log_file,
+        revalidate,
+        a.metrics,
+        cluster,
+        a.noexec,
+        disk_cache=a.disk_cache,
+        disk_size=a.disk_size,
+    )
 
 
 def _mount(arguments: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from coordlfs import sizes
 from coordlfs.cache import residence
 from coordlfs.cache.residence import Residence
+from coordlfs.commands.disk_cache import claimed
 from coordlfs.commands.mounted import FSTYPE, clear_dead, stats
 from coordlfs.errors import UserError
 from coordlfs.kernel import fusermount, limits, mounts, process, systemd
@@ -53,6 +54,8 @@ class Options:
     metrics: str | None = None  # where Prometheus may ask: HOST:PORT
     cluster: Cluster | None = None  # to share caches with
     noexec: bool = False  # no program on the mount may be run
+    disk_cache: str | None = None  # a directory for the second tier
+    disk_size: str = "auto"
 
 
 def _check_source(source: str) -> int:
@@ -261,7 +264,10 @@ def mount(
             asked_at = exporter.url(metrics)
         _check_places(source, mountpoint)
         _check_may_mount()
-        with _ended_by_signals():
+        with (
+            _ended_by_signals(),
+            claimed(options.disk_cache, options.disk_size, source, mountpoint, root) as disk,
+        ):
             made, supervisor = _check_mountpoint(source, mountpoint), None
             try:
                 _check_may_mount_on(mountpoint)
@@ -282,6 +288,7 @@ def mount(
                     "metrics": None if metrics is None else metrics.fileno(),
                     "bound_to": os.getpid() if foreground or bound else None,
                     "peers": node[0] if node else None,
+                    "disk": disk,
                 }
                 with _alone(mountpoint):
                     _check_unmounted(mountpoint)
@@ -290,6 +297,8 @@ def mount(
                 _warn(capacity, lockable, kind, have)
                 said = sys.stderr if bound else sys.stdout  # the output of `run` is the command's
                 cache = f"{sizes.text(capacity)} of cache ({how})"
+                if disk is not None:
+                    cache += f" and {sizes.text(disk['size'])} on disk ({shown(disk['path'])})"
                 print(f"{shown(source)} is mounted on {shown(mountpoint)} with {cache}", file=said, flush=True)
                 if numbering.are_made_up(mounts.fstype(root)):
                     print(f"coordlfs: {shown(source)} ({config['fstype']}) {numbering.TEXT}", file=sys.stderr)
@@ -341,6 +350,8 @@ def _start(config: dict[str, Any], foreground: bool) -> tuple[subprocess.Popen[b
     fds = [report_out, config["root"]]
     if config["metrics"] is not None:
         fds.append(config["metrics"])
+    if config["disk"]:
+        fds.append(config["disk"]["directory"])
     if config["peers"]:
         fds.append(config["peers"]["listener"])
     quiet = None if foreground else subprocess.DEVNULL

@@ -30,6 +30,11 @@ def _from_peers(s: dict[str, Any]) -> str:
     return f", {text(s['peers']['bytes'])} from peers" if "name" in s["peers"] else ""
 
 
+def _on_disk(s: dict[str, Any]) -> str:
+    disk = s.get("disk")
+    return f", {text(disk['held_bytes'])} on disk" if disk else ""
+
+
 def _peer_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
     peers = s["peers"]
     if "name" not in peers:
@@ -63,11 +68,28 @@ def _job_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "read ahead", f"{text(hints['held_bytes'])} of at most {text(hints['bound_bytes'])} held"
 
 
+def _disk_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    disk = s.get("disk")  # a server of version 0.2 says nothing of it
+    if not disk:
+        return
+    yield (
+        "on disk",
+        f"{text(disk['held_bytes'])} of {text(disk['size_bytes'])} in {shown(disk['directory'])}, which a reboot keeps",
+    )
+    if disk["stopped"]:
+        yield "", f"nothing more is kept there: {disk['stopped']}"
+    if not disk["is_ready"]:
+        yield "", "what it holds is being counted"
+    yield "read from disk", f"{text(disk['bytes'])} in {disk['reads']} reads"
+    if disk["bad_blocks"] or disk["not_admitted"]:
+        yield "", f"{disk['bad_blocks']} damaged blocks, {disk['not_admitted']} that it could not keep up with"
+
+
 def summary(s: dict[str, Any]) -> str:
     """One line."""
     return (
         f"{shown(s['source_path'])}: {text(s['pinned_bytes'])} of {text(s['capacity_bytes'])} cached in "
-        f"{s['pinned_items']} items; {text(s['source']['bytes'])} read from the source{_from_peers(s)}; "
+        f"{s['pinned_items']} items{_on_disk(s)}; {text(s['source']['bytes'])} read from the source{_from_peers(s)}; "
         f"{s['epochs']} epochs seen, hit rate {_share(s['hit_rate'])}"
     )
 
@@ -77,9 +99,14 @@ def epochs_table(s: dict[str, Any]) -> list[str]:
     rows = [*s["epoch_history"], *([s["epoch"]] if s["epoch"] else [])]
     return [
         f"  epoch {e['number']}: {e['misses']} of {e['items']} items missed, {text(e['bytes'])} read, "
-        f"hit rate {_share(e['hit_rate'])}"
+        f"{_of_disk(e)}hit rate {_share(e['hit_rate'])}"
         for e in rows[-10:]
     ]
+
+
+def _of_disk(epoch: dict[str, Any]) -> str:
+    nbytes = epoch.get("disk_bytes")
+    return f"{text(nbytes)} in {epoch['disk_items']} items from disk, " if nbytes else ""
 
 
 def table(s: dict[str, Any]) -> Table:
@@ -103,6 +130,8 @@ def table(s: dict[str, Any]) -> Table:
     for line in _residence_lines(s):
         grid.add_row("", line)
     grid.add_row("read from source", f"{text(source['bytes'])} in {source['reads']} reads of {source['files']} files")
+    for heading, line in _disk_lines(s):
+        grid.add_row(heading, line)
     for heading, line in _peer_lines(s):
         grid.add_row(heading, line)
     grid.add_row("throughput", f"{text(source['bytes_per_second'])}/s from the source")

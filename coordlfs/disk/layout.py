@@ -15,6 +15,7 @@ from typing import NamedTuple
 import xxhash
 
 FORMAT = 1
+FILES = "index", "names", "data"  # of a store
 BLOCK = 1 << 20  # bytes of a file that have one checksum: a READ, and a read of the disk, are no longer
 UNIT = 4096  # bytes: what room is counted in, and what reads and writes around the page cache are aligned to
 HEADER = 4096  # bytes before the first row

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from coordlfs.disk.store import FILES
+from coordlfs.disk.layout import FILES
 from coordlfs.errors import UserError
 from coordlfs.kernel import mounts
 
@@ -139,6 +139,11 @@ def _write(directory: str, store: int, name: str, text: bytes) -> None:
             os.close(fd)
     except OSError as e:
         raise UserError(f"--disk-cache {directory} cannot be written to: {e.strerror}") from None
+
+
+def taken(store: int) -> int:
+    """Bytes that a store takes of its file system."""
+    return sum(os.stat(name, dir_fd=store, follow_symlinks=False).st_blocks for name in os.listdir(store)) * 512
 
 
 # -- all of them --------------------------------------------------------------------------------------------------

@@ -23,19 +23,18 @@ import numpy as np
 
 from coordlfs.disk import layout
 from coordlfs.disk.index import Index
-from coordlfs.disk.layout import BLOCK, HEADER, ROW, UNIT, Row, Version
+from coordlfs.disk.layout import BLOCK, FILES, HEADER, ROW, UNIT, Row, Version
 from coordlfs.disk.space import Space
 from coordlfs.kernel import pages
 
 log = logging.getLogger(__name__)
 
-FILES = "index", "names", "data"
 _PIECES = 64  # that a store of the size that is wanted grows by, unless they would be smaller or larger than this
 _LEAST_PIECE, _LARGEST_PIECE = BLOCK, 1 << 30
 _SMALL_PIECE = 1 << 16  # bytes, of the other files
 _SPARE = 8 * UNIT  # that the file system may need to know which parts of a piece have been written
 _EXPECTED = 1 << 16  # bytes of a block, before there are any
-_STAGED = 8 * BLOCK  # bytes that are written at once
+_WRITTEN, _AT_ONCE = 8 * layout.UNITS_OF_BLOCK, 1000  # units and blocks that are written by one call, about
 _REMEMBERED = 1 << 10  # files whose names were written last
 _ROWS = np.dtype(
     [
@@ -60,7 +59,12 @@ class Block(NamedTuple):
     path: bytes
     version: Version
     block: int
-    data: bytes | memoryview
+    room: memoryview  # page-aligned and whole units: its bytes, and zeros behind them
+
+    @property
+    def length(self) -> int:
+        """Its bytes."""
+        return layout.length_of(self.version.size, self.block)
 
 
 class Found(NamedTuple):
@@ -111,12 +115,12 @@ class Store:
         self._seed = self._begin(identity)
         self.is_direct = self._go_direct()
         self.allots = True  # the file system can allot room ahead
+        self.may_grow = True
         self.index = Index(self._index_fd, self._seed)
         self._space = Space()
         self._erased: list[tuple[int, int]] = []  # units of rows that were erased, maybe not durably
         self._names_end, self._names_room = 0, os.fstat(self._names_fd).st_size
         self._names: OrderedDict[bytes, int] = OrderedDict()
-        self._staging = pages.buffer(_STAGED)
 
     def _begin(self, identity: bytes) -> int:
         """The seed of the store that is here, or of a new one in its place."""
@@ -180,7 +184,7 @@ class Store:
         """Take room for a block: its first unit; None if there is none. Raises OSError if the file system has none."""
         if not self._grow_names(block.path) or not self._grow_index():
             return None
-        units = layout.units_of(len(block.data))
+        units = layout.units_of(block.length)
         first = self._space.take(units)
         if first is None and self._erased:
             self.settle()
@@ -226,7 +230,7 @@ class Store:
         """Have a file grow by so many bytes, or fewer if that would be more than the store may take; False if none."""
         size = os.fstat(fd).st_size
         wanted = min(wanted, self.size - self.taken - _SPARE) // UNIT * UNIT
-        if wanted <= 0 or (size + wanted) // UNIT > layout.LAST_UNIT:
+        if not self.may_grow or wanted <= 0 or (size + wanted) // UNIT > layout.LAST_UNIT:
             return False
         end = -(-size // UNIT) * UNIT + wanted
         self._allot(fd, size, end)
@@ -272,19 +276,13 @@ class Store:
                 self._released(found[1])
             self.bytes += row.length
 
-    def _write(self, start: int, parts: list[bytes | memoryview]) -> None:
-        """Write the bytes of blocks that lie side by side, each filled up to whole units."""
-        staging, n = memoryview(self._staging), 0
-        for part in parts:
-            staging[n : n + len(part)] = part
-            end = n + layout.units_of(len(part)) * UNIT
-            staging[n + len(part) : end] = bytes(end - n - len(part))
-            n = end
-        at = 0
-        while at < n:
-            at += os.pwrite(self.data, staging[at:n], start * UNIT + at)
+    def _write(self, start: int, parts: list[memoryview]) -> None:
+        """Write blocks that lie side by side."""
+        at, n = start * UNIT, sum(map(len, parts))
+        if os.pwritev(self.data, parts, at) != n:
+            raise OSError(errno.EIO, "blocks were written in part")
         if not self.is_direct:
-            os.posix_fadvise(self.data, start * UNIT, n, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self.data, at, n, os.POSIX_FADV_DONTNEED)
 
     def _name(self, block: Block) -> int:
         """Where the name of a block's file is, written just now if it is not there."""
@@ -316,6 +314,14 @@ class Store:
             return False
         self._erase(*found)
         return True
+
+    def clear(self) -> None:
+        """Remove everything."""
+        for first, raw in self.index.pieces():
+            for at in range(0, len(raw), ROW):
+                row = layout.parse_row(raw[at : at + ROW], self._seed)
+                if row is not None:
+                    self._erase(first + at // ROW, row)
 
     def _erase(self, number: int, row: Row) -> None:
         self.index.erase(number)
@@ -351,7 +357,7 @@ class Store:
         ends = np.maximum.accumulate(places[:, 1] + places[:, 2])
         apart = np.ones(len(places), bool)
         apart[1:] = places[1:, 1] >= ends[:-1]
-        inside = ends <= limit
+        inside = ends <= min(limit, os.fstat(self.data).st_size // UNIT)
         stock.beyond = int((apart & ~inside).sum())
         stock.bad_rows = len(bad) + int((~apart).sum())
         self.index.settle(used, (n for n in erased if n < used))
@@ -389,23 +395,22 @@ class Store:
 
 
 def _row(block: Block, name: int, first: int) -> Row:
-    checksum = layout.checksum_of(block.data)
+    checksum = layout.checksum_of(block.room[: block.length])
     return Row(layout.key_of(block.path, block.block), name, block.version, block.block, first, checksum)
 
 
-def _runs(blocks: Sequence[tuple[int, Block]]) -> Iterator[tuple[int, list[bytes | memoryview]]]:
-    """The bytes of blocks that lie side by side, at most as many as are staged: the first unit, and each one's."""
-    start = end = room = 0
-    parts: list[bytes | memoryview] = []
+def _runs(blocks: Sequence[tuple[int, Block]]) -> Iterator[tuple[int, list[memoryview]]]:
+    """Blocks that lie side by side, as many as are written at once: the first unit, and the room of each."""
+    start = end = 0
+    parts: list[memoryview] = []
     for first, block in sorted(blocks, key=lambda each: each[0]):
-        units = layout.units_of(len(block.data))
-        if parts and (first != end or units * UNIT > room):
+        if parts and (first != end or len(parts) == _AT_ONCE or end - start >= _WRITTEN):
             yield start, parts
             parts = []
         if not parts:
-            start, room = first, _STAGED
-        parts.append(block.data)
-        end, room = first + units, room - units * UNIT
+            start = first
+        parts.append(block.room)
+        end = first + len(block.room) // UNIT
     if parts:
         yield start, parts
 

@@ -52,12 +52,14 @@ from coordlfs.serving.waits import Waits
 from coordlfs.sources.directory import Source, holds_elsewhere
 
 if TYPE_CHECKING:
+    from coordlfs.cache.disk_tier import DiskTier
     from coordlfs.peers.placement import Placement
     from coordlfs.peers.sharing import Sharing
 
 log = logging.getLogger(__name__)
 
 _NAME_MESSAGE = 1 << 21
+_WRITER_ENDS_WITHIN = 5.0  # seconds
 _STASH_LEAST, _STASH_MOST = 8 * items.CHUNK, 16 * items.CHUNK
 
 
@@ -103,22 +105,24 @@ def serve(config: dict[str, Any]) -> None:
     waits = Waits()
     announcements = Announcements(catalog, policy, epochs, counters)
     placement = _placement(config, catalog, policy) if config["peers"] else None
+    tier = _tier(config, catalog, source, policy, counters, placement) if config.get("disk") else None
     admission = _admission(
         *(config, catalog, policy, epochs, counters, link.want_keeper),
         announced=announcements,
         awaited=waits,
         invalidator=notifier,
         owners=placement,
+        disk=tier,
     )
     sharing = None if placement is None else _share(config, catalog, placement, admission, counters)
-    reader = Reader(catalog, source, admission, counters, notifier, sharing)
+    reader = Reader(catalog, source, admission, counters, notifier, sharing, tier)
     memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
     ahead = FetchAhead(catalog, admission, announcements, counters, memory_watch)
-    stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source, ahead, sharing)
+    stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source, ahead, sharing, tier)
     namespace = Namespace(catalog, source, reader, counters)
     records = Records(catalog)
     listings = Listings(namespace, Entries(records, namespace, counters))
-    names = NamespaceLoop(catalog, source, namespace)
+    names = NamespaceLoop(catalog, source, namespace, *([] if tier is None else [tier.held]))
     revalidation = Revalidation(catalog, source, namespace, reader, counters)
     control = Control(catalog, source, namespace, admission, revalidation, link.replace, sharing)
     names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode, b"hint": lambda: PROTOCOL}
@@ -145,6 +149,12 @@ def serve(config: dict[str, Any]) -> None:
             thread.start()
             stack.callback(thread.join)
         stack.callback(admission.close)
+        if tier is not None:
+            # A daemon: its disk may never answer.
+            writer = threading.Thread(target=tier.writer.run, name="disk writer", daemon=True)
+            writer.start()
+            stack.callback(writer.join, _WRITER_ENDS_WITHIN)
+            stack.callback(tier.writer.close)
         if sharing is not None:
             stack.callback(sharing.close)
         if path is not None:  # else what is mounted there hides the mount, and not the source
@@ -198,6 +208,27 @@ def _placement(config: dict[str, Any], catalog: Catalog, policy: MinIO) -> Place
     from coordlfs.peers.placement import Placement
 
     return Placement(Node(config["peers"]["name"], config["capacity"]), catalog, policy)
+
+
+def _tier(
+    config: dict[str, Any],
+    catalog: Catalog,
+    source: Source,
+    policy: MinIO,
+    counters: Counters,
+    owners: Placement | None,
+) -> DiskTier | None:
+    from coordlfs.cache.disk_tier import DiskTier  # here, since few mounts need it
+    from coordlfs.cache.disk_writer import DiskWriter
+    from coordlfs.disk.store import Store
+
+    disk = config["disk"]
+    try:
+        store = Store(disk["directory"], bytes.fromhex(disk["identity"]), disk["size"])
+    except OSError as e:
+        log.warning("there is no disk cache, as %s cannot be used: %s", disk["path"], e.strerror)
+        return None
+    return DiskTier(store, DiskWriter(store, catalog, source, policy, counters), catalog, counters, owners)
 
 
 def _share(

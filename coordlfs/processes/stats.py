@@ -24,6 +24,7 @@ from coordlfs.kernel import pages
 from coordlfs.sources.directory import Source
 
 if TYPE_CHECKING:
+    from coordlfs.cache.disk_tier import DiskTier
     from coordlfs.peers.sharing import Sharing
 
 _RATE_WINDOW = 2.0  # seconds
@@ -43,6 +44,7 @@ class Stats:
         source: Source,
         ahead: FetchAhead,
         sharing: Sharing | None,
+        tier: DiskTier | None = None,
     ) -> None:
         self._config = config
         self._catalog = catalog
@@ -53,6 +55,7 @@ class Stats:
         self._source = source
         self._ahead = ahead
         self._sharing = sharing
+        self._tier = tier
         self._started = time.time()
         self._mark = (time.monotonic(), 0)
         self._rate = 0.0
@@ -75,6 +78,8 @@ class Stats:
             "known_by": "order" if epoch.told_items else "misses",
             "items": known_items,
             "local_bytes": max(0, known_bytes - epoch.bytes - epoch.peer_bytes),
+            "memory_bytes": max(0, known_bytes - epoch.bytes - epoch.peer_bytes - epoch.disk_bytes),
+            "memory_items": max(0, known_items - epoch.misses),
             "hit_rate": None if rate is None else round(max(0.0, rate), 4),
         }
 
@@ -159,6 +164,7 @@ class Stats:
                 "skipped": c["peer_skipped"],
                 **(self._sharing.summary() if self._sharing else {}),
             },
+            "disk": None if self._tier is None else self._disk(self._tier),
             "hints": self._ahead.figures(),
             "epochs": self._epochs.current.number,
             "epoch": current,
@@ -170,6 +176,9 @@ class Stats:
                 else "misses, which are exact, taken from all items read so far, each once an epoch"
             ),
         }
+
+    def _disk(self, tier: DiskTier) -> dict[str, Any]:
+        return {"directory": self._config["disk"]["path"], **tier.figures()}
 
     def encode(self) -> bytes:
         """As JSON, for the extended attribute; padded, since who reads one asks for its length first."""

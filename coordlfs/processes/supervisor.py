@@ -273,6 +273,8 @@ class Supervisor:
             fds += [k.ours.fileno() for k in self.keepers.values()]
             if self.config["metrics"] is not None:
                 fds.append(self.config["metrics"])
+            if self.config["disk"]:
+                fds.append(self.config["disk"]["directory"])
             if self.peer_server is not None:
                 of_it = self.peer_server.ours.fileno()
                 config["peer_server"] = {"pid": self.peer_server.process.pid, "socket": of_it}

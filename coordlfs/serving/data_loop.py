@@ -146,7 +146,7 @@ class DataLoop:
         self._parking = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._waits = waits
         self._returned: deque[tuple[int, Request, bool]] = deque()  # READs that are to block a thread; interrupted?
-        self._disk = None if reader.source.is_remote else _disk()
+        self._disk = None if reader.source.is_remote and reader.tier is None else _disk()
         self._called = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
         self._no_thread_until = 0.0
         self._watch = os.eventfd(0, os.EFD_CLOEXEC)  # written to when somebody is to look for long waits
@@ -576,7 +576,7 @@ class DataLoop:
         """Answer with the `n` bytes that were read; if something was wrong, `Reader.read` finds out what."""
         answer = None
         if n < begun.file.length:
-            self._reader.source.end(begun.file)
+            self._reader.failed(begun)
         else:
             answer = self._reader.fetched(begun, data[: begun.file.length])
         if answer is None:

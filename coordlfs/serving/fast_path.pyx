@@ -343,7 +343,7 @@ cdef class FastPath:
         self._refuse, self._read_anew, self._end_wait = refuse, read_anew, end_wait
         self._watch, self.is_watched, self._early = watch, False, waits.early
         self._answers_names = not reader.source.is_remote
-        self.answers_reads = self._answers_names and reader.sharing is None
+        self.answers_reads = self._answers_names and reader.sharing is None and reader.tier is None
         self.fd, self._disk, self._n_free, self._begun = -1, 0, 0, waits.disk
         self._begun.extend([None] * _SLOTS)
         if self.answers_reads and not set_up(_SLOTS, &self._disk):

@@ -58,8 +58,11 @@ class NamespaceLoop(pyfuse3.Operations):
         catalog: Catalog,
         source: Source,
         namespace: Namespace,
+        held_on_disk: Callable[[int], int] = lambda record: 0,
     ) -> None:
+        """`held_on_disk`: how many bytes of a file, by its record, are in the disk tier."""
         super().__init__()
+        self._held_on_disk = held_on_disk
         self.root_xattrs: dict[bytes, Callable[[], bytes]] = {}  # names beneath user.coordl., and who knows them
         self._catalog = catalog
         self._source = source
@@ -125,8 +128,11 @@ class NamespaceLoop(pyfuse3.Operations):
 
     def _cached(self, record: int) -> bytes:
         pinned = self._catalog.pinned_pages(record)
-        whole = pages.count(self._catalog.size(record))
-        return b"pinned" if pinned >= whole else b"partial" if pinned else b"no"
+        size = self._catalog.size(record)
+        if pinned >= pages.count(size):
+            return b"pinned"
+        held = self._held_on_disk(record)
+        return b"disk" if held == size else b"partial" if pinned or held else b"no"
 
     @_errno
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from coordlfs.cache import items
 from coordlfs.cache.admission import Admission, Fetched
+from coordlfs.cache.disk_tier import DiskTier, Stored
 from coordlfs.catalogue.catalog import DIRECTORY, LINKED, SERVED, STALE, SUPERSEDED, Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import fuse, pages
@@ -32,6 +33,7 @@ from coordlfs.sources.directory import Opened, Part, Source
 from coordlfs.sources.versions import Version
 
 if TYPE_CHECKING:
+    from coordlfs.disk.store import Found
     from coordlfs.peers.sharing import Sharing
 
 _ATTEMPTS = 2  # at reading what was of another version: another thread may have had the node take the newer one
@@ -59,15 +61,16 @@ class Answer:
     asks: bool = False  # other nodes, before the source is read
     data: list[memoryview] = field(default_factory=list)
     fetched: list[Fetched] = field(default_factory=list)
+    on_disk: list[Fetched] = field(default_factory=list)  # from this node's disk tier
     shared: list[tuple[int, int, int]] = field(default_factory=list)  # from a peer: item, offset in the file, length
 
 
 class Begun(NamedTuple):
-    """A READ of one item for which the disk has to be read, and its file; see `Reader.begin`."""
+    """A READ of one item for which a disk has to be read, the source's or the tier's; see `Reader.begin`."""
 
     answer: Answer
     item: int
-    file: Opened
+    file: Opened | Stored
 
 
 def _still_there(n: int, offset: int, st: os.stat_result) -> int:
@@ -89,6 +92,7 @@ class Reader:
         counters: Counters,
         notifier: Notifier,
         sharing: Sharing | None = None,
+        tier: DiskTier | None = None,
     ) -> None:
         self.catalog = catalog
         self.source = source
@@ -96,6 +100,7 @@ class Reader:
         self.counters = counters
         self.notifier = notifier
         self.sharing = sharing
+        self.tier = tier
         self.ends = Ends()
         self._past: dict[tuple[int, bytes], set[int]] = {}  # by parent and name, records of versions that are known yet
         self._past_lock = threading.Lock()
@@ -126,7 +131,7 @@ class Reader:
             for part in self.admission.stashed(item, start, length, end, request.pid):
                 if isinstance(part, int):
                     view = memoryview(into)[at - offset :]
-                    n = self._fetch(answer, item, at, part, view, before_wait)
+                    n = self._get(answer, item, at, part, view, before_wait)
                     answer.data.append(view[:n])
                     if n < part:
                         return answer  # the file ends here
@@ -158,6 +163,10 @@ class Reader:
             return None
         if self.admission.stashed(item, offset, size, shown.size, request.pid) != [size]:
             return None
+        if self.tier is not None:
+            spans = self.tier.spans(record, shown, offset, size)
+            if spans != [(size, [])]:
+                return self._begin_on_disk(request, record, shown, spans)
         found = self.source.begin(self._part(record, offset, size), into)
         if found is None:
             return None
@@ -170,6 +179,22 @@ class Reader:
         fetched = Fetched(item, offset, data, found)
         return self._checked(Answer(record, request, self._is_for_peer(request), False, [data], [fetched]), size)
 
+    def _begin_on_disk(
+        self, request: Request, record: int, shown: Version, spans: list[tuple[int, list[Found]]]
+    ) -> Answer | Begun | None:
+        """`begin` for what is in the disk tier, in part at least."""
+        assert self.tier is not None
+        if len(spans) > 1 or len(spans[0][1]) > 1:
+            return None
+        [(size, [found])] = spans
+        stored = self.tier.begin(found, record, shown, request.offset, size)
+        if stored is None:
+            return None
+        answer, item = Answer(record, request, self._is_for_peer(request)), items.item_at(record, request.offset)
+        if isinstance(stored, Stored):
+            return Begun(answer, item, stored)
+        return self._give_stored(answer, item, request.offset, stored, shown)
+
     def _part(self, record: int, offset: int, size: int) -> Part:
         return Part(record, self.catalog.path(record), offset, size, not self.catalog.flags(record) & SERVED)
 
@@ -179,12 +204,30 @@ class Reader:
         Raises OSError if it must not be given.
         """
         file, answer = begun.file, begun.answer
+        if isinstance(file, Stored):
+            assert self.tier is not None
+            proved = self.tier.proved(file, data)
+            if proved is None:
+                return None
+            return self._give_stored(answer, begun.item, answer.request.offset, proved, file.shown)
         st = self.source.end(file)
         if st is None or not self.catalog.shows_bytes(answer.record, st):
             return None
         self._took(answer, begun.item, file.offset, file.length, data, st)
         answer.data.append(data)
         return self._checked(answer, file.length)
+
+    def failed(self, begun: Begun) -> None:
+        """The disk did not read what was begun."""
+        if isinstance(begun.file, Opened):
+            self.source.end(begun.file)
+        elif self.tier is not None:
+            self.tier.proved(begun.file, memoryview(b""))
+
+    def _give_stored(self, answer: Answer, item: int, offset: int, data: memoryview, version: Version) -> Answer | None:
+        answer.data.append(data)
+        answer.on_disk.append(Fetched(item, offset, data, version))
+        return self._checked(answer, len(data))
 
     def _checked(self, answer: Answer, length: int) -> Answer | None:
         self.check_end(answer.request, length)
@@ -218,6 +261,22 @@ class Reader:
         record = self.catalog.find(request.node)
         if record is not None:
             self.admission.shared(items.item_at(record, request.offset), request.offset, nbytes, request.direct)
+
+    def _get(
+        self, answer: Answer, item: int, offset: int, size: int, into: memoryview, before_wait: Callable[[], None]
+    ) -> int:
+        """`_fetch`, but for what is on this node's disk."""
+        if self.tier is None:
+            return self._fetch(answer, item, offset, size, into, before_wait)
+        shown, at = self.catalog.version(answer.record), 0
+        for length, blocks in self.tier.spans(answer.record, shown, offset, size):
+            view = into[at : at + length]
+            if blocks and self.tier.read(answer.record, shown, offset + at, view, blocks, before_wait):
+                answer.on_disk.append(Fetched(item, offset + at, view, shown))
+            elif (n := self._fetch(answer, item, offset + at, length, into[at:], before_wait)) < length:
+                return at + n
+            at += length
+        return at
 
     def _fetch(
         self, answer: Answer, item: int, offset: int, size: int, into: memoryview, before_wait: Callable[[], None]
@@ -269,6 +328,13 @@ class Reader:
                 self.admission.keep(fetched)
             else:
                 self.admission.missed(fetched, pid, direct, for_peer=answer.for_peer)
+            if self.tier is not None and not direct:
+                self.tier.keep(fetched)
+        for fetched in answer.on_disk:
+            if pid in self.admission.keeper_threads:
+                self.admission.keep(fetched, on_disk=True)
+            else:
+                self.admission.missed(fetched, pid, direct, for_peer=answer.for_peer, on_disk=True)
         for item, offset, length in answer.shared:
             self.admission.shared(item, offset, length, direct)
 

@@ -19,9 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from mounts import MIB, noise
 
 from coordlfs.disk import layout
-from coordlfs.disk.layout import BLOCK, ROW, UNIT, Row, Version
+from coordlfs.disk.layout import BLOCK, FILES, ROW, UNIT, Block, Row, Store, Version
 from coordlfs.disk.space import Space
-from coordlfs.disk.store import FILES, Block, Store
 from coordlfs.kernel import pages
 
 IDENTITY, SIZE = bytes(16), 4 * MIB
@@ -43,7 +42,10 @@ def content(path: bytes, version: Version, block: int) -> bytes:
 
 
 def block_of(path: bytes, version: Version, block: int) -> Block:
-    return Block(path, version, block, content(path, version, block))
+    data = content(path, version, block)
+    room = memoryview(pages.buffer(layout.units_of(len(data)) * UNIT))
+    room[: len(data)] = data
+    return Block(path, version, block, room)
 
 
 def add(store: Store, *blocks: Block) -> list[Block]:

@@ -1,0 +1,215 @@
+"""The disk tier as those see it who read: which bytes of which file are on this node's disk, and proved.
+
+A file is found by its path, and its bytes are good for the very version that the kernel was told of. It is read around
+the page cache and checked each time. What is read of the source is handed to the `disk_writer`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from coordlfs.cache import items
+from coordlfs.catalogue.catalog import Catalog
+from coordlfs.catalogue.metrics import Counters
+from coordlfs.disk.layout import BLOCK, UNIT, Row, Version
+from coordlfs.kernel import pages
+from coordlfs.sources import versions
+
+if TYPE_CHECKING:
+    from coordlfs.cache.admission import Fetched
+    from coordlfs.cache.disk_writer import DiskWriter
+    from coordlfs.cache.interfaces import Owners
+    from coordlfs.disk.store import Found, Store
+
+_RECENT = 16  # blocks of which a part was asked for: the next READ will want the rest
+_MOST_LOOKED_AT = 1 << 16  # blocks of a file that are looked for to say what is here of it
+
+
+@dataclass(slots=True, frozen=True)
+class Stored:
+    """A block that is to be read from the disk: `length` bytes at `offset` of `fd`, with O_DIRECT."""
+
+    fd: int
+    offset: int
+    length: int
+    found: Found
+    record: int  # of the file
+    shown: versions.Version  # which the kernel was told of
+    begin: int  # which of the block's bytes are wanted
+    end: int
+
+
+class DiskTier:
+    """Thread-safe. `owners`: None if this node shares with no other."""
+
+    def __init__(
+        self, store: Store, writer: DiskWriter, catalog: Catalog, counters: Counters, owners: Owners | None = None
+    ) -> None:
+        self.store = store
+        self.writer = writer
+        self._catalog = catalog
+        self._counters = counters
+        self._owners = owners
+        self._recent: OrderedDict[int, tuple[Row, bytes]] = OrderedDict()  # by the row's number
+        self._recent_lock = threading.Lock()
+        self._scratch = threading.local()
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def begin(
+        self, found: Found, record: int, shown: versions.Version, offset: int, size: int
+    ) -> Stored | memoryview | None:
+        """Where a part of a file is to be read, which lies in one block, or the bytes; None if `read` is to be called.
+
+        The caller reads what is stored, and calls `proved`.
+        """
+        begin = offset - found.row.block * BLOCK
+        recent = self._recently(found)
+        if recent is not None and self._serves(record, shown, size):
+            return memoryview(recent)[begin : begin + size]
+        if recent is not None or not self.store.is_direct:
+            return None
+        length = found.row.length
+        return Stored(self.store.data, found.position, length, found, record, shown, begin, begin + size)
+
+    def proved(self, stored: Stored, data: memoryview) -> memoryview | None:
+        """The bytes that were wanted of what was read; None if they are not what was written, or not to be given."""
+        proved = stored.found.proved(data)
+        if proved is None:
+            self.writer.doubt(stored.found)
+            return None
+        self._counters.add("disk_read_bytes", stored.found.row.units * UNIT)
+        if not self._serves(stored.record, stored.shown, stored.end - stored.begin):
+            return None
+        if stored.end - stored.begin < len(proved):
+            self._remember(stored.found, proved)
+        return proved[stored.begin : stored.end]
+
+    def spans(self, record: int, shown: versions.Version, offset: int, size: int) -> list[tuple[int, list[Found]]]:
+        """A part of a file, cut into what is here and what is not: how long each span is, and the blocks it is in."""
+        spans: list[tuple[int, list[Found]]] = []
+        at, end = offset, offset + size
+        while at < end:
+            block = at // BLOCK
+            n = min(end, (block + 1) * BLOCK) - at
+            found = self._find(record, shown, block)
+            before, blocks = spans[-1] if spans else (0, [])
+            if spans and bool(blocks) == (found is not None):
+                spans.pop()
+            else:
+                before, blocks = 0, []
+            spans.append((before + n, blocks if found is None else [*blocks, found]))
+            at += n
+        return spans
+
+    def read(
+        self,
+        record: int,
+        shown: versions.Version,
+        offset: int,
+        into: memoryview,
+        blocks: list[Found],
+        before_wait: Callable[[], None],
+    ) -> bool:
+        """Read a part of a file from the blocks that it is in; False if it is not to be had."""
+        at, end = offset, offset + len(into)
+        for found in blocks:
+            data = self._bytes(found, before_wait)
+            if data is None:
+                return False
+            start = found.row.block * BLOCK
+            n = min(end, start + BLOCK) - at
+            into[at - offset : at - offset + n] = data[at - start : at - start + n]
+            at += n
+        return self._serves(record, shown, len(into))
+
+    def _bytes(self, found: Found, before_wait: Callable[[], None]) -> bytes | memoryview | None:
+        if (recent := self._recently(found)) is not None:
+            return recent
+        before_wait()
+        if not hasattr(self._scratch, "room"):
+            self._scratch.room = memoryview(pages.buffer(BLOCK))
+        try:
+            data = self.store.read(found, self._scratch.room)
+        except OSError:
+            data = None
+        if data is None:
+            self.writer.doubt(found)
+            return None
+        self._counters.add("disk_read_bytes", found.row.units * UNIT)
+        self._remember(found, data)
+        return data
+
+    def _find(self, record: int, shown: versions.Version, block: int) -> Found | None:
+        try:
+            return self.store.find(self._catalog.path(record), Version(*shown[:3]), block)
+        except OSError:
+            return None
+
+    def _recently(self, found: Found) -> bytes | None:
+        row, data = self._recent.get(found.number, (None, b""))
+        return data if row == found.row else None
+
+    def _remember(self, found: Found, data: memoryview) -> None:
+        copy = bytes(data)
+        with self._recent_lock:
+            self._recent[found.number] = found.row, copy
+            self._recent.move_to_end(found.number)
+            if len(self._recent) > _RECENT:
+                self._recent.popitem(last=False)
+
+    def _serves(self, record: int, shown: versions.Version, nbytes: int) -> bool:
+        """Whether bytes of a version may be given, which are counted then: from now on the node stands for it."""
+        if not self._catalog.serves(record, shown):
+            return False
+        self._counters.add("disk_reads")
+        self._counters.add("disk_bytes", nbytes)
+        return True
+
+    # -- what is to be here -------------------------------------------------------------------------------------
+
+    def keep(self, fetched: Fetched) -> None:
+        """Bytes came from the source: keep them, if they are this node's to cache."""
+        if self._owners is None or self._owners.owns(fetched.item):
+            path = self._catalog.path(items.record_of(fetched.item))
+            self.writer.offer(fetched.item, path, Version(*fetched.version[:3]), fetched.offset, fetched.data)
+
+    def pinned(self, item: int) -> None:
+        """An item is in memory now."""
+        self.writer.pinned(item)
+
+    def release(self, record: int, size: int) -> None:
+        """A file of `size` bytes is another one by now, or gone: give its room back."""
+        self.writer.release(self._catalog.path(record), size)
+
+    def held(self, record: int) -> int:
+        """Bytes that are here of a file, of the version that the kernel was told of."""
+        shown = self._catalog.version(record)
+        blocks = range(min(-(-shown.size // BLOCK), _MOST_LOOKED_AT))
+        return sum(found.row.length for block in blocks if (found := self._find(record, shown, block)) is not None)
+
+    def figures(self) -> dict[str, Any]:
+        """For `status`."""
+        store, c = self.store, self._counters
+        return {
+            "size_bytes": store.size,
+            "taken_bytes": store.taken,
+            "held_bytes": store.bytes,
+            "held_blocks": len(store.index),
+            "index_memory_bytes": store.index.memory,
+            "waiting_blocks": self.writer.waiting,
+            "is_ready": self.writer.is_ready,
+            "is_direct": store.is_direct,
+            "stopped": self.writer.stopped,
+            "bytes": c["disk_bytes"],
+            "reads": c["disk_reads"],
+            "read_bytes": c["disk_read_bytes"],
+            "written_bytes": c["disk_written_bytes"],
+            "written_blocks": c["disk_written_blocks"],
+            "not_admitted": c["disk_not_admitted"],
+            "bad_blocks": c["disk_bad_blocks"],
+        }

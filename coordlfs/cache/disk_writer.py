@@ -1,0 +1,362 @@
+"""The writer of the disk tier: what was read from the source goes to the store, off the way of whoever read it.
+
+Bytes are copied into memory of a fixed size, the arena; if that is full, since the disk cannot keep up, they are not
+kept this time. A block that was read in part waits there for the rest, or has it read, once nobody has read more of it
+for a while. One thread writes, in batches, decides what finds room (`tiers`), and does whatever else changes the
+store. It answers no reader and knows no request.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from coordlfs.cache import items
+from coordlfs.cache.minio import MinIO
+from coordlfs.cache.ranges import Ranges, merged
+from coordlfs.cache.tiers import Tiers
+from coordlfs.catalogue.catalog import SERVED, Catalog
+from coordlfs.catalogue.metrics import Counters
+from coordlfs.disk.layout import BLOCK, UNIT, Version, length_of, units_of
+from coordlfs.disk.space import Space
+from coordlfs.disk.store import Block, Found, Store
+from coordlfs.kernel import pages
+from coordlfs.sources import versions
+from coordlfs.sources.directory import Part, Source
+
+log = logging.getLogger(__name__)
+
+ARENA = 64 << 20  # bytes that wait to be written, or for the rest of their block
+_BATCH = 16 << 20  # bytes that are made durable at once
+_GATHERS = 0.02  # seconds that blocks wait for others, so that one fdatasync does for all of them
+_IDLE = 0.3  # seconds without a READ of it after which the rest of a block is read
+_ENDS_WITHIN = 2.0  # seconds
+_AGAIN = 60.0  # seconds after which a file system that was full is asked for more room
+_BLOCKS_OF_ITEM = items.CHUNK // BLOCK
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """One block in the arena."""
+
+    item: int
+    path: bytes
+    version: Version
+    block: int
+    first: int  # unit of the arena
+    room: memoryview
+    ranges: Ranges = ()  # of its bytes that are there
+    read: float = 0.0  # when it was last
+
+    @property
+    def length(self) -> int:
+        return length_of(self.version.size, self.block)
+
+
+class DiskWriter:
+    """Keeps what it is given, until `close`. `run` is its thread; any thread may call the rest."""
+
+    def __init__(self, store: Store, catalog: Catalog, source: Source, memory: MinIO, counters: Counters) -> None:
+        self.store = store
+        self.stopped: str | None = None  # why nothing is kept any more
+        self.is_ready = False  # it is known what the store holds
+        self._catalog = catalog
+        self._counters = counters
+        self._source = source
+        self._tiers: Tiers[Block] = Tiers(memory, self)
+        self._lock = threading.Lock()
+        self._arena = pages.buffer(ARENA)
+        self._space = Space([(0, ARENA // UNIT)])
+        self._parts: OrderedDict[tuple[bytes, int], _Waiting] = OrderedDict()  # that are not whole
+        self._queue: deque[_Waiting] = deque()
+        self._queued: set[tuple[bytes, int]] = set()
+        self._orders: deque[Callable[[], object]] = deque()
+        self._wake = threading.Event()
+        self._closing = False
+        self._is_busy = True  # counting
+        self._is_full = False  # nothing that memory does not hold finds room any more
+        self._grows_at = 0.0  # when the file system is asked for more room again
+
+    # -- from any thread ----------------------------------------------------------------------------------------
+
+    def offer(self, item: int, path: bytes, version: Version, offset: int, data: memoryview) -> None:
+        """Keep a copy of bytes that the source gave for an item; be it later, or not at all."""
+        if self.stopped or self._is_full:
+            return
+        at, end = offset, offset + len(data)
+        while at < end:
+            block = at // BLOCK
+            n = min(end, (block + 1) * BLOCK) - at
+            self._put(item, path, version, block, at - block * BLOCK, data[at - offset : at - offset + n])
+            at += n
+
+    def _put(self, item: int, path: bytes, version: Version, block: int, begin: int, data: memoryview) -> None:
+        with self._lock:
+            waiting = self._waiting(item, path, version, block)
+            if waiting is None:
+                return
+            waiting.room[begin : begin + len(data)] = data
+            waiting.ranges = merged(waiting.ranges, begin, begin + len(data))
+            waiting.read = time.monotonic()
+            if waiting.ranges == ((0, waiting.length),):
+                self._is_whole(waiting)
+        self._rouse()
+
+    def _waiting(self, item: int, path: bytes, version: Version, block: int) -> _Waiting | None:
+        """The block in the arena, which it enters unless it is there; None if it is not to be added to."""
+        key = path, block
+        waiting = self._parts.get(key)
+        if waiting is not None and waiting.version == version:
+            return waiting
+        if waiting is not None:
+            self._leave(self._parts.pop(key))
+        if key in self._queued:
+            return None
+        length = length_of(version.size, block)
+        first = self._space.take(units_of(length)) if length > 0 else None
+        if first is None:
+            self._counters.add("disk_not_admitted")
+            return None
+        room = memoryview(self._arena)[first * UNIT : (first + units_of(length)) * UNIT]
+        room[length:] = bytes(len(room) - length)
+        waiting = self._parts[key] = _Waiting(item, path, version, block, first, room)
+        return waiting
+
+    def _is_whole(self, waiting: _Waiting) -> None:
+        key = waiting.path, waiting.block
+        del self._parts[key]
+        self._queue.append(waiting)
+        self._queued.add(key)
+
+    def _leave(self, waiting: _Waiting) -> None:
+        self._space.give(waiting.first, len(waiting.room) // UNIT)
+        waiting.room.release()
+
+    def fill(self, item: int, path: bytes, version: Version) -> bool:
+        """Have the source read for what is missing of an item; False if there is no room for it in the arena."""
+        if self.stopped or self._is_full:
+            return True
+        for block in blocks_of(item, version.size):
+            if self.store.find(path, version, block) is None:
+                with self._lock:
+                    if (path, block) not in self._queued and self._waiting(item, path, version, block) is None:
+                        return False
+        self._rouse()
+        return True
+
+    @property
+    def waiting(self) -> int:
+        """Blocks that wait for their rest or to be written, and whatever else is yet to be done."""
+        return len(self._parts) + len(self._queued) + len(self._orders) + self._is_busy
+
+    def pinned(self, item: int) -> None:
+        """An item is in memory now."""
+        self._tiers.pinned(item)
+        self._is_full = False  # what is there of it on the disk may give way
+
+    def release(self, path: bytes, size: int) -> None:
+        """Give back the room of all that is there of a file, which had `size` bytes; soon."""
+        self._order(lambda: self._remove(path, range(-(-size // BLOCK))))
+
+    def doubt(self, found: Found) -> None:
+        """What was read of a block is not what was written: forget it, unless it was removed meanwhile; soon."""
+        self._order(lambda: self._forget(found))
+
+    def clear(self) -> None:
+        """Give back the room of everything; soon."""
+        self._order(self._clear)
+
+    def _order(self, order: Callable[[], object]) -> None:
+        self._orders.append(order)
+        self._rouse()
+
+    def _rouse(self) -> None:
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def close(self) -> None:
+        """End `run`."""
+        self._closing = True
+        self._wake.set()
+
+    # -- the thread ---------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Take stock, then write, until `close`."""
+        try:
+            self._take_stock()
+            while not self._closing:
+                self._wake.wait(_IDLE if self._parts else None)
+                time.sleep(_GATHERS)
+                self._wake.clear()
+                self._work()
+            self._end()
+        except OSError as e:
+            self._stop(e)
+            self._drain()
+
+    def _work(self) -> None:
+        self._is_busy = True
+        try:
+            self._do_all()
+        finally:
+            self._is_busy = False
+
+    def _do_all(self) -> None:
+        while not self._closing:
+            batch = self._batch()
+            while self._orders:  # after the batch was taken: what made room for a block of it was ordered before
+                self._orders.popleft()()
+            if not batch:
+                break
+            self._write(batch)
+        self._complete()
+
+    def _end(self) -> None:
+        """Write what waits, for a moment: a mount that ends must not be held up."""
+        until = time.monotonic() + _ENDS_WITHIN
+        while self._queue and time.monotonic() < until:
+            self._write(self._batch())
+
+    def _take_stock(self) -> None:
+        stock = self.store.take_stock(lambda: time.sleep(0.001))
+        self.is_ready, self._is_busy = True, False
+        if self.store.emptied:
+            log.warning("the disk cache begins empty: %s", self.store.emptied)
+        if stock.bad_rows:
+            self._counters.add("disk_bad_blocks", stock.bad_rows)
+            log.warning("%d blocks of the disk cache are damaged, and are read from the source again", stock.bad_rows)
+
+    def _batch(self) -> list[_Waiting]:
+        batch, size = [], 0
+        with self._lock:
+            while self._queue and size < _BATCH:
+                batch.append(self._queue.popleft())
+                size += batch[-1].length
+        return batch
+
+    def _write(self, batch: list[_Waiting]) -> None:
+        placed: list[tuple[int, Block]] = []
+        kept: list[_Waiting] = []
+        try:
+            for waiting in batch:
+                block = Block(waiting.path, waiting.version, waiting.block, waiting.room)
+                if self.store.find(*block[:3]) is None and (place := self._place(waiting.item, block)) is not None:
+                    placed.append((place, block))
+                    kept.append(waiting)
+            if placed:
+                self.store.add(placed)
+        finally:
+            with self._lock:
+                for waiting in batch:
+                    self._queued.discard((waiting.path, waiting.block))
+                    self._leave(waiting)
+        for waiting in kept:
+            self._tiers.stored(waiting.item)
+        self._counters.add("disk_written_bytes", sum(waiting.length for waiting in kept))
+        self._counters.add("disk_written_blocks", len(kept))
+
+    def _place(self, item: int, block: Block) -> int | None:
+        place = self._tiers.place(item, block)
+        if place is None and self._tiers.is_settled:
+            self._is_full = True
+        return place
+
+    def _complete(self) -> None:
+        """Read the rest of blocks of which nobody reads more."""
+        before = time.monotonic() - _IDLE
+        with self._lock:
+            idle = [waiting for waiting in self._parts.values() if waiting.read < before]
+            for waiting in idle:
+                del self._parts[waiting.path, waiting.block]
+                self._queued.add((waiting.path, waiting.block))
+        for waiting in idle:
+            is_read = not self._closing and not self._is_full and self._read_whole(waiting)
+            with self._lock:
+                if is_read:
+                    waiting.room[waiting.length :] = bytes(len(waiting.room) - waiting.length)
+                    self._queue.append(waiting)
+                else:
+                    self._queued.discard((waiting.path, waiting.block))
+                    self._leave(waiting)
+        if idle:
+            self._rouse()
+
+    def _read_whole(self, waiting: _Waiting) -> bool:
+        """Read a block from the source; False if it cannot be, or is of another version."""
+        record = items.record_of(waiting.item)
+        is_first = not self._catalog.flags(record) & SERVED
+        part = Part(record, waiting.path, waiting.block * BLOCK, waiting.length, is_first)
+        try:
+            n, st = self._source.read(part, waiting.room, lambda: None)
+        except OSError:  # who reads it will be told
+            return False
+        self._counters.count_read(n)
+        return n == waiting.length and Version(*versions.Version.of(st)[:3]) == waiting.version
+
+    def _stop(self, error: OSError) -> None:
+        self.stopped = error.strerror or str(error)
+        log.warning("nothing more is kept in the disk cache, as its disk says: %s", self.stopped)
+
+    def _drain(self) -> None:
+        """Do without the disk until `close`."""
+        while not self._closing:
+            with self._lock:
+                for waiting in [*self._parts.values(), *self._queue]:
+                    self._leave(waiting)
+                self._parts.clear()
+                self._queue.clear()
+                self._queued.clear()
+            self._orders.clear()
+            self._wake.wait()
+            self._wake.clear()
+
+    # -- what changes the store; called by the thread --------------------------------------------------------------
+
+    def take(self, block: Block) -> int | None:
+        """Room in the store for a block, as `tiers.Disk` says."""
+        if not self.store.may_grow and time.monotonic() >= self._grows_at:
+            self.store.may_grow = True
+        try:
+            return self.store.take(block)
+        except OSError as e:
+            if e.errno not in _FULL:
+                raise
+            self._grows_at = time.monotonic() + _AGAIN
+            self.store.may_grow = False
+            log.warning("the disk cache cannot grow, as its file system says: %s", e.strerror)
+            return self.store.take(block)
+
+    def remove_item(self, item: int) -> int:
+        """Give back the room of an item, as `tiers.Disk` says."""
+        record = items.record_of(item)
+        return self._remove(self._catalog.path(record), blocks_of(item, self._catalog.size(record)))
+
+    def _remove(self, path: bytes, blocks: Iterable[int]) -> int:
+        freed = sum(self.store.remove(path, block) for block in blocks)
+        self._is_full = self._is_full and not freed
+        return freed
+
+    def _forget(self, found: Found) -> None:
+        if self.store.forget(found):
+            self._is_full = False
+            self._counters.add("disk_bad_blocks")
+            bad = self._counters["disk_bad_blocks"]
+            if bad & bad - 1 == 0:  # the first, the second, the fourth …
+                log.warning("%d blocks of the disk cache are damaged so far, and are read from the source again", bad)
+
+    def _clear(self) -> None:
+        self.store.clear()
+        self._is_full = False
+
+
+def blocks_of(item: int, size: int) -> range:
+    """The blocks of an item of a file of `size` bytes."""
+    first = items.chunk_of(item) * _BLOCKS_OF_ITEM
+    return range(first, first + -(-items.length(item, size) // BLOCK))

@@ -1,0 +1,52 @@
+"""`--disk-cache`: a directory for the second tier is examined and claimed before anything is mounted.
+
+What lies in it is known by `coordlfs.disk`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from coordlfs import sizes
+from coordlfs.disk import places
+from coordlfs.errors import UserError
+from coordlfs.kernel.paths import shown
+from coordlfs.sources.directory import lies_elsewhere
+
+LEAST = 2 << 20  # bytes
+_IN_USE = "the disk cache must lie beside the dataset and the mount"
+
+
+@contextmanager
+def claimed(
+    directory: str | None, size: str, source: str, mountpoint: str, root: int
+) -> Iterator[dict[str, Any] | None]:
+    """What the supervisor is to be told of the disk cache, claimed meanwhile; None without one. Raises UserError.
+
+    `root` is a descriptor of the source.
+    """
+    if directory is None:
+        yield None
+        return
+    directory = os.path.realpath(directory)
+    for place in (source, mountpoint):
+        if (directory + "/").startswith(place.rstrip("/") + "/"):
+            raise UserError(f"--disk-cache {directory} lies in {place}: {_IN_USE}")
+    fd = places.claim(directory, os.fsencode(source), os.fsencode(mountpoint))
+    try:
+        st = os.fstatvfs(fd)
+        total, free = st.f_blocks * st.f_frsize, st.f_bavail * st.f_frsize
+        nbytes = sizes.disk_size(size, total, free + places.taken(fd), LEAST)
+        if lies_elsewhere(fd):
+            print(
+                f"coordlfs: --disk-cache {shown(directory)} lies on no local disk: is it faster than the source?",
+                file=sys.stderr,
+            )
+        identity = places.identity(os.fsencode(source), root).hex()
+        yield {"directory": fd, "path": directory, "size": nbytes, "identity": identity}
+    finally:
+        os.close(fd)

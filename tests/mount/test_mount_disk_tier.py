@@ -1,0 +1,342 @@
+"""The disk tier on real mounts: what an epoch reads, what a reboot keeps, and that no fault of its disk ever shows."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from mounts import (
+    MIB,
+    MakeMount,
+    Mount,
+    coordlfs,
+    eventually,
+    is_mounted,
+    noise,
+    read,
+    unmount_lazily,
+    write_files,
+)
+
+FILES, SIZE, ROOM = 120, 100_000, 102_400  # and what each takes, in whole pages
+
+
+@pytest.fixture
+def cache(place: Path) -> Path:
+    return place / "disk cache"
+
+
+def settle(mount: Mount) -> dict[str, int]:
+    """Wait until nothing is on its way into the disk tier; its figures."""
+    eventually(lambda: mount.settle()["disk"]["waiting_blocks"] == 0, what="the disk tier does not settle")
+    figures: dict[str, int] = mount.stats()["disk"]
+    return figures
+
+
+def epoch(mount: Mount, names: list[str], seed: int, readers: int = 4) -> int:
+    """Read every file once, in random order, compare it with the source, and forget it; bytes read of the source."""
+    order, before, failed = list(names), mount.source_bytes(), []
+    random.Random(seed).shuffle(order)
+
+    def work(part: list[str]) -> None:
+        try:
+            for name in part:
+                assert read(mount.path / name) == read(mount.source / name)
+        except BaseException as e:
+            failed.append(e)
+
+    threads = [threading.Thread(target=work, args=(order[i::readers],)) for i in range(readers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed
+    settle(mount)
+    mount.forget()
+    return mount.source_bytes() - before
+
+
+@pytest.mark.parametrize(("memory", "disk"), [(20, 60), (60, 30), (0, 80), (20, 140)])
+def test_a_steady_epoch_reads_what_fits_into_neither(
+    source: Path, mount: MakeMount, cache: Path, memory: int, disk: int
+) -> None:
+    names = write_files(source, FILES, SIZE)
+    size = disk * ROOM + MIB // 2
+    mounted = mount(source, str(memory * ROOM), "--disk-cache", cache, "--disk-size", size)
+    assert epoch(mounted, names, 0) == FILES * SIZE
+    for seed in (1, 2):
+        before = mounted.stats()
+        read_of_source = epoch(mounted, names, seed)
+        figures = mounted.stats()
+        held = figures["disk"]["held_blocks"]
+        assert held >= min(FILES, disk)
+        assert read_of_source == max(0, FILES - memory - held) * SIZE
+        assert figures["disk"]["bytes"] - before["disk"]["bytes"] == min(held, FILES - memory) * SIZE
+        assert figures["epoch"]["disk_items"] == min(held, FILES - memory)
+        assert figures["epoch"]["memory_items"] == memory
+        assert (
+            figures["epoch"]["disk_bytes"] + figures["epoch"]["memory_bytes"] + figures["epoch"]["bytes"]
+            == FILES * SIZE
+        )
+    disk_figures = mounted.stats()["disk"]
+    # Nothing is written twice: a copy may give way once to what memory does not hold.
+    assert disk_figures["written_bytes"] <= (disk_figures["held_blocks"] + memory) * SIZE
+    taken = sum(f.lstat().st_blocks * 512 for f in cache.rglob("*")) + 0
+    assert taken == disk_figures["taken_bytes"] <= size
+    kinds = {mounted.cached(name) for name in names}
+    assert kinds <= {"pinned", "disk", "no"}
+    assert ("no" in kinds) == (memory + disk_figures["held_blocks"] < FILES)
+    assert sum(mounted.cached(name) == "pinned" for name in names) == memory
+
+
+def test_large_files_are_kept_by_the_block(source: Path, mount: MakeMount, cache: Path) -> None:
+    content = noise(20 * MIB + 77)
+    (source / "large").write_bytes(content)
+    mounted = mount(source, "0", "--disk-cache", cache, "--disk-size", "12M")
+    for seed in range(3):
+        before = mounted.source_bytes()
+        assert read(mounted.path / "large") == content
+        held = settle(mounted)["held_bytes"]
+        if seed:
+            assert mounted.source_bytes() - before == len(content) - held
+        mounted.forget()
+    assert held >= 11 * MIB
+    assert mounted.cached("large") == "partial"
+    # A part of a block: the rest of it is read, and kept, once nobody reads on.
+    fd = os.open(mounted.path / "large", os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    for at in random.Random(1).sample(range(len(content) - 50), 40):
+        assert os.pread(fd, 50, at) == content[at : at + 50]
+    os.close(fd)
+
+
+def test_parts_of_blocks_are_completed(source: Path, mount: MakeMount, cache: Path) -> None:
+    content = noise(8 * MIB)
+    (source / "large").write_bytes(content)
+    mounted = mount(source, "0", "--disk-cache", cache, "--disk-size", "16M")
+    fd = os.open(mounted.path / "large", os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    for block in range(8):
+        at = block * MIB + 12345
+        assert os.pread(fd, 5000, at) == content[at : at + 5000]
+    eventually(lambda: mounted.stats()["disk"]["held_blocks"] == 8)
+    before = settle(mounted) and mounted.source_bytes()
+    mounted.forget()
+    assert read(mounted.path / "large") == content
+    assert mounted.source_bytes() == before
+    os.close(fd)
+
+
+def killed(mount: Mount) -> None:
+    """All processes of a mount are killed, as by a reset."""
+    mount.expect_errors = True
+    for pid in mount.pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    unmount_lazily(mount.path)
+    eventually(lambda: not is_mounted(mount.path))
+
+
+@pytest.mark.parametrize("how", ["unmounted", "killed"])
+def test_what_was_on_disk_is_there_after_a_restart(source: Path, mount: MakeMount, cache: Path, how: str) -> None:
+    names = write_files(source, FILES, SIZE)
+    options = (str(20 * ROOM), "--disk-cache", cache, "--disk-size", 60 * ROOM + MIB // 2)
+    first = mount(source, *options)
+    for seed in (0, 1):
+        epoch(first, names, seed)
+    held = settle(first)["held_blocks"]
+    killed(first) if how == "killed" else first.end()
+    second = mount(source, *options)
+    assert epoch(second, names, 2) == (FILES - held) * SIZE
+    assert second.stats()["disk"]["bad_blocks"] == 0
+    second_held = second.stats()["disk"]["held_blocks"]
+    assert epoch(second, names, 3) == (FILES - 20 - second_held) * SIZE
+
+
+def test_a_server_that_is_killed_again_and_again_gives_no_wrong_byte(
+    source: Path, mount: MakeMount, cache: Path
+) -> None:
+    names = write_files(source, FILES, SIZE)
+    mounted = mount(source, str(20 * ROOM), "--disk-cache", cache, "--disk-size", 60 * ROOM)
+    mounted.expect_errors = True
+    for seed in range(6):
+        stop = threading.Timer(0.05 * seed, os.kill, (mounted.stats()["processes"]["server"], signal.SIGKILL))
+        stop.start()
+        epoch(mounted, names, seed)
+        stop.join()
+    settle(mounted)
+    epoch(mounted, names, 99)
+    figures = mounted.stats()
+    assert figures["disk"]["bad_blocks"] == 0
+    assert figures["disk"]["held_blocks"] > 50
+
+
+def test_a_change_is_noticed_and_gives_its_room_back(source: Path, mount: MakeMount, cache: Path) -> None:
+    names = write_files(source, 20, SIZE)
+    options = ("0", "--disk-cache", cache, "--disk-size", "8M")
+    mounted = mount(source, *options)
+    epoch(mounted, names, 0)
+    assert settle(mounted)["held_blocks"] == 20
+    (source / names[0]).write_bytes(noise(SIZE, 777))
+    (source / names[1]).unlink()
+    (source / names[2]).write_bytes(noise(10, 778))
+    coordlfs("refresh", mounted.path)
+    assert settle(mounted)["held_blocks"] == 17
+    names.remove(names[1])
+    epoch(mounted, names, 1)
+    assert settle(mounted)["held_blocks"] == 19
+    assert epoch(mounted, names, 2) == 0
+    mounted.end()
+    # The same between two mounts.
+    (source / names[0]).write_bytes(noise(SIZE, 779))
+    (source / names[3]).unlink()
+    del names[3]
+    again = mount(source, *options)
+    assert epoch(again, names, 3) == SIZE
+    eventually(lambda: again.stats()["disk"]["held_blocks"] == 18, what="a file that is gone keeps its room")
+
+
+def test_damage_between_two_mounts_never_shows(source: Path, mount: MakeMount, cache: Path) -> None:
+    names = write_files(source, FILES, SIZE)
+    (source / "large").write_bytes(noise(5 * MIB, 5))
+    names.append("large")
+    options = ("0", "--disk-cache", cache, "--disk-size", "32M")
+    rng = random.Random(3)
+    for seed in range(4):
+        mounted = mount(source, *options)
+        before = mounted.stats()["disk"]
+        epoch(mounted, names, seed)
+        assert settle(mounted)["held_blocks"] == FILES + 5
+        assert epoch(mounted, names, seed + 10) == 0
+        figures = mounted.stats()
+        assert figures["source"]["errors"] == 0
+        if seed:
+            assert figures["disk"]["bad_blocks"] > 0 or before["held_blocks"] == 0
+        mounted.end()
+        [store] = cache.iterdir()
+        for _ in range(250):
+            damage(store / rng.choice(["index", "names", "data", "data"]), rng)
+
+
+def damage(file: Path, rng: random.Random) -> None:
+    """Flip a bit, zero a sector, or, seldom, cut the file short."""
+    size = file.stat().st_size
+    at, kind = rng.randrange(max(1, size)), rng.randrange(200)
+    with open(file, "r+b") as f:
+        if kind == 0:
+            f.truncate(at)
+        elif size:
+            f.seek(at := at if kind % 2 else at // 512 * 512)
+            old = f.read(1 if kind % 2 else 512)
+            f.seek(at)
+            f.write(bytes([old[0] ^ 1 << kind % 8]) if kind % 2 else bytes(len(old)))
+
+
+@pytest.fixture
+def small_disk(place: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a file system of so many bytes on a loop device."""
+    made: list[Path] = []
+
+    def make(size: int) -> Path:
+        image, at = place / f"image{len(made)}", place / f"disk{len(made)}"
+        image.write_bytes(b"")
+        os.truncate(image, size)
+        at.mkdir()
+        subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+        subprocess.run(["mount", "-o", "loop", image, at], check=True)
+        made.append(at)
+        return at
+
+    yield make
+    for at in made:
+        subprocess.run(["umount", at], check=True)
+
+
+def test_a_file_system_that_others_fill_stops_the_growth_and_nothing_else(
+    source: Path, mount: MakeMount, small_disk: Callable[[int], Path]
+) -> None:
+    names, disk = write_files(source, FILES, SIZE), small_disk(24 * MIB)
+    mounted = mount(source, "0", "--disk-cache", disk / "cache", "--disk-size", "16M")
+    epoch(mounted, names[:20], 0)
+    with suppress(OSError), open(disk / "others", "wb") as f:
+        while True:
+            f.write(bytes(MIB))
+            f.flush()
+            os.fsync(f.fileno())
+    for seed in (1, 2):
+        read_of_source = epoch(mounted, names, seed)
+    figures = mounted.stats()["disk"]
+    assert 20 <= figures["held_blocks"] < FILES
+    assert read_of_source == (FILES - figures["held_blocks"]) * SIZE
+    assert figures["bad_blocks"] == 0
+    assert mounted.log.read_text().count("cannot grow") == 1
+    mounted.end()
+    (disk / "others").unlink()
+    again = mount(source, "0", "--disk-cache", disk / "cache", "--disk-size", "16M")
+    for seed in (3, 4):
+        read_of_source = epoch(again, names, seed)
+    assert read_of_source == 0
+    again.end()
+
+
+def test_a_store_is_for_its_owner_only_and_for_one_mount(source: Path, mount: MakeMount, cache: Path) -> None:
+    write_files(source, 3, SIZE)
+    mounted = mount(source, "0", "--disk-cache", cache, "--disk-size", "8M")
+    [store] = cache.iterdir()
+    assert {store.stat().st_mode & 0o777, cache.stat().st_mode & 0o777} == {0o700}
+    assert {f.stat().st_mode & 0o777 for f in store.iterdir()} == {0o600}
+    other = mounted.path.with_name("other")
+    done = coordlfs("mount", source, other, "--disk-cache", cache, "--disk-size", "8M", status=1)
+    assert str(mounted.path) in done.stderr
+    assert not is_mounted(other)
+    # Another source has a store of its own beside it.
+    beside = source.with_name(source.name + "-beside")
+    beside.mkdir()
+    try:
+        second = mount(beside, "0", "--disk-cache", cache, "--disk-size", "8M")
+        assert len(list(cache.iterdir())) == 2
+        second.end()
+    finally:
+        shutil.rmtree(beside)
+
+
+@pytest.mark.parametrize(
+    ("directory", "size", "says"),
+    [
+        ("{source}/cache", "8M", "lies in"),
+        ("{source}", "8M", "lies in"),
+        ("{mnt}/cache", "8M", "lies in"),
+        ("{place}/file", "8M", "not a directory"),
+        ("{place}/none/cache", "8M", "does not exist"),
+        ("{place}/cache", "0", "too small"),
+        ("{place}/cache", "1K", "too small"),
+        ("{place}/cache", "1000T", "more than"),
+        ("{place}/cache", "101%", "more than"),
+        ("{place}/cache", "much", "not a size"),
+    ],
+)
+def test_what_cannot_be_is_said_and_nothing_is_mounted(
+    source: Path, place: Path, directory: str, size: str, says: str
+) -> None:
+    (place / "file").touch()
+    mnt = place / "mnt"
+    where = directory.format(source=source, mnt=mnt, place=place)
+    done = coordlfs("mount", source, mnt, "--disk-cache", where, "--disk-size", size, status=None)
+    assert done.returncode in (1, 2)
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not is_mounted(mnt)
+    assert not mnt.exists()
+
+
+def test_a_size_without_a_directory_is_no_disk_cache(source: Path, place: Path) -> None:
+    done = coordlfs("mount", source, place / "mnt", "--disk-size", "8M", status=2)
+    assert "--disk-cache" in done.stderr
