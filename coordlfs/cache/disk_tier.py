@@ -186,6 +186,24 @@ class DiskTier:
         """A file of `size` bytes is another one by now, or gone: give its room back."""
         self.writer.release(self._catalog.path(record), size)
 
+    def fill(self, item: int) -> bool:
+        """Have the source read for what is missing of an item; False if it is to be asked for again, a little later."""
+        if self._owners is not None and not self._owners.owns(item):
+            return True
+        record = items.record_of(item)
+        return self.writer.fill(item, self._catalog.path(record), Version(*self._catalog.version(record)[:3]))
+
+    def is_settled(self, item: int) -> bool:
+        """Whether nothing of an item waits to be written."""
+        record = items.record_of(item)
+        return self.writer.is_settled(item, self._catalog.path(record), self._catalog.size(record))
+
+    def holds(self, item: int) -> bool:
+        """Whether all of an item is here."""
+        record, shown = items.record_of(item), self._catalog.version(items.record_of(item))
+        offset, length = items.span(item, shown.size)
+        return all(blocks for _, blocks in self.spans(record, shown, offset, length))
+
     def held(self, record: int) -> int:
         """Bytes that are here of a file, of the version that the kernel was told of."""
         shown = self._catalog.version(record)

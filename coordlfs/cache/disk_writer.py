@@ -14,6 +14,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from coordlfs.cache import items
@@ -87,7 +88,7 @@ class DiskWriter:
 
     def offer(self, item: int, path: bytes, version: Version, offset: int, data: memoryview) -> None:
         """Keep a copy of bytes that the source gave for an item; be it later, or not at all."""
-        if self.stopped or self._is_full:
+        if self.is_full:
             return
         at, end = offset, offset + len(data)
         while at < end:
@@ -140,7 +141,7 @@ class DiskWriter:
 
     def fill(self, item: int, path: bytes, version: Version) -> bool:
         """Have the source read for what is missing of an item; False if there is no room for it in the arena."""
-        if self.stopped or self._is_full:
+        if self.is_full:
             return True
         for block in blocks_of(item, version.size):
             if self.store.find(path, version, block) is None:
@@ -155,6 +156,17 @@ class DiskWriter:
         """Blocks that wait for their rest or to be written, and whatever else is yet to be done."""
         return len(self._parts) + len(self._queued) + len(self._orders) + self._is_busy
 
+    def is_settled(self, item: int, path: bytes, size: int) -> bool:
+        """Whether nothing of an item of a file of `size` bytes waits."""
+        keys = [(path, block) for block in blocks_of(item, size)]
+        with self._lock:
+            return not any(key in self._parts or key in self._queued for key in keys)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more finds room, or nothing more is kept."""
+        return self._is_full or self.stopped is not None
+
     def pinned(self, item: int) -> None:
         """An item is in memory now."""
         self._tiers.pinned(item)
@@ -162,17 +174,22 @@ class DiskWriter:
 
     def release(self, path: bytes, size: int) -> None:
         """Give back the room of all that is there of a file, which had `size` bytes; soon."""
-        self._order(lambda: self._remove(path, range(-(-size // BLOCK))))
+        self.order(lambda: self._remove(path, range(-(-size // BLOCK))))
 
     def doubt(self, found: Found) -> None:
         """What was read of a block is not what was written: forget it, unless it was removed meanwhile; soon."""
-        self._order(lambda: self._forget(found))
+        self.order(lambda: self._forget(found))
+
+    def retire(self, found: Found) -> None:
+        """Give back the room of a block of a version that is gone, unless it was removed meanwhile; soon."""
+        self.order(lambda: self._retire(found))
 
     def clear(self) -> None:
         """Give back the room of everything; soon."""
-        self._order(self._clear)
+        self.order(self._clear)
 
-    def _order(self, order: Callable[[], object]) -> None:
+    def order(self, order: Callable[[], object]) -> None:
+        """Have something called after all that was asked for before, but for writing."""
         self._orders.append(order)
         self._rouse()
 
@@ -313,7 +330,9 @@ class DiskWriter:
                 self._parts.clear()
                 self._queue.clear()
                 self._queued.clear()
-            self._orders.clear()
+            while self._orders:
+                with suppress(OSError):
+                    self._orders.popleft()()
             self._wake.wait()
             self._wake.clear()
 
@@ -343,9 +362,13 @@ class DiskWriter:
         self._is_full = self._is_full and not freed
         return freed
 
+    def _retire(self, found: Found) -> bool:
+        is_there = self.store.forget(found)
+        self._is_full = self._is_full and not is_there
+        return is_there
+
     def _forget(self, found: Found) -> None:
-        if self.store.forget(found):
-            self._is_full = False
+        if self._retire(found):
             self._counters.add("disk_bad_blocks")
             bad = self._counters["disk_bad_blocks"]
             if bad & bad - 1 == 0:  # the first, the second, the fourth …

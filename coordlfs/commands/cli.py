@@ -218,7 +218,8 @@ def _warm(arguments: argparse.Namespace) -> int:
     from coordlfs.sizes import text
 
     done = client.warm(arguments.mountpoint, arguments.paths)
-    print(f"{done['pinned']} of {done['items']} items are cached, {text(done['bytes'])}")
+    on_disk = f"; {done['on_disk']} more on disk, {text(done['on_disk_bytes'])}" if done["on_disk"] else ""
+    print(f"{done['pinned']} of {done['items']} items are cached, {text(done['bytes'])}{on_disk}")
     if done["is_full"]:
         untried = f": {done['untried']} more files were not tried" if done["untried"] else ""
         print(f"the cache is full{untried}")
@@ -231,7 +232,8 @@ def _drop(arguments: argparse.Namespace) -> int:
     from coordlfs.sizes import text
 
     done = client.drop(arguments.mountpoint, arguments.paths)
-    print(f"{done['dropped']} items were dropped, {text(done['freed_pages'] * PAGE)}")
+    on_disk = f"; {text(done['freed_disk_bytes'])} on disk" if done.get("freed_disk_bytes") else ""
+    print(f"{done['dropped']} items were dropped, {text(done['freed_pages'] * PAGE)}{on_disk}")
     return 0
 
 

@@ -168,7 +168,7 @@ def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
     client = Client(mountpoint)
     try:
         figures = mounted.stats(client.root)
-        if not figures["capacity_bytes"]:
+        if not figures["capacity_bytes"] and not figures.get("disk"):
             raise UserError(f"{mountpoint} has no cache: mount it with a --cache-size")
         source = client.source()
         files: dict[bytes, int] = {}
@@ -190,8 +190,12 @@ def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
             TimeRemainingColumn(),
         )
         total = {"files": 0, "items": 0, "pinned": 0, "bytes": 0, "untried": len(files), "is_full": room < pages.PAGE}
+        total |= {"on_disk": 0, "on_disk_bytes": 0}
+        if disk := figures.get("disk"):
+            total["is_full"] = False
         with Progress(*columns) as progress:
-            task = progress.add_task("warm", total=min(sum(files.values()), figures["capacity_bytes"]))
+            room_in_all = figures["capacity_bytes"] + (disk["size_bytes"] if disk else 0)
+            task = progress.add_task("warm", total=min(sum(files.values()), room_in_all))
             names = list(files)
             for first in range(0, len(names), _SORTED_AT_ONCE):
                 ordered = _by_extent(source, names[first : first + _SORTED_AT_ONCE])
@@ -203,11 +207,14 @@ def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
                     total["items"] += reply["items"]
                     total["pinned"] += reply["pinned"]
                     total["bytes"] += reply["pinned_pages"] * pages.PAGE
-                    progress.update(task, advance=reply["pinned_pages"] * pages.PAGE)
+                    for key in ("on_disk", "on_disk_bytes"):
+                        total[key] += reply.get(key, 0)  # a server of version 0.2 does not say
+                    cached = reply["pinned"] + reply.get("on_disk", 0)
+                    progress.update(task, advance=reply["pinned_pages"] * pages.PAGE + reply.get("on_disk_bytes", 0))
                     room = reply["free_pages"] * pages.PAGE
-                    if reply["pinned"] < reply["items"] and room < max(files[p] for p in batch):
+                    if cached < reply["items"] and room < max(files[p] for p in batch):
                         total["is_full"] = True
-                    if room < pages.PAGE and not reply["pinned"]:
+                    if room < pages.PAGE and not reply["pinned"] and reply.get("is_disk_full", True):
                         return total
         return total
     finally:
@@ -221,7 +228,7 @@ def drop(mountpoint: str, paths: list[str]) -> dict[str, int]:
         if not paths:
             return client.ask("drop")
         source = client.source()
-        total = {"dropped": 0, "freed_pages": 0}
+        total = {"dropped": 0, "freed_pages": 0, "freed_disk_bytes": 0}
         names: list[str] = []
         for path, start in zip(paths, client.relative(paths, follow=True), strict=True):
             there = [kernel_paths.to_text(found) for found, st in walk(source, start) if stat.S_ISREG(st.st_mode)]
@@ -231,7 +238,7 @@ def drop(mountpoint: str, paths: list[str]) -> dict[str, int]:
         for at in range(0, len(names), _BATCH):
             reply = client.ask("drop", paths=names[at : at + _BATCH])
             for key in total:
-                total[key] += reply[key]
+                total[key] += reply.get(key, 0)
         return total
     finally:
         client.close()

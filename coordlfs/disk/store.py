@@ -317,11 +317,8 @@ class Store:
 
     def clear(self) -> None:
         """Remove everything."""
-        for first, raw in self.index.pieces():
-            for at in range(0, len(raw), ROW):
-                row = layout.parse_row(raw[at : at + ROW], self._seed)
-                if row is not None:
-                    self._erase(first + at // ROW, row)
+        for found in self.all():
+            self._erase(*found)
 
     def _erase(self, number: int, row: Row) -> None:
         self.index.erase(number)
@@ -385,13 +382,13 @@ class Store:
         """The path of the file that a row is of; None if it is not to be read."""
         return layout.parse_name(os.pread(self._names_fd, layout.LONGEST_NAME, row.name), row)
 
-    def rows(self) -> Iterator[Row]:
-        """Every row that is one, in the order of the file."""
-        for _, raw in self.index.pieces():
+    def all(self) -> Iterator[Found]:
+        """Every block, in the order of the rows; by any thread."""
+        for first, raw in self.index.pieces():
             for at in range(0, len(raw), ROW):
                 row = layout.parse_row(raw[at : at + ROW], self._seed)
                 if row is not None:
-                    yield row
+                    yield Found(first + at // ROW, row)
 
 
 def _row(block: Block, name: int, first: int) -> Row:

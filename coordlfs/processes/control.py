@@ -15,6 +15,7 @@ import os
 import secrets
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from coordlfs.serving.revalidation import Revalidation
 from coordlfs.sources.directory import Source
 
 if TYPE_CHECKING:
+    from coordlfs.cache.disk_tier import DiskTier
     from coordlfs.peers.sharing import Sharing
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class Control:
         revalidation: Revalidation,
         replace: Callable[[int], None],
         sharing: Sharing | None,
+        tier: DiskTier | None = None,
     ) -> None:
         self._catalog = catalog
         self._source = source
@@ -68,6 +71,7 @@ class Control:
         self._revalidation = revalidation
         self._replace = replace
         self._sharing = sharing
+        self._tier = tier
         self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {
             "admit": self._admit,
             "drop": self._drop,
@@ -127,41 +131,53 @@ class Control:
         found: list[range] = []
         directories: dict[bytes, int] = {b"": 0}
         for text in named:
-            record = self._resolve(paths.from_text(text), directories)
+            record = self._namespace.resolve(paths.from_text(text), directories)
             if record is not None and self._catalog.flags(record) & REGULAR:
                 found.append(items.items_of(record, self._catalog.size(record)))
         return found
 
-    def _resolve(self, path: bytes, directories: dict[bytes, int]) -> int | None:
-        parent_path, _, name = path.rpartition(b"/")
-        if not name:
-            return 0 if not path else None
-        if parent_path not in directories:
-            parent = self._resolve(parent_path, directories)
-            if parent is None:
-                return None
-            directories[parent_path] = parent
-        try:
-            return self._namespace.lookup(directories[parent_path], name, announce=True)[0]
-        except OSError:
-            return None
-
     async def _admit(self, request: dict[str, Any]) -> dict[str, int]:
-        """Have files pinned, and wait until they are or cannot be."""
+        """Have files pinned, and kept on disk, and wait until they are or cannot be."""
         wanted = await self._items(request["paths"])
-        policy, pinned, npages = self._admission.policy, 0, 0
+        policy, pinned, npages, on_disk, disk_bytes = self._admission.policy, 0, 0, 0, 0
         for some in _some_at_a_time(wanted):
             found = await self._pin(some)
             pinned += len(found)
             npages += sum(map(policy.pages, found))
-            if not found and policy.capacity - policy.used < _PAGES_OF_CHUNK and len(some) == _AT_ONCE:
+            kept = await self._keep_on_disk(some, set(found))
+            on_disk += len(kept)
+            disk_bytes += sum(self._length(item) for item in kept)
+            is_full = not found and policy.capacity - policy.used < _PAGES_OF_CHUNK and self._is_disk_full()
+            if is_full and len(some) == _AT_ONCE:
                 break  # what follows finds no room either
         return {
             "items": sum(map(len, wanted)),
             "pinned": pinned,
             "pinned_pages": npages,
             "free_pages": policy.capacity - policy.used,
+            "on_disk": on_disk,  # and not in memory
+            "on_disk_bytes": disk_bytes,
+            "is_disk_full": self._is_disk_full(),
         }
+
+    def _length(self, item: int) -> int:
+        return items.length(item, self._catalog.size(items.record_of(item)))
+
+    def _is_disk_full(self) -> bool:
+        return self._tier is None or self._tier.writer.is_full
+
+    async def _keep_on_disk(self, wanted: list[int], pinned: set[int]) -> list[int]:
+        """Have items kept on disk, and wait until they are or cannot be; those that are, but for what is pinned."""
+        tier = self._tier
+        if tier is None:
+            return []
+        for item in wanted:
+            while not tier.fill(item):
+                await trio.sleep(0.01)
+        for item in wanted:
+            while not tier.is_settled(item) and not tier.writer.stopped:
+                await trio.sleep(0.01)
+        return [item for item in wanted if item not in pinned and tier.holds(item)]
 
     async def _pin(self, wanted: list[int]) -> list[int]:
         """Have items pinned, and wait until they are or cannot be; those that are."""
@@ -177,15 +193,33 @@ class Control:
 
     async def _drop(self, request: dict[str, Any]) -> dict[str, int]:
         """Let files go (all of them if no paths are given), and wait until they are gone."""
-        policy = self._admission.policy
+        policy, records = self._admission.policy, None
         wanted = policy.items()
         if "paths" in request:
-            wanted = [item for of_file in await self._items(request["paths"]) for item in self._admission.held(of_file)]
+            files = await self._items(request["paths"])
+            records = {items.record_of(of_file[0]) for of_file in files if of_file}
+            wanted = [item for of_file in files for item in self._admission.held(of_file)]
         before = policy.used
         dropped = self._admission.drop(wanted)
         while not self._admission.settled(wanted):
             await trio.sleep(0.005)
-        return {"dropped": dropped, "freed_pages": before - policy.used}
+        freed = await self._drop_from_disk(records)
+        return {"dropped": dropped, "freed_pages": before - policy.used, "freed_disk_bytes": freed}
+
+    async def _drop_from_disk(self, records: set[int] | None) -> int:
+        """Have the disk let go of some files, or of all, and wait until it has; the bytes that were there."""
+        tier = self._tier
+        if tier is None:
+            return 0
+        before, is_done = tier.store.bytes, threading.Event()
+        if records is None:
+            tier.writer.clear()
+        for record in records or ():
+            tier.release(record, self._catalog.size(record))
+        tier.writer.order(is_done.set)
+        while not is_done.is_set():
+            await trio.sleep(0.005)
+        return max(0, before - tier.store.bytes)
 
     async def _refresh(self, request: dict[str, Any]) -> dict[str, int]:
         """Have names compared with the source, with all that is known below them."""

@@ -43,6 +43,7 @@ from coordlfs.processes.stats import Stats
 from coordlfs.processes.supervisor_link import SupervisorLink
 from coordlfs.serving.data_loop import DataLoop
 from coordlfs.serving.entries import Entries
+from coordlfs.serving.inventory import Inventory
 from coordlfs.serving.listings import Listings
 from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.namespace_loop import TASKS, NamespaceLoop
@@ -124,7 +125,7 @@ def serve(config: dict[str, Any]) -> None:
     listings = Listings(namespace, Entries(records, namespace, counters))
     names = NamespaceLoop(catalog, source, namespace, *([] if tier is None else [tier.held]))
     revalidation = Revalidation(catalog, source, namespace, reader, counters)
-    control = Control(catalog, source, namespace, admission, revalidation, link.replace, sharing)
+    control = Control(catalog, source, namespace, admission, revalidation, link.replace, sharing, tier)
     names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode, b"hint": lambda: PROTOCOL}
 
     with ExitStack() as stack, _fails_at_once(link):
@@ -170,6 +171,9 @@ def serve(config: dict[str, Any]) -> None:
         ]
         if config["revalidate"]:
             background.append(partial(revalidation.run, config["revalidate"]))
+        if tier is not None:
+            checks = config["revalidate"] is not None
+            background.append(Inventory(tier, catalog, source, namespace, admission, checks=checks).run)
         if config["metrics"] is not None:
             exporter.serve(config["metrics"], stats.collect)
         trio.run(_tasks, config["mountpoint"], config.get("mount_device"), loop, link, admission, sharing, background)

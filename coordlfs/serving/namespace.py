@@ -59,6 +59,24 @@ class Namespace:
         st = self._lstat(directory + b"/" + name if directory else name, before_wait)
         return self.enter(parent, name, st, announce=announce), st
 
+    def resolve(self, path: bytes, directories: dict[bytes, int]) -> int | None:
+        """The record of a path that the kernel did not ask for; None if it cannot be found.
+
+        `directories` keeps the records of those that were found on the way, from the root's, b"", on.
+        """
+        above, _, name = path.rpartition(b"/")
+        if not name:
+            return 0 if not path else None
+        if above not in directories:
+            parent = self.resolve(above, directories)
+            if parent is None:
+                return None
+            directories[above] = parent
+        try:
+            return self.lookup(directories[above], name, announce=True)[0]
+        except OSError:
+            return None
+
     def attributes(self, record: int, before_wait: Callable[[], None] | None = None) -> os.stat_result:
         """Attributes of a node that the kernel knows; ESTALE if its name leads to another file by now."""
         try:

@@ -179,6 +179,53 @@ def test_a_server_that_is_killed_again_and_again_gives_no_wrong_byte(
     assert figures["disk"]["held_blocks"] > 50
 
 
+def test_memory_is_filled_from_the_disk_when_nobody_reads(source: Path, mount: MakeMount, cache: Path) -> None:
+    names = write_files(source, FILES, SIZE)
+    (source / "directory").mkdir()
+    (source / "directory/large").write_bytes(noise(3 * MIB))
+    options = ("--disk-cache", cache, "--disk-size", "24M")
+    first = mount(source, "0", *options)
+    epoch(first, [*names, "directory/large"], 0)
+    first.end()
+    second = mount(source, str(30 * MIB), *options)
+    eventually(lambda: second.stats()["pinned_items"] == FILES + 1)
+    figures = settle(second)
+    assert second.source_bytes() == 0
+    assert epoch(second, [*names, "directory/large"], 1) == 0
+    assert figures["held_blocks"] == FILES + 3
+
+
+def test_warm_fills_both_and_drop_empties_both(source: Path, mount: MakeMount, cache: Path) -> None:
+    names = write_files(source, FILES, SIZE)
+    mounted = mount(source, str(20 * ROOM), "--disk-cache", cache, "--disk-size", 60 * ROOM + MIB // 2)
+    said = coordlfs("warm", mounted.path).stdout
+    held = settle(mounted)["held_blocks"]
+    assert held >= 60
+    assert f"20 of {FILES} items are cached" in said
+    assert f"; {held} more on disk" in said
+    assert mounted.stats()["pinned_items"] == 20
+    assert epoch(mounted, names, 0) == (FILES - 20 - held) * SIZE
+    on_disk = [name for name in names if mounted.cached(name) == "disk"]
+    said = coordlfs("drop", mounted.path, *(mounted.path / name for name in on_disk[:7])).stdout
+    assert "0 items were dropped" in said
+    assert settle(mounted)["held_blocks"] == held - 7
+    assert {mounted.cached(name) for name in on_disk[:7]} == {"no"}
+    coordlfs("drop", mounted.path)
+    assert settle(mounted)["held_bytes"] == 0
+    assert {mounted.cached(name) for name in names} == {"no"}
+    assert epoch(mounted, names, 1) == FILES * SIZE
+    assert epoch(mounted, names, 2) == (FILES - 20 - settle(mounted)["held_blocks"]) * SIZE
+
+
+def test_all_of_a_dataset_that_fits_is_warmed(source: Path, mount: MakeMount, cache: Path) -> None:
+    names = write_files(source, FILES, SIZE)
+    (source / "large").write_bytes(noise(20 * MIB + 5))
+    mounted = mount(source, str(20 * ROOM), "--disk-cache", cache, "--disk-size", "64M")
+    coordlfs("warm", mounted.path)
+    assert settle(mounted)["held_bytes"] >= (FILES - 20) * SIZE + 20 * MIB + 5
+    assert epoch(mounted, [*names, "large"], 0) == 0
+
+
 def test_a_change_is_noticed_and_gives_its_room_back(source: Path, mount: MakeMount, cache: Path) -> None:
     names = write_files(source, 20, SIZE)
     options = ("0", "--disk-cache", cache, "--disk-size", "8M")

@@ -19,8 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from mounts import MIB, noise
 
 from coordlfs.disk import layout
-from coordlfs.disk.layout import BLOCK, FILES, ROW, UNIT, Block, Row, Store, Version
+from coordlfs.disk.layout import BLOCK, FILES, ROW, UNIT, Row, Version
 from coordlfs.disk.space import Space
+from coordlfs.disk.store import Block, Store
 from coordlfs.kernel import pages
 
 IDENTITY, SIZE = bytes(16), 4 * MIB
@@ -136,7 +137,7 @@ class Model(RuleBasedStateMachine):
             return
         self.all_is_there()
         assert self.store.bytes == sum(layout.length_of(v.size, block) for (_, block), v in self.held.items())
-        rows = list(self.store.rows())
+        rows = [found.row for found in self.store.all()]
         assert {(self.store.name(row), row.block): row.version for row in rows} == self.held
         blocks = sum(f.lstat().st_blocks for f in [self.directory, *self.directory.iterdir()])
         assert blocks * 512 == self.store.taken <= self.size
