@@ -129,6 +129,13 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
     refresh.add_argument("mountpoint", metavar="MNT")
     refresh.add_argument("paths", metavar="PATH", nargs="*", help="files or directories on MNT; default: all")
 
+    cache = commands.add_parser(
+        "cache", help="the disk caches in a directory: list them, check every byte, remove them"
+    )
+    cache.add_argument("action", nargs="?", choices=("list", "verify", "clear"), default="list", help="default: list")
+    cache.add_argument("directory", metavar="DIR", help="what --disk-cache was given")
+    cache.add_argument("--source", metavar="SRC", help="verify or clear only that of this dataset")
+
     restart = commands.add_parser("restart", help="replace the mount's processes by the installed version, in use")
     restart.add_argument("mountpoint", metavar="MNT")
 
@@ -272,6 +279,18 @@ def _restart(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _cache(arguments: argparse.Namespace) -> int:
+    from coordlfs.commands import cache
+
+    if arguments.action == "verify":
+        return 0 if cache.verify(arguments.directory, arguments.source) else 1
+    if arguments.action == "clear":
+        cache.clear(arguments.directory, arguments.source)
+    else:
+        cache.show(arguments.directory)
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from coordlfs.commands import doctor
 
@@ -305,6 +324,7 @@ _COMMANDS = {
     "verify": _verify,
     "refresh": _refresh,
     "restart": _restart,
+    "cache": _cache,
     "doctor": _doctor,
     "groups": _groups,
     "run": _run,

@@ -166,26 +166,38 @@ def stores(directory: str) -> list[Place]:
 
 
 @contextmanager
-def locked(directory: str, place: Place) -> Iterator[int]:
-    """The directory of a store, open and locked meanwhile. Raises UserError if it is in use."""
+def opened(directory: str, place: Place) -> Iterator[int]:
+    """The directory of a store, open meanwhile. Raises UserError if it cannot be opened."""
     above = _open_existing(directory)
     try:
         with _opened(above, place.name) as fd:
-            if not _lock(fd):
-                at = os.fsdecode(_read(fd, MOUNTED))
-                raise UserError(f"the disk cache of {os.fsdecode(place.source)} is in use by {at}: unmount that first")
             yield fd
+    except FileNotFoundError:
+        raise UserError(f"{os.path.join(directory, place.name)} is gone: nothing is left to do") from None
     finally:
         os.close(above)
+
+
+@contextmanager
+def locked(directory: str, place: Place) -> Iterator[int]:
+    """`opened`, and locked. Raises UserError if the store is in use."""
+    with opened(directory, place) as fd:
+        if not _lock(fd):
+            at = os.fsdecode(_read(fd, MOUNTED))
+            raise UserError(f"the disk cache of {os.fsdecode(place.source)} is in use by {at}: unmount that first")
+        yield fd
 
 
 def clear(directory: str, place: Place) -> None:
     """Remove a store. Raises UserError if it is in use."""
     with locked(directory, place) as fd:
-        for name in (*FILES, SOURCE, MOUNTED):
-            with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=fd)
-        os.rmdir(os.path.join(directory, place.name))
+        try:
+            for name in (*FILES, SOURCE, MOUNTED):
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=fd)
+            os.rmdir(os.path.join(directory, place.name))
+        except OSError as e:
+            raise UserError(f"{os.path.join(directory, place.name)} cannot be removed: {e.strerror}") from None
 
 
 @contextmanager

@@ -55,6 +55,9 @@ GAUGES = {
     "disk.taken_bytes": ("disk_taken_bytes", "What it takes."),
     "disk.held_bytes": ("disk_held_bytes", "Bytes of files in it, which a reboot keeps."),
     "disk.held_blocks": ("disk_held_blocks", "Blocks of files in it: small files, or 1 MiB of a larger one."),
+    "disk.index_memory_bytes": ("disk_index_memory_bytes", "Memory of its hash index."),
+    "disk.is_ready": ("disk_ready", "1 once it is known what it holds."),
+    "disk.is_direct": ("disk_direct", "1 if it is read around the page cache."),
     "disk.waiting_blocks": ("disk_waiting_blocks", "Blocks that wait to be written."),
     "hit_rate": ("hit_ratio", "Share of hits, by bytes, of the last epoch that read nearly all it had to."),
 }
@@ -90,6 +93,7 @@ COUNTERS = {
     "disk.reads": ("disk_reads", "Reads that it answered."),
     "disk.read_bytes": ("disk_read_bytes", "Bytes read from its disk."),
     "disk.written_bytes": ("disk_written_bytes", "Bytes added to it."),
+    "disk.written_blocks": ("disk_written_blocks", "Blocks added to it."),
     "disk.not_admitted": ("disk_not_admitted", "Blocks that it could not keep up with."),
     "disk.bad_blocks": ("disk_bad_blocks", "Blocks that were not what had been written, and read again."),
     "hints.messages": ("hint_messages", "Messages of loaders about what they will read."),

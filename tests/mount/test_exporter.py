@@ -28,6 +28,7 @@ EXPLAINED = {
     "epoch_history",
     "hits_known_by",
     "hints.jobs",
+    "disk.stopped",
     "locked_memory.remedy",
     "umount_needs_coordlfs",
 }  # exported in a form of their own, or words
@@ -84,11 +85,12 @@ print(main(["mount", sys.argv[1], sys.argv[1] + "/../mnt", "--metrics", "0"]))
 
 
 @pytest.fixture
-def scraped(source: Path, mount: MakeMount) -> tuple[Mount, str]:
-    """A mount of ten files with metrics, and where they are."""
+def scraped(source: Path, place: Path, mount: MakeMount) -> tuple[Mount, str]:
+    """A mount of ten files, with all that has figures; and where its metrics are."""
     write_files(source, 10, 10_000)
     done: list[str] = []
-    mounted = mount(source, "10M", "--metrics", "0", said=done.append)
+    disk = "--disk-cache", place / "disk", "--disk-size", "8M"
+    mounted = mount(source, "10M", "--metrics", "0", *disk, said=done.append)
     url = re.search(r"^metrics: (http://127\.0\.0\.1:\d+/metrics)$", "".join(done), re.MULTILINE)
     assert url is not None
     return mounted, url[1]

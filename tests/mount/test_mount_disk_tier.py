@@ -387,3 +387,32 @@ def test_what_cannot_be_is_said_and_nothing_is_mounted(
 def test_a_size_without_a_directory_is_no_disk_cache(source: Path, place: Path) -> None:
     done = coordlfs("mount", source, place / "mnt", "--disk-size", "8M", status=2)
     assert "--disk-cache" in done.stderr
+
+
+def test_the_stores_of_a_directory_are_listed_checked_and_removed(source: Path, mount: MakeMount, cache: Path) -> None:
+    names = write_files(source, 10, SIZE)
+    mounted = mount(source, "0", "--disk-cache", cache, "--disk-size", "8M")
+    epoch(mounted, names, 0)
+    listed = coordlfs("cache", cache).stdout
+    assert f"{source}: " in listed
+    assert "10 blocks" in listed
+    assert f"mounted on {mounted.path}" in listed
+    for action in ("verify", "clear"):
+        done = coordlfs("cache", action, cache, status=1)
+        assert str(mounted.path) in done.stderr
+    assert epoch(mounted, names, 1) == 0
+    mounted.end()
+    assert "all good" in coordlfs("cache", "verify", cache).stdout
+    [store] = cache.iterdir()
+    with open(store / "data", "r+b") as f:
+        f.seek(5000)
+        byte = f.read(1)[0]
+        f.seek(5000)
+        f.write(bytes([byte ^ 4]))
+    assert "1 damaged" in coordlfs("cache", "verify", cache, status=1).stdout
+    done = coordlfs("cache", "clear", cache, "--source", cache, status=1)
+    assert "holds no disk cache" in done.stderr
+    assert "is removed" in coordlfs("cache", "clear", cache, "--source", source).stdout
+    assert list(cache.iterdir()) == []
+    assert "holds no disk cache" in coordlfs("cache", cache, status=1).stderr
+    assert "cannot be read" in coordlfs("cache", cache / "none", status=1).stderr

@@ -68,10 +68,10 @@ def test_every_command_and_option_is_in_the_reference(site: Path) -> None:
         assert {option for option in options if f"<code>{option}" not in sections[name]} == set(), name
 
 
-def test_every_figure_is_in_the_reference(site: Path, source: Path, mount: MakeMount) -> None:
+def test_every_figure_is_in_the_reference(site: Path, source: Path, place: Path, mount: MakeMount) -> None:
     """Those of a mount that has read something: the fields of its status, and the metrics that are made of them."""
     write_files(source, 3, 10_000)
-    mounted = mount(source)
+    mounted = mount(source, "64M", "--disk-cache", place / "disk", "--disk-size", "8M")
     for name in ("item-00000", "item-00001", "item-00002"):
         read(mounted.path / name)
     figures = mounted.settle()
