@@ -6,6 +6,7 @@ It does not know who owns what.
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401 (the first name that is looked up would import it, when there may be no descriptor left)
 import os
 import socket
 import ssl

@@ -11,13 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 _MASK = (1 << 64) - 1
 _CHUNK_STEP = 0x9E3779B97F4A7C15  # odd, so that no two chunks of a file have one key
@@ -83,8 +80,6 @@ class Ownership:
 
     def owners(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
         """Indices into `nodes` of the owners of many items (shape: that of `keys`, one-dimensional); −1: nobody."""
-        import numpy as np  # here, since it takes longer to import than a mount to come up
-
         found = np.full(len(keys), -1, np.int32)
         bits, drawn = np.empty(_PART, np.uint64), np.empty(_PART, np.float64)
         shifted = np.empty(_PART, np.uint64)
@@ -113,6 +108,4 @@ class Ownership:
 
 def keys_of(node_ids: npt.NDArray[np.uint64], chunks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """`key_of` of many items."""
-    import numpy as np
-
     return node_ids + chunks * np.uint64(_CHUNK_STEP)

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from coordlfs.cache import items
 from coordlfs.cache.minio import MinIO, State
 from coordlfs.catalogue.catalog import Catalog, node_of_path
@@ -133,8 +135,6 @@ class Placement:
         return bool(part)
 
     def _owned_elsewhere(self, ownership: Ownership, wanted: list[int]) -> list[int]:
-        import numpy as np  # here, since it takes longer to import than a mount to come up
-
         ids = [node_of_path(self._catalog.path(items.record_of(item))) for item in wanted]
         chunks = [items.chunk_of(item) for item in wanted]
         owners = ownership.owners(keys_of(np.array(ids, np.uint64), np.array(chunks, np.uint64)))
