@@ -49,6 +49,7 @@ from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.namespace_loop import TASKS, NamespaceLoop
 from coordlfs.serving.reading import Reader
 from coordlfs.serving.revalidation import Revalidation
+from coordlfs.serving.telling import Telling
 from coordlfs.serving.waits import Waits
 from coordlfs.sources.directory import Source, holds_elsewhere
 
@@ -124,7 +125,7 @@ def serve(config: dict[str, Any]) -> None:
     records = Records(catalog)
     listings = Listings(namespace, Entries(records, namespace, counters))
     names = NamespaceLoop(catalog, source, namespace, *([] if tier is None else [tier.held]))
-    revalidation = Revalidation(catalog, source, namespace, reader, counters)
+    revalidation = Revalidation(catalog, source, Telling(catalog, namespace, reader), counters)
     control = Control(catalog, source, namespace, admission, revalidation, link.replace, sharing, tier)
     names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode, b"hint": lambda: PROTOCOL}
 

@@ -3,7 +3,7 @@
 A pass compares every name and file that the kernel may believe with the source, at such a pace that each is looked
 at once in the time that was promised (`--revalidate`); `coordlfs refresh` has some or all of them looked at at once.
 Reads that hit are not slowed down; what changed is dropped, and comes back in its new version when it is read. What
-follows from a change is decided in `namespace` and `reading`.
+follows from a change is decided by the `Consequences` that it is given.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
+from typing import Protocol
 
 import trio
 
-from coordlfs.catalogue.catalog import DIRECTORY, STALE, SUPERSEDED, Catalog, kind_of
+from coordlfs.catalogue.catalog import STALE, SUPERSEDED, Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import threads
-from coordlfs.serving.namespace import Namespace
-from coordlfs.serving.reading import Reader
 from coordlfs.sources.directory import Neighbours, Source
-from coordlfs.sources.versions import Version
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +32,22 @@ _HANGS_AFTER = 30.0  # seconds that the source may take for a batch
 _THREADS = 16  # that may wait for a source which does not answer
 
 
+class Consequences(Protocol):
+    """What follows from what was found. Called from any thread; when it returns, whoever opens a name gets the new."""
+
+    def is_old(self, record: int) -> None:
+        """A change of a record was met before; not all who believe in it may have been told."""
+
+    def use_other_name(self, record: int) -> bool:
+        """The name of a record is gone. Whether its file has another one, which it goes by from now on."""
+
+    def vanished(self, record: int) -> None:
+        """The name of a record is gone, and leads to no file."""
+
+    def changed(self, record: int, st: os.stat_result) -> None:
+        """The name of a record leads to what has the attributes `st`, another version or something else."""
+
+
 class Revalidation:
     """Compares records of the catalogue with the source. `check` may be called from any thread."""
 
@@ -41,14 +55,12 @@ class Revalidation:
         self,
         catalog: Catalog,
         source: Source,
-        namespace: Namespace,
-        reader: Reader,
+        consequences: Consequences,
         counters: Counters,
     ) -> None:
         self._catalog = catalog
         self._source = source
-        self._namespace = namespace
-        self._reader = reader
+        self._consequences = consequences
         self._counters = counters
         self._passes, self._refreshers = trio.CapacityLimiter(_THREADS), trio.CapacityLimiter(_THREADS)
         self._gone: set[int] = set()  # what was missing already when it was last looked at
@@ -131,8 +143,8 @@ class Revalidation:
         When this returns, whoever opens the name gets what it leads to now.
         """
         if self._catalog.flags(record) & SUPERSEDED:
-            if self._catalog.flags(record) & STALE:  # a reader has met the change; the kernel may not know yet
-                self._reader.lead_elsewhere(record)
+            if self._catalog.flags(record) & STALE:
+                self._consequences.is_old(record)
             return False
         self._counters.add("checked_files")
         try:
@@ -145,26 +157,12 @@ class Revalidation:
         self._gone.discard(record)
         if self._catalog.shows_file(record, st):
             return False
-        self._changed(record, st)
+        self._consequences.changed(record, st)
         return True
 
     def _lost(self, record: int) -> bool:
-        if record == 0 or record in self._gone or self._reader.use_other_name(record):
+        if record == 0 or record in self._gone or self._consequences.use_other_name(record):
             return False
         self._gone.add(record)
-        self._vanished(record)
+        self._consequences.vanished(record)
         return True
-
-    def _vanished(self, record: int) -> None:
-        self._reader.vanished(record)
-        self._reader.lead_elsewhere(record)
-
-    def _changed(self, record: int, st: os.stat_result) -> None:
-        if self._catalog.flags(record) & kind_of(st) & DIRECTORY:
-            self._catalog.set_version(record, Version.of(st))
-        elif self._namespace.enter(*self._catalog.entry(record), st) != record:
-            self._catalog.supersede(record)
-        if self._catalog.flags(record) & SUPERSEDED:
-            self._reader.lead_elsewhere(record)
-        else:
-            self._reader.announce(record)
