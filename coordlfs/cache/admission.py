@@ -79,6 +79,7 @@ class Admission:
     served_from = "stash_bytes"  # the counter of bytes that `stashed` finds
     hits_ask_nobody = True  # else each is a READ
     _verb = Verb.PIN  # what keepers are asked to do with an item
+    _how = 0  # with pages that are there, beside what is known of an item
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class Admission:
         self._invalidator = invalidator
         self._owners = owners
         self._disk = disk
-        self._keepers = Keepers(catalog, more_keepers)
+        self._keepers = Keepers(catalog, more_keepers, self._inode)
         self._cgroups = MemoryCgroups()
         self.fd = self._keepers.fd
         self.lock = threading.RLock()
@@ -119,6 +120,10 @@ class Admission:
         self._again: set[int] = set()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
+
+    def _inode(self, record: int) -> int:
+        """The number that keepers find a file under, in the directory that they work from."""
+        return self.catalog.node(record)
 
     @property
     def keeper_pids(self) -> frozenset[int]:
@@ -554,7 +559,7 @@ class Admission:
             return
         pending.keeper = link.index
         pending.contended = False
-        flags |= pending.flags
+        flags |= pending.flags | self._how
         if pending.same_cgroup:
             # Every page was allocated by a READ that was charged where the keeper is: they are pinned as they are.
             flags |= How.KEEP
@@ -646,6 +651,8 @@ class Admission:
             self._pinned(link.index, item)
         elif outcome is Outcome.FAILED:
             self._failed(item, code)
+        elif outcome is Outcome.LEFT:
+            self._forget(item)
         elif pending.attempts >= len(RETRY):
             self.counters.add("not_admitted")
             self._abandon(link, item)

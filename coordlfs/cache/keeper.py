@@ -7,6 +7,9 @@ one waits for an answer, it is that nobody holds the device any more which ends 
 of the mount, so that `umount` is not busy.
 What a loader is about to read it reads ahead, and lets go when it is told to.
 
+Where a directory is pinned without a mount it works from the directory itself, and pins pages that are charged to its
+own memory cgroup as they are (`coordlfs.cache.owned_pages`).
+
 Where the cache is in private memory the keeper pins nothing: it reads what jobs read in part only, and holds the memory
 for a server that takes over.
 """
@@ -28,6 +31,7 @@ from contextlib import suppress
 from math import ceil
 
 from coordlfs.cache.keeper_protocol import MAX_PACKET, PINS, REPLY, How, Outcome, Verb, parse_request
+from coordlfs.cache.owned_pages import OwnedPages
 from coordlfs.kernel import fuse, pages, paths, process
 from coordlfs.kernel.inotify import OpenWatch
 
@@ -73,6 +77,7 @@ class Keeper:
         self.readahead = readahead
         self.lockable = lockable
         self.fillers: Fillers | None = None  # where the cache is in private memory
+        self.owned = OwnedPages()
         self.threads: set[int] = set()  # of the fillers
         self.nowhere = memoryview(pages.buffer(_FILL))  # where they all put what only the server is to have
         self.pins: dict[int, tuple[int, int]] = {}
@@ -154,9 +159,10 @@ class Keeper:
                 self.sock.send(request.reply(Outcome.FULL if self.pins else Outcome.FAILED, errno.ENOMEM))
                 return False
             request.fd = fd = self._open(request)
-            if not request.flags & How.KEEP and not self._make_absent(request):
+            refusal = self._see_to_resident(request)
+            if refusal is not None:
                 os.close(fd)
-                self.sock.send(request.reply(Outcome.BUSY))
+                self.sock.send(request.reply(refusal))
                 return False
             pages.prefetch(fd, request.offset, request.length, self.readahead)
         except OSError as e:
@@ -166,10 +172,19 @@ class Keeper:
             return False
         return True
 
+    def _see_to_resident(self, request: _Request) -> Outcome | None:
+        """See to the pages of an item that are there; what is to be answered if it cannot be pinned now."""
+        if request.flags & How.KEEP:
+            return None
+        if request.flags & How.OWN:
+            is_wanted_whole = bool(request.flags & How.RESIDENT)
+            return self.owned.settle(request.fd, request.offset, request.length, is_wanted_whole)
+        return None if self._make_absent(request) else Outcome.BUSY
+
     def _open(self, request: _Request, flags: int = 0) -> int:
         """Open the file of a request. Raises ESTALE if its name leads to another node: a newer version of it."""
         fd = paths.open_beneath(self.tree, request.path, os.O_RDONLY | flags)
-        if os.fstat(fd).st_ino != request.node:
+        if request.node and os.fstat(fd).st_ino != request.node:
             os.close(fd)
             raise OSError(errno.ESTALE, "it changed")
         return fd
@@ -217,6 +232,15 @@ class Keeper:
             pages.unmap(address, request.length)
             self.replies.append(request.reply(Outcome.FAILED, e.errno or 0))
         else:
+            if (
+                request.flags & How.OWN
+                and not request.flags & How.KEEP
+                and not self.owned.are_own(address, request.length)
+            ):
+                # A job has read it again since they were dropped.
+                pages.unmap(address, request.length)
+                self.replies.append(request.reply(Outcome.BUSY))
+                return
             self.pins[request.item] = (address, request.length)
             self.locked += pages.count(request.length) * pages.PAGE
             self.replies.append(request.reply(Outcome.PINNED))
@@ -348,7 +372,7 @@ def main() -> None:
     """`python -m coordlfs.cache.keeper JSON`, started by the supervisor, with the descriptors that the JSON names."""
     config = json.loads(sys.argv[1])
     process.end_with_parent(config["parent"], signal.SIGKILL)
-    process.set_name("coordlfs-keeper")
+    process.set_name(config.get("name", "coordlfs-keeper"))
     process.be_killed_first()
     process.raise_limits()
     with open("/proc/sys/vm/max_map_count") as f:
@@ -356,6 +380,8 @@ def main() -> None:
     os.chdir("/")
     sock = socket.socket(fileno=config["socket"])
     keeper = Keeper(sock, config["tree"], limit, config["readahead"], process.lockable())
+    if config.get("gives_way"):
+        process.give_way()
     if not config["in_memory"]:
         keeper.run()
         return

@@ -44,6 +44,8 @@ class How(IntEnum):
 
     KEEP = 1  # they are a dead keeper's: pin them as they are
     FORCE = 2  # the kernel was told to drop them, even where a job maps them, and the attributes with them
+    OWN = 4  # pin them as they are if all are charged where the keeper is, else drop them
+    RESIDENT = 8  # with OWN: pin them as they are, or leave all as it is and say LEFT
 
 
 class Outcome(IntEnum):
@@ -62,10 +64,14 @@ class Outcome(IntEnum):
     FILLED = 12
     THREAD = 13  # the item is the number of a thread that reads as well
     SEEN = 14  # to WATCH, whether or not it is watched
+    LEFT = 15  # not pinned, and nothing changed
 
 
 def parse_request(packet: bytes) -> tuple[Verb, int, int, int, int, int, bytes]:
-    """Verb, flags, item, node, offset, length and path. Raises ValueError for what is no request."""
+    """Verb, flags, item, node, offset, length and path. Raises ValueError for what is no request.
+
+    The node is the inode number that the file must have, 0 if that says nothing.
+    """
     if len(packet) < REQUEST.size:
         raise ValueError("a request is too short")
     verb, flags, item, node, offset, length = REQUEST.unpack_from(packet)

@@ -50,14 +50,15 @@ class Keepers:
     Not thread-safe, but for `spoke` and the frozen sets: the lock of admission is held.
     """
 
-    def __init__(self, catalog: Catalog, more: Callable[[], None]) -> None:
-        """`more` asks the supervisor for another keeper."""
+    def __init__(self, catalog: Catalog, more: Callable[[], None], inode: Callable[[int], int]) -> None:
+        """`more` asks the supervisor for another keeper. `inode`: of a record, as keepers see it; 0 if unknown."""
         self.links: dict[int, Link] = {}
         self.pids: frozenset[int] = frozenset()
         self.threads: frozenset[int] = frozenset()  # by which the kernel names who reads
         self._by_fd: dict[int, Link] = {}
         self._catalog = catalog
         self._more = more
+        self._inode = inode
         self._is_coming = False  # another keeper
         self._gathering = Timer()  # ends when requests that wait for others have waited long enough
         self._is_gathering = False
@@ -119,7 +120,7 @@ class Keepers:
         """Ask a keeper for something, soon."""
         record = items.record_of(item)
         offset, length = items.span(item, self._catalog.size(record))
-        packet = REQUEST.pack(verb, flags, item, self._catalog.node(record), offset, length)
+        packet = REQUEST.pack(verb, flags, item, self._inode(record), offset, length)
         link.backlog.append(packet + self._catalog.path(record))
         if verb != Verb.PIN or len(link.backlog) >= _TOGETHER:
             self._flush(link)

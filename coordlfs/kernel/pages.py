@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import itertools
 import mmap as _mmap
 import os
 import threading
@@ -21,6 +22,7 @@ libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_i
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.mlock2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
 
 class _CacheStat(threading.local):
@@ -64,7 +66,28 @@ def lock(address: int, length: int) -> None:
     """
     check(libc.madvise(address, length, _MADV_RANDOM), "madvise")
     check(libc.mlock2(address, length, _MLOCK_ONFAULT), "mlock2")
+    populate(address, length)
+
+
+def populate(address: int, length: int) -> None:
+    """Fault in pages of a mapping, and read those that are not resident. Raises OSError: EFAULT if that fails."""
     check(libc.madvise(address, length, _MADV_POPULATE_READ), "madvise")
+
+
+def resident_runs(address: int, length: int) -> list[tuple[int, int]]:
+    """Which pages of a mapping are resident, mincore(2): first page and how many, of each run in a row.
+
+    All of them where the caller may not write to the file, and so is not told.
+    """
+    there = ctypes.create_string_buffer(count(length))
+    check(libc.mincore(address, length, there), "mincore")
+    runs, at = [], 0
+    for is_there, group in itertools.groupby(there.raw[: count(length)], lambda byte: byte & 1):
+        n = sum(1 for _ in group)
+        if is_there:
+            runs.append((at, n))
+        at += n
+    return runs
 
 
 def resident(fd: int, offset: int = 0, length: int = 0) -> int | None:
