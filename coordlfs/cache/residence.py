@@ -41,3 +41,14 @@ def choose(capacity: int, lockable: int | None) -> Residence:
 def wanted(capacity: int) -> int:
     """What each keeper must be allowed to lock for the page cache to hold `capacity` bytes."""
     return min(capacity, -(-capacity // KEEPERS) + CHUNK)
+
+
+def pinnable(capacity: int, lockable: int | None) -> tuple[int, int]:
+    """How much of `capacity` bytes keepers can lock where there is no private memory instead, and how much of one item.
+
+    A keeper is full when the next item does not fit: where little may be locked, large ones are left out.
+    """
+    if lockable is None or capacity <= lockable:
+        return capacity, CHUNK
+    most = min(CHUNK, lockable // 4)
+    return min(capacity, KEEPERS * (lockable - most)), most

@@ -201,13 +201,18 @@ class Catalog:
         """`settle` for what is recorded of a directory entry, if anything is."""
         if self._numbering is None or not self._numbering.may_change(st.st_dev):
             return
+        if (record := self.named(parent, name)) is not None:
+            self.shows_file(record, st)
+
+    def named(self, parent: int, name: bytes) -> int | None:
+        """The record that a directory's entry leads to; None if none is known, or its file has several names."""
         directory, seed = self.directory_path(parent), 0
         path = directory + b"/" + name if directory else name
         while (record := self.find(max(_node(path, seed) & self.id_mask, 2))) is not None:
             if not self.flags(record) & (LINKED | SUPERSEDED) and self.entry(record) == (parent, name):
-                self.shows_file(record, st)
-                return
+                return record
             seed += 1
+        return None
 
     def shows_bytes(self, record: int, st: os.stat_result) -> bool:
         """Whether the bytes are those of that version, whoever may read them now."""

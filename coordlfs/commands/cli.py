@@ -35,6 +35,7 @@ _TOOLS = {  # command → the module that has its arguments and does it, and wha
     "simulate": ("coordlfs_tools.simulate.command", "hit rates of cache policies, over sizes, epochs, jobs and nodes"),
     "bench": ("coordlfs_tools.storage.command", "measure storage as a training job reads it"),
 }
+_OF_MOUNT = ("noexec", "listen", "peers", "cluster_key_file", "tls_cert", "tls_key", "tls_ca")  # and not of `pin`
 _WITH_JOB = ("run", "analyze")  # their command comes after --
 
 
@@ -55,7 +56,7 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
     parser.add_argument("--version", action="version", version=f"coordlfs {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add_options(command: argparse.ArgumentParser) -> None:
+    def add_common(command: argparse.ArgumentParser) -> None:
         command.add_argument(
             "--cache-size",
             default="auto",
@@ -78,13 +79,16 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
             help="within which a change of the source is noticed though nobody reads it: 30s, 10m (default), 6h",
         )
         command.add_argument("--immutable", action="store_true", help="the source never changes: do not look")
-        command.add_argument("--noexec", action="store_true", help="no program on the mount may be run")
         command.add_argument("--log-file", metavar="FILE", help="where messages go (default: the journal, or syslog)")
         command.add_argument(
             "--metrics",
             metavar="[HOST:]PORT",
             help="serve figures to Prometheus there, on loopback if no host is named",
         )
+
+    def add_options(command: argparse.ArgumentParser) -> None:
+        add_common(command)
+        command.add_argument("--noexec", action="store_true", help="no program on the mount may be run")
         command.add_argument(
             "--peers",
             metavar="NODES",
@@ -106,8 +110,19 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
     umount.add_argument("mountpoint", metavar="MNT")
     umount.add_argument("--lazy", action="store_true", help="detach now, end when no file is open any more")
 
+    pin = commands.add_parser(
+        "pin", help="keep a directory's own files in memory, without a mount; returns when it works"
+    )
+    pin.add_argument("directory", metavar="DIR", help="the dataset's directory")
+    pin.add_argument("paths", metavar="PATH", nargs="*", help="files or directories in DIR; default: all")
+    pin.add_argument("--foreground", action="store_true", help="stay, log to the terminal, unpin on Ctrl-C")
+    add_common(pin)
+
+    unpin = commands.add_parser("unpin", help="let go of what `pin` keeps in memory")
+    unpin.add_argument("directory", metavar="DIR")
+
     status = commands.add_parser("status", help="what is cached, what was read, how often it hit")
-    status.add_argument("mountpoint", metavar="MNT", nargs="?", help="default: every mount")
+    status.add_argument("mountpoint", metavar="MNT", nargs="?", help="or what `pin` was given; default: everything")
     how = status.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="stable figures, for programs")
     how.add_argument("--watch", action="store_true", help="a table that is updated")
@@ -126,7 +141,7 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
     verify.add_argument("mountpoint", metavar="MNT")
 
     refresh = commands.add_parser("refresh", help="notice now what changed in the source")
-    refresh.add_argument("mountpoint", metavar="MNT")
+    refresh.add_argument("mountpoint", metavar="MNT", help="or what `pin` was given")
     refresh.add_argument("paths", metavar="PATH", nargs="*", help="files or directories on MNT; default: all")
 
     cache = commands.add_parser(
@@ -172,7 +187,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     from coordlfs.commands.mount import Options
     from coordlfs.sizes import seconds
 
-    a = arguments
+    a = argparse.Namespace(**dict.fromkeys(_OF_MOUNT) | vars(arguments))
     given = (a.listen, a.peers, a.cluster_key_file, a.tls_cert, a.tls_key, a.tls_ca)
     cluster = None
     if any(value is not None for value in given):
@@ -188,20 +203,21 @@ def _options(arguments: argparse.Namespace) -> Options:
         revalidate,
         a.metrics,
         cluster,
-        a.noexec,
+        bool(a.noexec),
         disk_cache=a.disk_cache,
         disk_size=a.disk_size,
     )
 
 
 def _mount(arguments: argparse.Namespace) -> int:
-    from coordlfs.commands import mount
+    from coordlfs.commands import mount, mounted
+    from coordlfs.commands.starting import stay
 
-    supervisor = mount.mount(
-        arguments.source, arguments.mountpoint, _options(arguments), foreground=arguments.foreground
-    )
+    place = arguments.mountpoint
+    supervisor = mount.mount(arguments.source, place, _options(arguments), foreground=arguments.foreground)
     if arguments.foreground:
-        return mount.stay(supervisor, arguments.mountpoint)
+        says = {"serves": f"serves {place}", "ends": f"unmounting {place}", "ended": f"{place} is unmounted"}
+        return stay(supervisor, lambda: mounted.stats(place), **says)
     supervisor.returncode = 0  # it lives on: do not let Popen warn of it
     return 0
 
@@ -210,6 +226,26 @@ def _umount(arguments: argparse.Namespace) -> int:
     from coordlfs.commands.umount import umount
 
     umount(arguments.mountpoint, lazy=arguments.lazy)
+    return 0
+
+
+def _pin(arguments: argparse.Namespace) -> int:
+    from coordlfs.commands import pin, pinned
+    from coordlfs.commands.starting import stay
+
+    place = arguments.directory
+    supervisor = pin.pin(place, arguments.paths, _options(arguments), foreground=arguments.foreground)
+    if arguments.foreground:
+        says = {"serves": f"pins {place}", "ends": f"letting go of {place}", "ended": f"{place} is not pinned"}
+        return stay(supervisor, lambda: pinned.stats(place), **says)
+    supervisor.returncode = 0  # it lives on: do not let Popen warn of it
+    return 0
+
+
+def _unpin(arguments: argparse.Namespace) -> int:
+    from coordlfs.commands.pin import unpin
+
+    unpin(arguments.directory)
     return 0
 
 
@@ -263,9 +299,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _refresh(arguments: argparse.Namespace) -> int:
-    from coordlfs.commands import client
+    from coordlfs.commands import client, pinned
 
-    done = client.refresh(arguments.mountpoint, arguments.paths)
+    done = (pinned if pinned.is_pinned(arguments.mountpoint) else client).refresh(arguments.mountpoint, arguments.paths)
     print(f"{done['checked']} known names compared with the source, {done['changed']} had changed")
     return 0
 
@@ -317,6 +353,8 @@ def _run(arguments: argparse.Namespace) -> int:
 _COMMANDS = {
     "mount": _mount,
     "umount": _umount,
+    "pin": _pin,
+    "unpin": _unpin,
     "status": _status,
     "warm": _warm,
     "drop": _drop,

@@ -12,16 +12,16 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, BinaryIO
 
 from coordlfs.commands import mounted
 from coordlfs.errors import UserError
-from coordlfs.kernel import fiemap, mounts, pages, process
+from coordlfs.kernel import mounts, pages, process
 from coordlfs.kernel import paths as kernel_paths
 from coordlfs.processes import holders
 from coordlfs.sources.directory import Source
+from coordlfs.sources.layout import by_extent, walk
 
 _BATCH = 64
 _REPLACED_WITHIN, _SETTLED_WITHIN = 60.0, 30.0  # seconds
@@ -29,22 +29,22 @@ _LOOK_EVERY = 1.0  # seconds between looks whether a server that has not answere
 _SORTED_AT_ONCE = 200_000  # files whose place on the disk is asked for before the first of them is read
 
 
-class Client:
-    """A connection to the server of a mount."""
+class Connection:
+    """A connection to a control socket (an abstract one). `place` is what is asked about, for messages.
 
-    def __init__(self, mountpoint: str) -> None:
-        self.mountpoint = os.path.realpath(mountpoint)
-        self.root = os.fsdecode(mounted.whole(self.mountpoint).point)
+    Raises OSError.
+    """
+
+    def __init__(self, name: bytes, place: str) -> None:
+        self.place = place
         self._sock = socket.socket(socket.AF_UNIX)
         try:
-            name = os.getxattr(self.root, "user.coordl.control")
             self._sock.connect(b"\0" + name)
-        except PermissionError:
-            raise UserError(f"only root and who mounted {mountpoint} may do this") from None
-        except OSError as e:
-            raise UserError(f"{mountpoint} does not answer: {e.strerror}") from e
+        except BaseException:
+            self._sock.close()
+            raise
         credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        self._server: int = struct.unpack("3i", credentials)[0]  # 0 in a container that cannot see it
+        self._server, self.user, _ = struct.unpack("3i", credentials)  # 0 in a container that cannot see it
         self._lines: BinaryIO = self._sock.makefile("rb")
 
     def close(self) -> None:
@@ -61,6 +61,36 @@ class Client:
             if self._server and process.exit_status(self._server) is not None:
                 raise ConnectionError
 
+    def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
+        """One request and its reply. Raises UserError if there is none."""
+        try:
+            self._sock.sendall(json.dumps({"verb": verb, **arguments}).encode() + b"\n")
+            self._await()
+            line = self._lines.readline()
+        except ConnectionError:
+            line = b""
+        if not line:
+            raise UserError(self._broken())
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def _broken(self) -> str:
+        return f"{self.place} broke off: it has ended, or is another user's; only root and who started it may do this"
+
+
+class Client(Connection):
+    """A connection to the server of a mount."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self.mountpoint = os.path.realpath(mountpoint)
+        self.root = os.fsdecode(mounted.whole(self.mountpoint).point)
+        try:
+            super().__init__(os.getxattr(self.root, "user.coordl.control"), self.mountpoint)
+        except PermissionError:
+            raise UserError(f"only root and who mounted {mountpoint} may do this") from None
+        except OSError as e:
+            raise UserError(f"{mountpoint} does not answer: {e.strerror}") from e
+
     def source(self) -> Source:
         """The mounted directory itself, even where it is mounted over."""
         try:
@@ -73,42 +103,37 @@ class Client:
             raise UserError(f"only root and who mounted {self.mountpoint} may do this")
         return Source(fds[0])
 
-    def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        """One request and its reply."""
-        try:
-            self._sock.sendall(json.dumps({"verb": verb, **arguments}).encode() + b"\n")
-            self._await()
-            line = self._lines.readline()
-        except ConnectionError:
-            line = b""
-        if not line:
-            raise UserError(
-                f"{self.mountpoint} broke off: it is mounted no longer, or another user's; only root and who mounted it"
-                " may do this"
-            )
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+    def _broken(self) -> str:
+        return (
+            f"{self.mountpoint} broke off: it is mounted no longer, or another user's; only root and who mounted it"
+            " may do this"
+        )
 
     def relative(self, paths: list[str], *, follow: bool = False) -> list[bytes]:
-        """Paths the user named, relative to the mount's root; of a symbolic link to a file, `follow` takes that.
+        """See the function: of the mount's root."""
+        return relative(self.root, paths, follow=follow)
 
-        Raises UserError for one outside.
-        """
-        found = []
-        for path in paths:
-            if not path:
-                raise UserError("an empty path names nothing: name files or directories on the mount", 2)
-            real = os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
-            if os.path.isdir(real) or (follow and os.path.exists(real)):
-                real = os.path.realpath(real)
-            if real == self.root:
-                found.append(b"")
-            elif real.startswith(self.root.rstrip("/") + "/"):
-                _check_exists(path, real)
-                found.append(os.fsencode(os.path.relpath(real, self.root)))
-            else:
-                raise UserError(f"{path} does not lie in {self.root}", 2)
-        return found
+
+def relative(root: str, paths: list[str], *, follow: bool = False) -> list[bytes]:
+    """Paths the user named, relative to `root`; of a symbolic link to a file, `follow` takes that.
+
+    Raises UserError for one outside.
+    """
+    found = []
+    for path in paths:
+        if not path:
+            raise UserError(f"an empty path names nothing: name files or directories in {root}", 2)
+        real = os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
+        if os.path.isdir(real) or (follow and os.path.exists(real)):
+            real = os.path.realpath(real)
+        if real == root:
+            found.append(b"")
+        elif real.startswith(root.rstrip("/") + "/"):
+            _check_exists(path, real)
+            found.append(os.fsencode(os.path.relpath(real, root)))
+        else:
+            raise UserError(f"{path} does not lie in {root}", 2)
+    return found
 
 
 def _check_exists(path: str, real: str) -> None:
@@ -118,34 +143,6 @@ def _check_exists(path: str, real: str) -> None:
         raise UserError(f"{path} does not exist") from None
     except OSError as e:
         raise UserError(f"{path} cannot be found: {e.strerror}") from None
-
-
-def walk(source: Source, path: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Everything at and below `path`, directories before what they hold; what vanishes meanwhile is left out."""
-    waiting = [path]
-    while waiting:
-        path = waiting.pop()
-        with suppress(FileNotFoundError):
-            st = source.lstat(path)
-            yield path, st
-            if stat.S_ISDIR(st.st_mode):
-                listing = source.listing(path)
-                listing.close()
-                waiting += [path + b"/" + name if path else name for name in reversed(listing.names)]
-
-
-def _by_extent(source: Source, files: list[bytes]) -> list[bytes]:
-    def place(path: bytes) -> int:
-        try:
-            fd = source.open(path)
-        except OSError:
-            return 0
-        try:
-            return fiemap.first_block(fd) or 0
-        finally:
-            os.close(fd)
-
-    return sorted(files, key=place)
 
 
 def _files(source: Source, start: bytes, linked: dict[tuple[int, int], bytes]) -> dict[bytes, int]:
@@ -198,7 +195,7 @@ def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
             task = progress.add_task("warm", total=min(sum(files.values()), room_in_all))
             names = list(files)
             for first in range(0, len(names), _SORTED_AT_ONCE):
-                ordered = _by_extent(source, names[first : first + _SORTED_AT_ONCE])
+                ordered = by_extent(source, names[first : first + _SORTED_AT_ONCE])
                 for at in range(0, len(ordered), _BATCH):
                     batch = ordered[at : at + _BATCH]
                     reply = client.ask("admit", paths=[kernel_paths.to_text(p) for p in batch])

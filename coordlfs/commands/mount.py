@@ -7,41 +7,45 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import importlib.util
-import json
 import os
-import signal
 import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from coordlfs import sizes
 from coordlfs.cache import residence
 from coordlfs.cache.residence import Residence
 from coordlfs.commands.disk_cache import claimed
-from coordlfs.commands.mounted import FSTYPE, clear_dead, stats
+from coordlfs.commands.mounted import FSTYPE, clear_dead
+from coordlfs.commands.starting import (
+    await_ready,
+    check_compiled,
+    check_limits,
+    check_log,
+    check_source,
+    ended_by_signals,
+    start,
+)
 from coordlfs.errors import UserError
-from coordlfs.kernel import fusermount, limits, mounts, process, systemd
+from coordlfs.kernel import fusermount, limits, mounts, process
 from coordlfs.kernel.memory import Memory, memory
 from coordlfs.kernel.paths import shown
-from coordlfs.processes import attachment, exporter, interpreter
+from coordlfs.processes import attachment, exporter
 from coordlfs.sources import numbering
 from coordlfs.sources.directory import lies_elsewhere
 
 if TYPE_CHECKING:
     from coordlfs.peers.settings import Cluster
 
-_COMPILED = "coordlfs.catalogue.records", "coordlfs.serving.entries", "coordlfs.serving.fast_path"
-_START_TIMEOUT = 60.0
+_SUPERVISOR = "coordlfs.processes.supervisor"
 _OTHERS_MOUNT, _LOOK_AGAIN = 5.0, 0.02
-_TELL_STATUS = 30.0  # seconds between what the service manager is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +60,6 @@ class Options:
     noexec: bool = False  # no program on the mount may be run
     disk_cache: str | None = None  # a directory for the second tier
     disk_size: str = "auto"
-
-
-def _check_source(source: str) -> int:
-    """A descriptor of the directory to mount."""
-    try:
-        fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise UserError(f"{source} does not exist: give the dataset's directory") from None
-    except NotADirectoryError:
-        raise UserError(f"{source} is not a directory: give the directory that holds the dataset") from None
-    except PermissionError:
-        raise UserError(f"{source} may not be read by this user: mount as one who may") from None
-    except OSError as e:
-        raise UserError(f"{source} cannot be opened: {e.strerror}") from None
-    return fd
 
 
 def _check_places(source: str, mountpoint: str) -> None:
@@ -136,52 +125,6 @@ def _lock(fd: int, until: float) -> None:
             if time.monotonic() > until:
                 return
         time.sleep(_LOOK_AGAIN)
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP raise SystemExit, so that they end this process once it has cleaned up."""
-    ended: list[int] = []
-
-    def end(number: int, _: object) -> None:
-        ended.append(number)
-        if len(ended) == 1:  # the others do not disturb it
-            raise SystemExit(128 + number)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as by nohup
-            signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if ended:
-            os.kill(os.getpid(), ended[0])
-
-
-def _check_log(log_file: str | None) -> None:
-    if log_file is None:
-        return
-    try:
-        open(log_file, "a").close()
-    except OSError as e:
-        raise UserError(f"--log-file {log_file} cannot be written: {e.strerror}") from None
-
-
-def _check_limits() -> None:
-    if limit := limits.too_tight():
-        raise UserError(f"{limit.name} allows {limit.found}, and {limit.cost}: {limit.remedy}")
-
-
-def _check_compiled() -> None:
-    missing = [name for name in _COMPILED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"{missing[0]} is not compiled for this Python ({sys.version_info[0]}.{sys.version_info[1]}): "
-            "install coordlfs again, with a C compiler (`pip install`, or `sh tools/setup.sh` in a checkout)"
-        )
 
 
 def _check_may_mount() -> None:
@@ -252,11 +195,11 @@ def mount(
     capacity, how = sizes.cache_size(options.cache_size, have)
     lockable = process.lockable()
     kind = residence.choose(capacity, lockable)
-    _check_compiled()
-    _check_limits()
-    _check_log(options.log_file)
+    check_compiled()
+    check_limits()
+    check_log(options.log_file)
     node = _prepare(options.cluster)
-    root = _check_source(source)
+    root = check_source(source)
     metrics: socket.socket | None = None
     try:
         if options.metrics is not None:
@@ -265,7 +208,7 @@ def mount(
         _check_places(source, mountpoint)
         _check_may_mount()
         with (
-            _ended_by_signals(),
+            ended_by_signals(),
             claimed(options.disk_cache, options.disk_size, source, mountpoint, root) as disk,
         ):
             made, supervisor = _check_mountpoint(source, mountpoint), None
@@ -292,8 +235,10 @@ def mount(
                 }
                 with _alone(mountpoint):
                     _check_unmounted(mountpoint)
-                    supervisor, report = _start(config, foreground)
-                    _await_ready(report, config)
+                    fds = [root, *([config["metrics"]] if metrics else []), *([node[0]["listener"]] if node else [])]
+                    fds += [disk["directory"]] if disk else []
+                    supervisor, report = start(_SUPERVISOR, config, fds, foreground=foreground)
+                    await_ready(report, partial(_explain, source, mountpoint))
                 _warn(capacity, lockable, kind, have)
                 said = sys.stderr if bound else sys.stdout  # the output of `run` is the command's
                 cache = f"{sizes.text(capacity)} of cache ({how})"
@@ -344,72 +289,8 @@ def _prepare(cluster: Cluster | None) -> tuple[dict[str, Any], socket.socket] | 
     return settings.prepare(cluster)
 
 
-def _start(config: dict[str, Any], foreground: bool) -> tuple[subprocess.Popen[bytes], int]:
-    """Start the supervisor, with the descriptors in `config`; from where it will report."""
-    report_in, report_out = os.pipe2(os.O_CLOEXEC)
-    fds = [report_out, config["root"]]
-    if config["metrics"] is not None:
-        fds.append(config["metrics"])
-    if config["disk"]:
-        fds.append(config["disk"]["directory"])
-    if config["peers"]:
-        fds.append(config["peers"]["listener"])
-    quiet = None if foreground else subprocess.DEVNULL
-    supervisor = subprocess.Popen(
-        [*interpreter.command("coordlfs.processes.supervisor"), json.dumps(config | {"report": report_out})],
-        pass_fds=fds,
-        stdin=subprocess.DEVNULL,
-        cwd="/",
-        stdout=quiet,
-        stderr=quiet,
-    )  # in our process group: while an automounter waits for the mount, it lets no other one see the mountpoint
-    os.close(report_out)
-    return supervisor, report_in
-
-
-def _await_ready(report_in: int, config: dict[str, Any]) -> None:
-    """Wait until the supervisor serves. Raises UserError if it does not."""
-    try:
-        ready = process.is_readable(report_in, _START_TIMEOUT)
-        report = os.read(report_in, 1 << 16) if ready else b""
-        failure = json.loads(report) if report else {"error": "its processes ended before they could say why"}
-        if not failure.get("ready"):
-            raise _explain(config["source"], config["mountpoint"], failure)
-    finally:
-        os.close(report_in)
-
-
 def _end(supervisor: subprocess.Popen[bytes], mountpoint: str) -> None:
     supervisor.terminate()
     with suppress(subprocess.TimeoutExpired):
         supervisor.wait(5)
     clear_dead(mountpoint)  # the supervisor does it, unless it was killed
-
-
-def stay(supervisor: subprocess.Popen[bytes], mountpoint: str) -> int:
-    """Remain in the foreground until the mount ends; SIGINT and SIGTERM end it. The supervisor's status.
-
-    Where a service manager started this process, it is told how the mount is.
-    """
-
-    def end(*_: object) -> None:
-        systemd.notify(STOPPING=1, STATUS=f"unmounting {mountpoint}")
-        supervisor.terminate()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    if systemd.notify(READY=1, STATUS=f"serves {mountpoint}"):
-        # A thread, since a mount whose server is being replaced does not answer, and signals must be heard meanwhile.
-        threading.Thread(target=_tell_status, args=(mountpoint,), name="status", daemon=True).start()
-    status = supervisor.wait()
-    systemd.notify(STOPPING=1, STATUS=f"{mountpoint} is unmounted")
-    return status
-
-
-def _tell_status(mountpoint: str) -> None:
-    from coordlfs.commands.status import summary
-
-    while True:
-        with suppress(UserError):
-            systemd.notify(STATUS=summary(stats(mountpoint)))
-        time.sleep(_TELL_STATUS)

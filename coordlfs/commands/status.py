@@ -1,4 +1,4 @@
-"""`coordlfs status`: the figures of a mount for people.
+"""`coordlfs status`: the figures of mounts and of pinned directories, for people.
 
 It knows the names of the figures, and not how they come about.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from coordlfs.cache import residence
-from coordlfs.commands import mounted
+from coordlfs.commands import mounted, pinned
 from coordlfs.errors import UserError
 from coordlfs.kernel.paths import shown
 from coordlfs.sizes import text
@@ -87,6 +88,11 @@ def _disk_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def summary(s: dict[str, Any]) -> str:
     """One line."""
+    if _is_pin(s):
+        return (
+            f"{shown(s['source_path'])}: {_pinned(s)} pinned; {text(s['source']['bytes'])} read from the disk for it;"
+            f" {s['epochs']} epochs seen"
+        )
     return (
         f"{shown(s['source_path'])}: {text(s['pinned_bytes'])} of {text(s['capacity_bytes'])} cached in "
         f"{s['pinned_items']} items{_on_disk(s)}; {text(s['source']['bytes'])} read from the source{_from_peers(s)}; "
@@ -109,22 +115,67 @@ def _of_disk(epoch: dict[str, Any]) -> str:
     return f"{text(nbytes)} in {epoch['disk_items']} items from disk, " if nbytes else ""
 
 
+def _is_pin(s: dict[str, Any]) -> bool:
+    return s.get("mode") == "pin"  # servers of version 0.2 do not say
+
+
+def _pinned(s: dict[str, Any]) -> str:
+    return f"{text(s['pinned_bytes'])} of {text(s['capacity_bytes'])} ({_share(s['fill'])})"
+
+
+def _pin_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    known, directories = s["dataset"], s["directories"]
+    share = _share(min(1.0, s["pinned_bytes"] / known["bytes"])) if known["bytes"] else "–"
+    so_far = "" if known["is_known"] else " so far"
+    yield "pinned", _pinned(s)
+    yield from _memory_lines(s)
+    yield "items", f"{s['pinned_items']} pinned, {s['pending_items']} on their way"
+    yield "dataset", f"{text(known['bytes'])} in {known['items']} items{so_far}, of which {share} are pinned"
+    yield "residence", f"{s['residence']}, of the files themselves"
+    giving_way = ", giving way to others that wait for a disk" if s["gives_way"] and s["fill"] < 1 else ""
+    read = f"{text(s['source']['bytes'])} by the keepers, {text(s['source']['bytes_per_second'])}/s{giving_way}"
+    yield "read from disk", read
+    unwatched = f", {directories['unwatched']} could not be" if directories["unwatched"] else ""
+    yield (
+        "changes",
+        f"{s['source']['changed_files']} files; {directories['watched']} directories are watched{unwatched}",
+    )
+    yield "epochs seen", f"{s['epochs']}, by openings of a few pinned files"
+    yield "hit rate", s["hits_known_by"]
+
+
+def _memory_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if (limit := s["memory"]["limit_bytes"]) < s["capacity_bytes"]:
+        yield "memory is tight", f"no more than {text(limit)} may be cached for now"
+
+
+def _processes(s: dict[str, Any]) -> str:
+    processes = s["processes"]
+    keepers = ", ".join(map(str, processes["keepers"])) or "none"
+    return f"supervisor {processes['supervisor']}, server {processes['server']}, keepers {keepers}"
+
+
 def table(s: dict[str, Any]) -> Table:
     """A table, for a terminal."""
     from rich.table import Table
     from rich.text import Text
 
-    title = Text(shown(f"{s['source_path']} on {s['mountpoint']}"))  # whose brackets are no markup
+    place = "pinned" if _is_pin(s) else f"on {s['mountpoint']}"
+    title = Text(shown(f"{s['source_path']} {place}"))  # whose brackets are no markup
     grid = Table(title=title, title_style="italic", show_header=False, title_justify="left")
     grid.add_column(style="bold")
     grid.add_column()
+    if _is_pin(s):
+        for heading, line in _pin_lines(s):
+            grid.add_row(heading, line)
+        grid.add_row("processes", _processes(s))
+        return grid
     source = s["source"]
     if places := mounted.other_places(s["mountpoint"]):
         grid.add_row("also mounted on", Text(shown(", ".join(places))))
-    grid.add_row("cached", f"{text(s['pinned_bytes'])} of {text(s['capacity_bytes'])} ({_share(s['fill'])})")
-    memory = s["memory"]
-    if memory["limit_bytes"] < s["capacity_bytes"]:
-        grid.add_row("memory is tight", f"no more than {text(memory['limit_bytes'])} may be cached for now")
+    grid.add_row("cached", _pinned(s))
+    for heading, line in _memory_lines(s):
+        grid.add_row(heading, line)
     grid.add_row("items", f"{s['pinned_items']} pinned, {s['pending_items']} on their way")
     grid.add_row("residence", s["residence"])
     for line in _residence_lines(s):
@@ -143,30 +194,33 @@ def table(s: dict[str, Any]) -> Table:
     for line in epochs_table(s)[-5:]:
         grid.add_row("", line.strip())
     grid.add_row("how hits are known", s["hits_known_by"])
-    processes = s["processes"]
-    keepers = ", ".join(map(str, processes["keepers"])) or "none"
-    grid.add_row("processes", f"supervisor {processes['supervisor']}, server {processes['server']}, keepers {keepers}")
+    grid.add_row("processes", _processes(s))
     return grid
 
 
-def show(mountpoints: list[str], *, as_json: bool, watch: bool) -> None:
-    """Print the figures of the mounts given, or of all. Raises UserError."""
-    chosen = mountpoints or mounted.all_mounts()
+def show(places: list[str], *, as_json: bool, watch: bool) -> None:
+    """Print the figures of the mounts and pinned directories given, or of all. Raises UserError."""
+    chosen: list[Callable[[], dict[str, Any]]] = [partial(_stats, place) for place in places]
+    if not places:
+        chosen = _all()
     if as_json:
-        figures = list(_answers(chosen, named=bool(mountpoints)))
-        print(json.dumps(figures[0] if mountpoints else figures, indent=2))
+        figures = list(_answers(chosen, named=bool(places)))
+        print(json.dumps(figures[0] if places else figures, indent=2))
         return
     if not chosen:
-        raise UserError("nothing is mounted: `coordlfs mount SRC MNT` mounts a dataset")
+        raise UserError(
+            "nothing is mounted, and nothing is pinned: `coordlfs mount SRC MNT` mounts a dataset, `coordlfs pin DIR`"
+            " keeps one in memory as it is"
+        )
     from rich.console import Console, Group
 
     if not watch:
         console = Console()
-        for m in chosen:
+        for ask in chosen:
             try:
-                console.print(table(mounted.stats(m)))
+                console.print(table(ask()))
             except UserError as e:
-                if mountpoints:
+                if places:
                     raise
                 console.print(shown(str(e)), markup=False)
         return
@@ -174,15 +228,23 @@ def show(mountpoints: list[str], *, as_json: bool, watch: bool) -> None:
 
     with Live(refresh_per_second=4) as live:
         while True:
-            live.update(Group(*map(table, _answers(chosen, named=bool(mountpoints)))))
+            live.update(Group(*map(table, _answers(chosen, named=bool(places)))))
             time.sleep(_INTERVAL)
 
 
-def _answers(mountpoints: list[str], *, named: bool) -> Iterator[dict[str, Any]]:
-    """The figures of mounts; without those that do not answer, or may not be asked, unless they were named."""
-    for mountpoint in mountpoints:
+def _stats(place: str) -> dict[str, Any]:
+    return pinned.stats(place) if pinned.is_pinned(place) else mounted.stats(place)
+
+
+def _all() -> list[Callable[[], dict[str, Any]]]:
+    return [*(partial(mounted.stats, mountpoint) for mountpoint in mounted.all_mounts()), *pinned.everything()]
+
+
+def _answers(chosen: list[Callable[[], dict[str, Any]]], *, named: bool) -> Iterator[dict[str, Any]]:
+    """The figures; without those that do not answer, or may not be asked, unless they were named."""
+    for ask in chosen:
         try:
-            yield mounted.stats(mountpoint)
+            yield ask()
         except UserError:
             if named:
                 raise

@@ -9,10 +9,11 @@ import os
 import stat
 from collections.abc import Iterator
 
-from coordlfs.commands.client import Client, walk
+from coordlfs.commands.client import Client
 from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.paths import shown
 from coordlfs.sources.directory import Part, Source
+from coordlfs.sources.layout import walk
 
 _STEP = fuse.MAX_READ
 _ATTRIBUTES = (

@@ -289,6 +289,14 @@ def has_ended(pidfd: int) -> bool:
     return is_readable(pidfd, 0)
 
 
+def disk_bytes(pid: int) -> int | None:
+    """Bytes that a process has had read from storage; None where the kernel does not say, or it is gone."""
+    with suppress(OSError, ValueError), open(f"/proc/{pid}/io") as f:
+        fields = dict(line.split(":") for line in f)
+        return int(fields.get("read_bytes", ""))
+    return None
+
+
 def give_way() -> None:
     """Have others go first, at the processors and, as far as its scheduler looks at that, at the disk.
 

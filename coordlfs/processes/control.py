@@ -1,20 +1,14 @@
-"""The control socket: what `warm`, `drop`, `verify`, `refresh` and `restart` ask of a running server.
+"""What `warm`, `drop`, `verify`, `refresh` and `restart` ask of the server of a mount, over its control socket.
 
-An abstract Unix socket with a random name, which `user.coordl.control` of the mount's root tells; only root and the
-user who mounted may talk. Requests and replies are JSON, one line each; paths are relative to the root, bytes that
-are not UTF-8 as surrogates. Nothing but names of the catalogue can be asked for.
+That has a random name, which `user.coordl.control` of the mount's root tells. Paths are relative to the root, bytes
+that are not UTF-8 as surrogates. Nothing but names of the catalogue can be asked for.
 """
 
 from __future__ import annotations
 
-import array
 import itertools
-import json
-import logging
-import os
 import secrets
 import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -26,6 +20,7 @@ from coordlfs.cache.admission import Admission
 from coordlfs.cache.minio import State
 from coordlfs.catalogue.catalog import REGULAR, Catalog
 from coordlfs.kernel import pages, paths, threads
+from coordlfs.processes.control_socket import ControlSocket, Verb
 from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.revalidation import Revalidation
 from coordlfs.sources.directory import Source
@@ -34,12 +29,8 @@ if TYPE_CHECKING:
     from coordlfs.cache.disk_tier import DiskTier
     from coordlfs.peers.sharing import Sharing
 
-log = logging.getLogger(__name__)
-
-MAX_LINE = 1 << 22
 _AT_ONCE = 1024  # items that are asked for before it is seen what became of them
 _PAGES_OF_CHUNK = pages.count(items.CHUNK)
-_PEER = struct.Struct("3i")
 
 
 def _some_at_a_time(wanted: list[range]) -> Iterator[list[int]]:
@@ -50,7 +41,7 @@ def _some_at_a_time(wanted: list[range]) -> Iterator[list[int]]:
 
 
 class Control:
-    """Serves the socket; `name` is what a client connects to."""
+    """Answers at the socket; `name` is what a client connects to."""
 
     def __init__(
         self,
@@ -72,53 +63,25 @@ class Control:
         self._replace = replace
         self._sharing = sharing
         self._tier = tier
-        self._verbs: dict[str, Callable[[dict[str, Any]], Any]] = {
+        self._verbs: dict[str, Verb] = {
             "admit": self._admit,
             "drop": self._drop,
             "peers": self._peers,
             "refresh": self._refresh,
             "replace": self._replace_process,
+            "source": self._send_source,
         }
 
     async def run(self) -> None:
-        """Accept connections until cancelled."""
-        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        await sock.bind(b"\0" + self.name.encode())
+        """Answer until cancelled."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.bind(b"\0" + self.name.encode())
         sock.listen(16)
-        await trio.serve_listeners(self._serve, [trio.SocketListener(sock)])
+        await ControlSocket(sock, self._verbs).run()
 
-    async def _serve(self, stream: trio.SocketStream) -> None:
-        credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        _, uid, _ = _PEER.unpack(credentials)
-        if uid not in (0, os.geteuid()):
-            log.warning("user %d was refused at the control socket", uid)
-            return
-        try:
-            pending = b""
-            async for data in stream:
-                pending += data
-                *lines, pending = pending.split(b"\n")
-                if len(pending) > MAX_LINE:
-                    raise ValueError("a request is too long")
-                for line in lines:
-                    await self._answer(stream, line)
-        except Exception as e:  # whatever a client sends, it ends its own connection only
-            log.warning("control connection closed: %r", e)
-
-    async def _answer(self, stream: trio.SocketStream, line: bytes) -> None:
-        request = json.loads(line)
-        verb = request.get("verb") if isinstance(request, dict) else None
-        if verb == "source":
-            await self._send_source(stream)
-            return
-        if verb not in self._verbs:
-            raise ValueError(f"unknown request {verb!r}")
-        reply = await self._verbs[verb](request)
-        await stream.send_all(json.dumps(reply).encode() + b"\n")
-
-    async def _send_source(self, stream: trio.SocketStream) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self._source.root]))]
-        await stream.socket.sendmsg([b"\n"], rights)
+    async def _send_source(self, request: dict[str, Any]) -> int:
+        """The descriptor of the mounted directory."""
+        return self._source.root
 
     async def _items(self, named: list[str]) -> list[range]:
         """The items of each of the files named; names that are no regular files are left out.

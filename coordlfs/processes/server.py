@@ -129,7 +129,7 @@ def serve(config: dict[str, Any]) -> None:
     control = Control(catalog, source, namespace, admission, revalidation, link.replace, sharing, tier)
     names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode, b"hint": lambda: PROTOCOL}
 
-    with ExitStack() as stack, _fails_at_once(link):
+    with ExitStack() as stack, fails_at_once(link):
         for keeper in config["keepers"]:
             admission.add_keeper(keeper["index"], keeper["pid"], socket.socket(fileno=keeper["socket"]))
         ours, _theirs = _attach_pyfuse3(names, bytes.fromhex(config["init"]))
@@ -247,7 +247,7 @@ def _share(
 
 
 @contextmanager
-def _fails_at_once(link: SupervisorLink) -> Iterator[None]:
+def fails_at_once(link: SupervisorLink) -> Iterator[None]:
     """A failure ends the process there and then: no thread is left to hang on to it, or waited for."""
     try:
         yield
@@ -261,7 +261,7 @@ def _fails_at_once(link: SupervisorLink) -> Iterator[None]:
         os._exit(1)
 
 
-def _exit_with_thread(failure: threading.ExceptHookArgs) -> None:
+def exit_with_thread(failure: threading.ExceptHookArgs) -> None:
     """A thread that ends by mistake takes the server with it: the next one begins anew."""
     log.critical("a thread of the server ended", exc_info=failure.exc_value)
     os._exit(1)
@@ -336,8 +336,8 @@ def main() -> None:
     os.chdir("/")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor's to handle
     signal.signal(signal.SIGIO, signal.SIG_IGN)  # see `kernel.leases`
-    threading.excepthook = _exit_with_thread
-    with _fails_at_once(SupervisorLink(config["link"])):
+    threading.excepthook = exit_with_thread
+    with fails_at_once(SupervisorLink(config["link"])):
         serve(config)
     os._exit(0)  # data loop threads may wait for a source that never answers
 

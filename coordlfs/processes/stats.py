@@ -96,6 +96,7 @@ class Stats:
         capacity = self._config["capacity"] // pages.PAGE * pages.PAGE
         return {
             "version": __version__,
+            "mode": "mount",
             "source_path": self._config["source"],
             "mountpoint": self._config["mountpoint"],
             "started": self._started,

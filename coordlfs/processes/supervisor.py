@@ -18,10 +18,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from coordlfs import logs
 from coordlfs.cache import keeper_protocol
@@ -78,6 +78,8 @@ class _Keeper:
 @dataclass(slots=True)
 class Supervisor:
     """One mount. `config`: source, mountpoint, capacity (bytes), residence, log, …; see `coordlfs.commands.mount`."""
+
+    server_module: ClassVar[str] = "coordlfs.processes.server"
 
     config: dict[str, Any]
     root: int
@@ -213,13 +215,7 @@ class Supervisor:
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         with theirs:
-            config = {
-                "parent": os.getpid(),
-                "socket": theirs.fileno(),
-                "tree": self.tree,
-                "readahead": self.readahead << 10,
-                "in_memory": self.in_memory,
-            }
+            config = self._keeper_config() | {"parent": os.getpid(), "socket": theirs.fileno(), "tree": self.tree}
             with self._cache_memory() as memory:
                 child = self._spawn("coordlfs.cache.keeper", config, [theirs.fileno(), self.tree, *memory])
                 self.memory_fds.update((child.pid, fd) for fd in memory)
@@ -228,6 +224,9 @@ class Supervisor:
         self.keepers[keeper.index] = keeper
         self.keeper_since = time.monotonic()
         return keeper
+
+    def _keeper_config(self) -> dict[str, Any]:
+        return {"readahead": self.readahead << 10, "in_memory": self.in_memory}
 
     @property
     def _clients(self) -> list[_Keeper]:
@@ -269,11 +268,11 @@ class Supervisor:
                 ],
                 "is_busy": self.is_busy,
             }
-            fds = [self.device, self.records, self.names, self.root, theirs.fileno()]
+            fds = [self.records, self.names, self.root, theirs.fileno()]
+            fds += [self.device] if self.device >= 0 else []
             fds += [k.ours.fileno() for k in self.keepers.values()]
-            if self.config["metrics"] is not None:
-                fds.append(self.config["metrics"])
-            if self.config["disk"]:
+            fds += [self.config[socket_] for socket_ in ("metrics", "control") if self.config.get(socket_) is not None]
+            if self.config.get("disk"):
                 fds.append(self.config["disk"]["directory"])
             if self.peer_server is not None:
                 of_it = self.peer_server.ours.fileno()
@@ -281,7 +280,7 @@ class Supervisor:
                 fds.append(of_it)
             with self._cache_memory() as memory:
                 config["memory"] = next(iter(memory), None)
-                self.server = self._spawn("coordlfs.processes.server", config, fds + memory)
+                self.server = self._spawn(self.server_module, config, fds + memory)
                 self.memory_fds.update((self.server.pid, fd) for fd in memory)
         if self.link is not None:
             self.link.close()
@@ -335,7 +334,7 @@ class Supervisor:
             if self.mounts_again:
                 return True  # it is not mounted just now
             if not self.ending:
-                attachment.detach_all(self._places())
+                self._end()
         if not self.ending and not self.mounts_again and not self._is_mounted():
             self._release()
         if self.link is not None and self.link.fileno() in events:
@@ -522,6 +521,10 @@ class Supervisor:
     def _elsewhere(self) -> list[holders.Process]:
         return holders.of_namespaces(self.mounted) if self.mounted is not None else []
 
+    def _end(self) -> None:
+        """Do as if somebody had unmounted it."""
+        attachment.detach_all(self._places())
+
     def _is_mounted(self) -> bool:
         return bool(self._places())
 
@@ -561,15 +564,15 @@ class Supervisor:
             attachment.detach_all(self._places(), abort=True)
 
 
-def main() -> None:
-    """`python -m coordlfs.processes.supervisor JSON`, for `coordlfs mount`; reports to the descriptor `report`."""
+def supervise(make: Callable[[dict[str, Any], int], Supervisor]) -> None:
+    """Run a supervisor as the JSON of the command line says, and report to the descriptor `report` when it serves."""
     config = json.loads(sys.argv[1])
     report, root, bound_to = config.pop("report"), config.pop("root"), config.pop("bound_to")
     process.set_name("coordlfs-superv")
     process.settle(is_service=True)  # those that it starts inherit it
     logs.configure(config["log"], "supervisor", config["mountpoint"], config["source"])
     os.chdir("/")
-    supervisor = Supervisor(config, root)
+    supervisor = make(config, root)
     for number in _ENDING:  # until `run`: what there is by then is closed below
         if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
             signal.signal(number, _exit_once)
@@ -605,6 +608,11 @@ def _tell(report: int, message: dict[str, Any]) -> bool:
     finally:
         os.close(report)
     return True
+
+
+def main() -> None:
+    """`python -m coordlfs.processes.supervisor JSON`, for `coordlfs mount`."""
+    supervise(Supervisor)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,6 +28,7 @@ from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.notifier import Notifier
 from coordlfs.serving.ends import Ends
+from coordlfs.serving.links import use_other_name
 from coordlfs.sources.directory import Opened, Part, Source
 from coordlfs.sources.versions import Version
 
@@ -340,14 +340,7 @@ class Reader:
 
     def use_other_name(self, record: int) -> bool:
         """Have a file whose name is gone read by another hard link of it; False if none is known."""
-        inode = self.catalog.version(record).inode
-        for parent, name in self.catalog.other_names(record):
-            directory = self.catalog.directory_path(parent)
-            with suppress(OSError):
-                if self.source.lstat(directory + b"/" + name if directory else name).st_ino == inode:
-                    self.catalog.move(record, parent, name)
-                    return True
-        return False
+        return use_other_name(self.catalog, self.source, record)
 
     def vanished(self, record: int) -> None:
         """The name of a file is gone from the source; `lead_elsewhere` is to follow."""

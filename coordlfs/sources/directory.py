@@ -257,10 +257,12 @@ class Source:
         with self._reference(path) as fd:
             return os.readlink(b"", dir_fd=fd)
 
-    def listing(self, path: bytes) -> Listing:
-        """The entries of a directory as they are now."""
+    def listing(self, path: bytes, opened: Callable[[int], object] | None = None) -> Listing:
+        """The entries of a directory as they are now; `opened` is called with its descriptor before they are read."""
         fd = self._persistently(lambda: self.open(path, os.O_RDONLY | os.O_DIRECTORY), None)
         try:
+            if opened is not None:
+                opened(fd)
             return Listing(fd, sorted(map(os.fsencode, os.listdir(fd))))
         except BaseException:
             os.close(fd)

@@ -37,8 +37,8 @@ from mounts import (
     write_files,
 )
 
-from coordlfs.commands import client
 from coordlfs.kernel import fiemap
+from coordlfs.sources import layout
 from coordlfs.sources.directory import Source
 
 # -- status -------------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_files_are_warmed_as_they_lie_on_the_disk(source: Path) -> None:
                 places[name] = fiemap.first_block(f.fileno())
         if None in places.values():
             pytest.fail("FIEMAP tells nothing here")
-        assert client._by_extent(opened, sorted(names)) == sorted(names, key=lambda name: places[name] or 0)
+        assert layout.by_extent(opened, sorted(names)) == sorted(names, key=lambda name: places[name] or 0)
         assert len(set(places.values())) == len(names)
 
 

@@ -1,0 +1,20 @@
+"""Files with several names (hard links): one whose name is gone goes by another."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from coordlfs.catalogue.catalog import Catalog
+from coordlfs.sources.directory import Source
+
+
+def use_other_name(catalog: Catalog, source: Source, record: int) -> bool:
+    """Have a file whose name is gone read by another hard link of it; False if none is known."""
+    inode = catalog.version(record).inode
+    for parent, name in catalog.other_names(record):
+        directory = catalog.directory_path(parent)
+        with suppress(OSError):
+            if source.lstat(directory + b"/" + name if directory else name).st_ino == inode:
+                catalog.move(record, parent, name)
+                return True
+    return False

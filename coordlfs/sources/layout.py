@@ -1,0 +1,43 @@
+"""How a directory's files lie: in the tree, and on the disk. It reads names and places, and no bytes."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+
+from coordlfs.kernel import fiemap
+from coordlfs.sources.directory import Source
+
+
+def walk(source: Source, path: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
+    """Everything at and below `path`, directories before what they hold; what vanishes meanwhile is left out."""
+    waiting = [path]
+    while waiting:
+        path = waiting.pop()
+        with suppress(FileNotFoundError):
+            st = source.lstat(path)
+            yield path, st
+            if stat.S_ISDIR(st.st_mode):
+                listing = source.listing(path)
+                listing.close()
+                waiting += [path + b"/" + name if path else name for name in reversed(listing.names)]
+
+
+def place(source: Source, path: bytes) -> int:
+    """The byte of its disk at which a file begins; 0 where nobody says."""
+    try:
+        fd = source.open(path)
+    except OSError:
+        return 0
+    try:
+        return fiemap.first_block(fd) or 0
+    finally:
+        os.close(fd)
+
+
+def by_extent(source: Source, files: list[bytes]) -> list[bytes]:
+    """Files in the order in which they lie on their disk, to be read with few seeks."""
+    return sorted(files, key=partial(place, source))
