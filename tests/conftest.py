@@ -15,6 +15,7 @@ import idle_reclaim
 import pytest
 from coordlfs_tools.lab import cgroups
 from mounts import Cgroup, MakeMount, Mount, coordlfs, unmount_lazily
+from pins import MakePin, Pinned
 
 from coordlfs.kernel import process
 
@@ -128,6 +129,33 @@ def _mounts(place: Path) -> Iterator[MakeMount]:
 def mount(source: Path, place: Path, _may_mount: None) -> Iterator[MakeMount]:
     """Mounts a directory; see `mounts.Mount`."""
     yield from _mounts(place)
+
+
+@pytest.fixture
+def pin(place: Path) -> Iterator[MakePin]:
+    """Pins a directory; see `pins.Pinned`."""
+    with ExitStack() as stack:
+        count = 0
+
+        def make(
+            directory: Path,
+            cache: str = "64M",
+            *paths: Path,
+            options: tuple[object, ...] = (),
+            said: Callable[[str], None] = lambda text: None,
+        ) -> Pinned:
+            nonlocal count
+            count += 1
+            log = place / f"pin-log{count}"
+            arguments = ["pin", directory, *paths, "--cache-size", cache, "--log-file", log, *options]
+            done = coordlfs(*arguments, status=None)
+            said(done.stdout + done.stderr)
+            assert done.returncode == 0, done.stderr + (log.read_text() if log.exists() else "")
+            pinned = Pinned(directory, log)
+            stack.callback(pinned.end)
+            return pinned
+
+        yield make
 
 
 @pytest.fixture

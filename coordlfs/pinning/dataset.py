@@ -223,7 +223,8 @@ class Dataset:
                     self._fresh.append(record)
                 elif has_changed:
                     self._renew(record, st)
-                self._know(record)
+                if self._know(record) or has_changed:
+                    self.findings += 1
         return record
 
     def _is_listed(self, record: int) -> bool:
@@ -241,11 +242,13 @@ class Dataset:
         if before != _NOTHING:
             self._admission.counters.add("changed_files")
         self._catalog.set_version(record, Version.of(st))
-        self.findings += 1
 
-    def _know(self, record: int) -> None:
+    def _know(self, record: int) -> bool:
+        """Count a file as part of the dataset; whether it was not yet."""
+        before = self._admission.counters["dataset_items"]
         with self._admission.lock:
             self._admission.accounts.know(record, self._catalog.size(record))
+        return self._admission.counters["dataset_items"] != before
 
     def _let_go(self, record: int) -> None:
         size = self._catalog.size(record)

@@ -37,6 +37,7 @@ from mounts import (
     write_files,
 )
 
+from coordlfs.commands import client
 from coordlfs.kernel import fiemap
 from coordlfs.sources import layout
 from coordlfs.sources.directory import Source
