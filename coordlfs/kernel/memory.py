@@ -120,13 +120,3 @@ def stalled() -> float:
     except (OSError, StopIteration):
         return 0.0
     return float(full.partition("avg10=")[2].split()[0]) / 100
-
-
-def waited_for_disks() -> float | None:
-    """Seconds since boot in which some task of the machine waited for a disk; None if that is unknown."""
-    try:
-        with open("/proc/pressure/io") as f:
-            some = next(line for line in f if line.startswith("some"))
-    except (OSError, StopIteration):
-        return None
-    return int(some.partition("total=")[2]) / 1e6

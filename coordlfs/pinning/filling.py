@@ -41,7 +41,7 @@ class Filling:
         waited: Callable[[], float | None],
         most_pages: int,
     ) -> None:
-        """`waited`: seconds in which some task has waited for a disk, None if that is unknown."""
+        """`waited`: seconds that readers have waited for the disk, see `coordlfs.kernel.disks`."""
         self._catalog = catalog
         self._dataset = dataset
         self._admission = admission

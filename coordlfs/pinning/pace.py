@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import Enum
 
 _LOOK = 0.05  # seconds that are looked at
-_BUSY = 0.2  # of that time: with so much in which somebody waited, others are busy with the disk
+_BUSY = 0.2  # of that time: where readers have waited for so long, others are busy with the disk
 _FREE_BURST, _BURST, _REST = 1.0, 0.1, 0.4  # seconds
 
 
@@ -38,7 +38,7 @@ class Pace:
     def may_ask(self, now: float, waited: float | None, *, is_idle: bool) -> bool:
         """Whether something may be asked for at `now`.
 
-        `waited`: seconds in which some task has waited for a disk, None if nobody says. `is_idle`: nothing that was
+        `waited`: seconds that readers have waited for the disk, None if nobody says. `is_idle`: nothing that was
         asked for is on its way.
         """
         if waited is None:

@@ -29,7 +29,7 @@ from coordlfs.cache.minio import MinIO
 from coordlfs.cache.pin_admission import PinAdmission
 from coordlfs.catalogue.catalog import Catalog
 from coordlfs.catalogue.metrics import Counters
-from coordlfs.kernel import memory, pages, paths, process, threads
+from coordlfs.kernel import disks, pages, paths, process, threads
 from coordlfs.kernel.inotify import CHANGES
 from coordlfs.pinning.dataset import Dataset, Wanted
 from coordlfs.pinning.filling import Filling
@@ -68,7 +68,7 @@ def serve(config: dict[str, Any]) -> None:
     memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
     changes = Directories(CHANGES)
     dataset = Dataset(catalog, source, admission, Wanted(map(paths.from_text, config["paths"])), changes.add)
-    filling = Filling(catalog, dataset, admission, Pace(), memory.waited_for_disks, config["most"] // pages.PAGE)
+    filling = Filling(catalog, dataset, admission, Pace(), disks.waiting(source.root), config["most"] // pages.PAGE)
     revalidation = Revalidation(catalog, source, dataset, counters)
     watching = Watching(catalog, source, changes, dataset, filling, revalidation.refresh)
     ahead = FetchAhead(catalog, admission, announcements, counters, memory_watch)

@@ -1,0 +1,203 @@
+"""Whose memory `coordlfs pin` takes, and that it gives it back: memory cgroups, pressure, limits, many files."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mounts import (
+    COORDLFS,
+    MIB,
+    PAGE,
+    PATIENCE,
+    Cgroup,
+    eventually,
+    holding,
+    locked,
+    page_count,
+    read,
+    write_files,
+)
+from pins import MakePin, Pinned, drop, held, read_in, resident
+from users import User, installation
+
+SIZE = 100_000
+PAGES = page_count(SIZE)
+LIMIT = 24 * MIB  # of the job's memory
+
+
+@pytest.fixture
+def job(cgroup: Callable[[int], Cgroup]) -> Cgroup:
+    """The memory cgroup of a job."""
+    return cgroup(LIMIT)
+
+
+def own_bytes(group: Cgroup) -> int:
+    """Bytes of files that are charged to a cgroup."""
+    stat = group.stat()
+    return stat["file" if group.unified else "cache"]
+
+
+def test_what_a_job_has_in_memory_is_charged_to_the_pinner_in_the_end(source: Path, pin: MakePin, job: Cgroup) -> None:
+    """The job's limit is far below what is pinned: it would be ended if it were charged for it."""
+    names = write_files(source, 400, SIZE)
+    paths = [source / name for name in names]
+    drop(*paths)
+    read_in(job.enter, *paths[:150])
+    assert own_bytes(job) >= 150 * SIZE
+    pinned = pin(source)
+    pinned.full()
+    assert own_bytes(job) < MIB
+    assert locked(pinned.keepers) == 400 * PAGES * PAGE
+    read_in(job.enter, *paths)
+    assert own_bytes(job) < MIB
+    assert job.oom_kills() == 0
+
+
+def test_a_job_that_reads_all_the_while_is_not_charged_for_what_is_pinned(
+    source: Path, pin: MakePin, job: Cgroup
+) -> None:
+    names = write_files(source, 300, SIZE)
+    paths = [source / name for name in names]
+    drop(*paths)
+    script = 'while :; do cat "$@" >/dev/null || exit 1; done'
+    reader = subprocess.Popen(
+        ["sh", "-c", script, "sh", *map(str, paths)], preexec_fn=job.enter, start_new_session=True
+    )
+    try:
+        pinned = pin(source)
+        figures = pinned.full()
+        assert reader.poll() is None
+    finally:
+        os.killpg(reader.pid, signal.SIGKILL)
+        reader.wait()
+    assert figures["admission"]["errors"] == 0
+    assert own_bytes(job) < MIB
+    for path in paths:
+        assert resident(path) == PAGES
+    assert job.oom_kills() == 0
+
+
+def test_what_was_read_here_is_pinned_as_it_is(source: Path, pin: MakePin) -> None:
+    names = write_files(source, 100, SIZE)
+    paths = [source / name for name in names]
+    drop(*paths)
+    read_in(None, *paths)
+    pinned = pin(source)
+    figures = pinned.full()
+    assert figures["source"]["bytes"] < 10 * SIZE
+    assert len(held(pinned.keepers, source)) == 100
+
+
+def test_a_job_that_maps_a_file_keeps_it_until_it_is_done(source: Path, pin: MakePin, job: Cgroup) -> None:
+    names = write_files(source, 5, SIZE)
+    drop(*(source / name for name in names))
+    hold = (
+        "import mmap, sys\nf = open(sys.argv[1], 'rb')\nm = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)\n"
+        "sum(m[::4096])\nprint('mapped', flush=True)\nsys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", hold, str(source / names[0])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=job.enter) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"mapped\n"
+        pinned = pin(source)
+        figures = pinned.settle(lambda figures: figures["admission"]["not_admitted"])
+        assert figures["pinned_items"] == 4
+        assert set(held(pinned.keepers, source)) == set(names[1:])
+        holder.communicate(b"", timeout=PATIENCE)
+    pinned.full()  # it is tried again
+
+
+def test_memory_that_gets_short_is_given_back_and_taken_again(
+    source: Path, place: Path, cgroup: Callable[[int], Cgroup]
+) -> None:
+    """In a memory cgroup, which is a small machine: its keepers are charged there as well."""
+    names = write_files(source, 1500, SIZE)
+    drop(*(source / name for name in names))
+    machine = cgroup(500 * MIB)
+    log = place / "log"
+    command = [*COORDLFS, "pin", str(source), "--cache-size", "150M", "--log-file", str(log)]
+    subprocess.run(command, check=True, preexec_fn=machine.enter, timeout=PATIENCE, stdout=subprocess.DEVNULL)
+    pinned = Pinned(source, log)
+    try:
+        full = pinned.full()["pinned_bytes"]
+        with holding(250 * MIB, machine) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            eventually(lambda: pinned.stats()["pinned_bytes"] < full - 10 * MIB)
+            less = pinned.settle()
+            assert less["memory"]["given_back_bytes"] > 0
+            assert less["memory"]["limit_bytes"] < less["capacity_bytes"]
+        pinned.full()
+        assert machine.oom_kills() == 0
+        assert len(pinned.keepers) == 1
+    finally:
+        pinned.end()
+
+
+@pytest.fixture(scope="module")
+def somebody() -> Iterator[User]:
+    """An ordinary user."""
+    with tempfile.TemporaryDirectory(prefix="coordlfs-users-", dir="/var/tmp") as root:
+        os.chmod(root, 0o755)
+        with installation(Path(root)) as place:
+            yield User("nobody", place)
+
+
+def test_an_ordinary_user_with_little_memory_to_lock(source: Path, place: Path, somebody: User) -> None:
+    write_files(source, 200, SIZE)
+    os.chown(place, somebody.uid, somebody.gid)
+    user = replace(somebody, memlock=MIB)
+    done = user.call("pin", source, "--cache-size", "64M", "--log-file", place / "log")
+    assert done.stderr.count("\n") == 1
+    expected = r"coordlfs: a process may lock only 1\.0 MiB, so that no more than 6\.0 MiB .*ulimit -l"
+    assert re.match(expected, done.stderr)
+    pinned = Pinned(source, place / "log")
+    try:
+        figures = pinned.settle(lambda figures: figures["fill"] > 0.9)
+        assert 1 < len(pinned.keepers) <= 8
+        assert locked(pinned.keepers) == figures["pinned_bytes"] <= 6 * MIB
+        assert len(held(pinned.keepers, source)) == figures["pinned_items"]
+        assert f"{source} pinned" in " ".join(user.call("status").stdout.split())
+        user.call("unpin", source)
+    finally:
+        pinned.end()
+
+
+def test_nobody_who_may_lock_nothing(source: Path, somebody: User) -> None:
+    write_files(source, 2, SIZE)
+    done = replace(somebody, memlock=0).call("pin", source, status=1)
+    assert "no memory may be locked" in done.stderr
+    assert "ulimit -l" in done.stderr
+
+
+def test_another_user_may_not_let_go(source: Path, pin: MakePin, somebody: User) -> None:
+    write_files(source, 2, SIZE)
+    pinned = pin(source)
+    pinned.full()
+    done = somebody.call("unpin", source, status=1)
+    assert "another user's" in done.stderr
+    assert len(pinned.pids) == 3
+
+
+def test_more_files_than_mappings(source: Path, pin: MakePin) -> None:
+    """200,000 files: several keepers."""
+    for number in range(200):
+        directory = source / f"{number:03}"
+        directory.mkdir()
+        for each in range(1000):
+            (directory / str(each)).write_bytes(b"x")
+    pinned = pin(source, "1G")
+    figures = pinned.full()
+    assert figures["pinned_items"] == 200_000
+    assert len(pinned.keepers) == -(-200_000 // 64_530)
+    assert locked(pinned.keepers) == 200_000 * PAGE
+    assert read(source / "199" / "999") == b"x"
