@@ -36,6 +36,8 @@ missing_packages() {
     has openssl || echo openssl
     has chromium || echo chromium
     has pdftoppm || echo poppler-utils
+    has mkfs.xfs || echo xfsprogs
+    has mkfs.btrfs || echo btrfs-progs
     if python=$(find_python); then
         # The name of the package has the version only where there is more than one Python.
         "$python" -c '

@@ -164,9 +164,10 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
     run = commands.add_parser(
         "run",
         help="mount over SRC for one command, which alone sees it",
-        usage="coordlfs run SRC [--cache-size SIZE] [OPTION …] -- COMMAND …",
+        usage="coordlfs run SRC [--pin] [--cache-size SIZE] [OPTION …] -- COMMAND …",
     )
     run.add_argument("source", metavar="SRC")
+    run.add_argument("--pin", action="store_true", help="mount nothing, but `pin` SRC for as long as the command runs")
     add_options(run)
 
     for name, (_, help_) in _TOOLS.items():
@@ -343,11 +344,14 @@ def _groups(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from coordlfs.commands.run import run
+    from coordlfs.commands.run import run, run_pinned
 
     if not arguments.job:
         raise UserError("run needs a command: coordlfs run SRC -- python train.py", 2)
-    return run(arguments.source, arguments.job, _options(arguments), arguments.inherited)
+    if arguments.pin and (wrong := [name for name in _OF_MOUNT if getattr(arguments, name)]):
+        raise UserError(f"run --pin mounts nothing: leave out --{wrong[0].replace('_', '-')}", 2)
+    around = run_pinned if arguments.pin else run
+    return around(arguments.source, arguments.job, _options(arguments), arguments.inherited)
 
 
 _COMMANDS = {

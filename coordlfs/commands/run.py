@@ -1,6 +1,7 @@
 """`coordlfs run`: one command with the mount around it, which the command alone sees and which ends with it.
 
-It puts `mount`, `job` and `umount` together, and knows nothing of how they do it.
+Or with its dataset pinned as long as it runs. It puts `mount` or `pin`, `job` and `umount` together, and knows nothing
+of how they do it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from coordlfs.commands import job
+from coordlfs.commands import job, pinned
 from coordlfs.commands.mount import Options, mount
 from coordlfs.commands.mounted import find, stats
+from coordlfs.commands.pin import end as end_pin
+from coordlfs.commands.pin import pin
 from coordlfs.commands.status import epochs_table, summary
 from coordlfs.errors import UserError
 from coordlfs.kernel import process
@@ -46,6 +49,21 @@ def run(source: str, command: list[str], options: Options, inherited: process.In
     finally:
         os.chdir("/")  # or this process would be the one that holds the mount
         _end(source, supervisor)
+
+
+def run_pinned(directory: str, command: list[str], options: Options, inherited: process.Inherited) -> int:
+    """Run `command` while pages of `directory` are kept in memory; its exit status (128 + signal if killed)."""
+    job.block_signals()
+    directory = os.path.realpath(directory) if directory else directory
+    supervisor = pin(directory, [], options, bound=True)
+    job.block_all_signals()
+    try:
+        status = job.call(command, inherited)
+        with suppress(UserError):
+            print(summary(pinned.stats(directory)), file=sys.stderr)
+        return status
+    finally:
+        end_pin(supervisor)
 
 
 def _end(source: str, supervisor: subprocess.Popen[bytes]) -> None:

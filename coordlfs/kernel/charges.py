@@ -42,11 +42,9 @@ class Charges:
 
     def _look(self) -> int:
         """The inode number of this process's memory cgroup: it is where a page that was just touched is charged."""
-        with pages.buffer(pages.PAGE) as fresh:
-            fresh[0] = 1
-            touched = ctypes.c_char.from_buffer(fresh)
-            found = self._cgroups_of(ctypes.addressof(touched), pages.PAGE)
-            del touched
+        fresh = pages.buffer(pages.PAGE)
+        fresh[0] = 1
+        found = self._cgroups_of(ctypes.addressof(ctypes.c_char.from_buffer(fresh)), pages.PAGE)
         if not found:
             raise OSError(errno.EPERM, "pages have no number for this process")
         return found.pop()

@@ -46,6 +46,8 @@ GAUGES = {
     "pinned_items": ("pinned_items", "Items in the cache: files, or 16 MiB of a larger one."),
     "pending_items": ("pending_items", "Items on their way to be pinned."),
     "stash_bytes": ("stash_bytes", "Bytes held for pending items."),
+    "dataset.items": ("dataset_items", "Items of a directory that is pinned, whether they are in memory or not."),
+    "dataset.bytes": ("dataset_bytes", "Bytes of them."),
     "known_files": ("known_files", "Names that were looked up or listed."),
     "catalog_bytes": ("catalog_bytes", "Memory that knowing them takes."),
     "source.bytes_per_second": ("source_bytes_per_second", "Read from the source, over the last seconds."),

@@ -82,8 +82,7 @@ def test_the_figures(source: Path, mount: MakeMount) -> None:
 def test_the_figures_of_several_mounts(source: Path, mount: MakeMount) -> None:
     write_files(source, 3, 10_000)
     mounts = [mount(source, f"{n}M") for n in (1, 2)]
-    everything = json.loads(_status_of_all(mounts, "--json"))  # what other tests pin, too
-    listed = {each["mountpoint"]: each for each in everything if each["mode"] == "mount"}
+    listed = {each["mountpoint"]: each for each in json.loads(_status_of_all(mounts, "--json"))}
     assert len(listed) == 2
     for mounted, size in zip(mounts, (1, 2), strict=True):
         assert listed[str(mounted.path)]["capacity_bytes"] == size * MIB
@@ -94,10 +93,10 @@ def test_the_figures_of_several_mounts(source: Path, mount: MakeMount) -> None:
 
 
 def _status_of_all(mounts: list[Mount], *arguments: str) -> str:
-    """`coordlfs status` where no other mount is seen, whatever else this machine is used for."""
+    """`coordlfs status` where no other mount or pin is seen, whatever else this machine is used for."""
     ours = [str(mounted.path) for mounted in mounts]
     hide = 'findmnt -rno TARGET -t fuse.coordlfs | grep -vxF -e $0 -e $1 | xargs -r umount -l; shift; exec "$@"'
-    command = ["unshare", "-m", "sh", "-c", hide, *ours, *COORDLFS, "status", *arguments]
+    command = ["unshare", "-mn", "sh", "-c", hide, *ours, *COORDLFS, "status", *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE).stdout
 
 

@@ -3,8 +3,8 @@
 `python -m coordlfs_tools.lab.faulty_fs DIRECTORY MNT FAULTS`. FAULTS is a file of JSON: for an operation and a name, as
 in {"read f": {"errno": 5, "from": 4096, "delay": 0.5}}, the error to fail with (0: none), the first byte that fails,
 seconds to wait before, and how many "times" it fails. It is read for every request, so that it may be changed at will,
-as `Faulty` does. The kernel is told to remember nothing. Tests and the soak stand it between a dataset and coordlfs,
-of which it knows nothing.
+as `Faulty` does. The kernel is told to remember no names and attributes; of a file that is opened no bytes either, if
+FAULTS has "forget". Tests and the soak stand it between a dataset and coordlfs, of which it knows nothing.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Operations(pyfuse3.Operations):
             os.close(fd)
             raise pyfuse3.FUSEError(116)  # ESTALE
         self.opened[fd] = inode
-        return pyfuse3.FileInfo(fh=fd)
+        return pyfuse3.FileInfo(fh=fd, keep_cache="forget" not in json.loads(self.faults.read_text()))
 
     async def release(self, fh: int) -> None:
         """It is closed."""

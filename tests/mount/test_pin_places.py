@@ -1,0 +1,202 @@
+"""Where `coordlfs pin` works: file systems of every kind, without /dev/fuse, and how it lets a disk be unmounted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from coordlfs_tools.lab import faulty_fs
+from mounts import (
+    COORDLFS,
+    MIB,
+    PAGE,
+    PATIENCE,
+    MakeMount,
+    coordlfs,
+    eventually,
+    page_count,
+    unmount_lazily,
+    write_files,
+)
+from pins import MakePin, drop, held, resident
+
+SIZE = 100_000
+PAGES = page_count(SIZE)
+
+
+@contextmanager
+def disk(kind: str, place: Path) -> Iterator[Path]:
+    """A file system of its own, on a disk that is a file."""
+    image, point = place / "image", place / "disk"
+    point.mkdir()
+    with image.open("wb") as f:
+        f.truncate(400 * MIB)
+    subprocess.run([f"mkfs.{kind}", "-q", image], check=True, timeout=PATIENCE)
+    subprocess.run(["mount", "-o", "loop", image, point], check=True, timeout=PATIENCE)
+    try:
+        yield point
+    finally:
+        if os.path.ismount(point):
+            subprocess.run(["umount", "-l", point], check=True, timeout=PATIENCE)
+
+
+def pins_and_follows(directory: Path, pin: MakePin) -> None:
+    """The test fails unless files of a directory are pinned, and changes are seen at once."""
+    names = write_files(directory, 40, SIZE)
+    (directory / "large").write_bytes(os.urandom(20 * MIB))
+    drop(*(directory / name for name in [*names, "large"]))
+    pinned = pin(directory, "64M", options=("--immutable",))
+    figures = pinned.full()
+    assert figures["pinned_items"] == 42
+    for name in names:
+        drop(directory / name)
+        assert resident(directory / name) == PAGES
+    (directory / names[0]).unlink()
+    (directory / "new").write_bytes(os.urandom(SIZE))
+    eventually(lambda: {names[0], "new"} & set(held(pinned.keepers, directory)) == {"new"})
+    assert pinned.full()["pinned_bytes"] == (40 * PAGES * PAGE) + 20 * MIB
+    coordlfs("unpin", directory)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+def test_a_disk(kind: str, place: Path, pin: MakePin) -> None:
+    with disk(kind, place) as point:
+        (point / "data").mkdir()
+        pins_and_follows(point / "data", pin)
+        subprocess.run(["umount", point], check=True, timeout=PATIENCE)  # nothing of it is held
+
+
+def test_a_subvolume(place: Path, pin: MakePin) -> None:
+    with disk("btrfs", place) as point:
+        subprocess.run(["btrfs", "-q", "subvolume", "create", point / "data"], check=True, timeout=PATIENCE)
+        write_files(point / "data", 3, SIZE)
+        pinned = pin(point)
+        assert pinned.full()["pinned_items"] == 3
+        coordlfs("unpin", point)
+
+
+def test_an_overlay(source: Path, place: Path, pin: MakePin) -> None:
+    lower, upper, work, merged = (place / name for name in ("lower", "upper", "work", "merged"))
+    for directory in (lower, upper, work, merged):
+        directory.mkdir()
+    write_files(lower, 5, SIZE)
+    layers = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, merged], check=True)
+    try:
+        pins_and_follows(merged, pin)
+    finally:
+        unmount_lazily(merged)
+
+
+def test_a_file_system_that_forgets_files_when_they_are_opened(source: Path, place: Path) -> None:
+    """What libfuse does unless it is told otherwise: it would drop what is pinned, too."""
+    write_files(source, 2, SIZE)
+    with faulty_fs.served(source, place) as faulty:
+        faulty.set("forget")
+        assert "kernel_cache" in coordlfs("pin", faulty.path, status=1).stderr
+
+
+def test_a_file_system_beneath_that_is_memory_is_left_out(source: Path, pin: MakePin) -> None:
+    write_files(source, 2, SIZE)
+    (source / "memory").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", source / "memory"], check=True)
+    try:
+        write_files(source / "memory", 2, SIZE)
+        pinned = pin(source)
+        assert pinned.full()["dataset"]["items"] == 2
+        coordlfs("unpin", source)
+    finally:
+        unmount_lazily(source / "memory")
+
+
+def test_a_mount_of_coordlfs(source: Path, mount: MakeMount) -> None:
+    write_files(source, 2, SIZE)
+    mounted = mount(source)
+    assert "is a mount of coordlfs" in coordlfs("pin", mounted.path, status=1).stderr
+
+
+def test_without_fuse(source: Path, pin: MakePin) -> None:
+    """In a mount namespace without /dev/fuse, with no right but CAP_IPC_LOCK: as in an unprivileged container."""
+    write_files(source, 10, SIZE)
+    hide = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
+    drop_all = ["setpriv", "--bounding-set=-all,+ipc_lock", "--inh-caps=-all", "--no-new-privs"]
+    inner = f"""
+set -e
+{hide}
+test ! -e /dev/fuse
+exec "$@"
+"""
+    work = """
+import json, subprocess, sys, time
+command, source = sys.argv[1:-1], sys.argv[-1]
+subprocess.run([*command, "pin", source, "--cache-size", "8M"], check=True)
+deadline = time.monotonic() + 120
+while True:
+    figures = json.loads(subprocess.run([*command, "status", "--json", source], check=True, capture_output=True).stdout)
+    if figures["pinned_items"] == 10:
+        break
+    assert time.monotonic() < deadline, figures
+    time.sleep(0.05)
+subprocess.run([*command, "unpin", source], check=True)
+print("pinned")
+"""
+    command = ["unshare", "-m", "sh", "-c", inner, "sh", *drop_all, COORDLFS[0], "-c", work, *COORDLFS, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("pinned\n")
+
+
+def test_a_disk_that_is_pinned_is_busy_and_says_who_holds_it(place: Path, pin: MakePin) -> None:
+    with disk("ext4", place) as point:
+        write_files(point, 3, SIZE)
+        pinned = pin(point)
+        pinned.full()
+        busy = subprocess.run(["umount", point], capture_output=True, text=True, timeout=PATIENCE)
+        assert busy.returncode != 0
+        assert "busy" in busy.stderr
+        names = {Path(f"/proc/{pid}/comm").read_text().strip() for pid in pinned.keepers}
+        assert names == {"coordlfs pin"}  # as fuser(1) and lsof(8) show it
+        coordlfs("unpin", point)
+        subprocess.run(["umount", point], check=True, timeout=PATIENCE)
+
+
+def test_for_one_command(source: Path) -> None:
+    names = write_files(source, 10, SIZE)
+    drop(*(source / name for name in names))
+    look = """
+import json, subprocess, sys, time
+def pinned():
+    status = [*sys.argv[1:-1], "status", "--json", sys.argv[-1]]
+    return json.loads(subprocess.run(status, check=True, capture_output=True).stdout)["pinned_items"]
+while pinned() < 10:
+    time.sleep(0.05)
+sys.exit(7)
+"""
+    command = ["run", "--pin", source, "--cache-size", "8M", "--", COORDLFS[0], "-c", look, *COORDLFS, source]
+    done = coordlfs(*command, status=7)
+    assert f"{source}: 1000.0 KiB of 8.0 MiB (12.2%) pinned" in done.stderr
+    assert "is not pinned" in coordlfs("unpin", source, status=1).stderr
+    assert not done.stdout
+
+
+def test_metrics(source: Path, pin: MakePin) -> None:
+    import re
+    import urllib.request
+
+    write_files(source, 10, SIZE)
+    said: list[str] = []
+    pinned = pin(source, "8M", options=("--metrics", "0"), said=said.append)
+    pinned.full()
+    [url] = re.findall(r"metrics: (\S+)", said[0])
+    with urllib.request.urlopen(url, timeout=PATIENCE) as reply:
+        text = reply.read().decode()
+    assert f'coordlfs_pinned_items{{mountpoint="{source}"}} 10.0' in text
+    assert f'coordlfs_dataset_items{{mountpoint="{source}"}} 10.0' in text
+    assert "coordlfs_hit_ratio{" not in text
+    assert "coordlfs_epoch_misses{" not in text
+    assert json.loads(coordlfs("status", "--json", source).stdout)["pinned_items"] == 10
