@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from coordlfs_tools.lab.processes import doing
-from mounts import PAGE, PATIENCE, children, coordlfs, eventually, is_alive
+from mounts import MIB, PAGE, PATIENCE, children, coordlfs, eventually, is_alive
 
 from coordlfs.commands import pinned
 from coordlfs.kernel import pages
@@ -81,6 +81,22 @@ class Pinned:
         if not self.expect_errors and any(word in log for word in ("ERROR", "CRITICAL", "Traceback")):
             problems.append(f"the log says:\n{log}")
         assert not problems, "\n".join(problems)
+
+
+@contextmanager
+def disk(kind: str, place: Path, *options: str) -> Iterator[Path]:
+    """A file system of its own, on a disk that is a file of 400 MiB; `options` are for mkfs."""
+    image, point = place / "image", place / "disk"
+    point.mkdir()
+    with image.open("wb") as f:
+        f.truncate(400 * MIB)
+    subprocess.run([f"mkfs.{kind}", "-q", *options, image], check=True, timeout=PATIENCE)
+    subprocess.run(["mount", "-o", "loop", image, point], check=True, timeout=PATIENCE)
+    try:
+        yield point
+    finally:
+        if os.path.ismount(point):
+            subprocess.run(["umount", "-l", point], check=True, timeout=PATIENCE)
 
 
 MakePin = Callable[..., Pinned]

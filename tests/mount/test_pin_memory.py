@@ -19,6 +19,7 @@ from mounts import (
     PAGE,
     PATIENCE,
     Cgroup,
+    coordlfs,
     eventually,
     holding,
     locked,
@@ -26,7 +27,7 @@ from mounts import (
     read,
     write_files,
 )
-from pins import MakePin, Pinned, drop, held, read_in, resident
+from pins import MakePin, Pinned, disk, drop, held, read_in, resident
 from users import User, installation
 
 SIZE = 100_000
@@ -188,16 +189,18 @@ def test_another_user_may_not_let_go(source: Path, pin: MakePin, somebody: User)
     assert len(pinned.pids) == 3
 
 
-def test_more_files_than_mappings(source: Path, pin: MakePin) -> None:
-    """200,000 files: several keepers."""
-    for number in range(200):
-        directory = source / f"{number:03}"
-        directory.mkdir()
-        for each in range(1000):
-            (directory / str(each)).write_bytes(b"x")
-    pinned = pin(source, "1G")
-    figures = pinned.full()
-    assert figures["pinned_items"] == 200_000
-    assert len(pinned.keepers) == -(-200_000 // 64_530)
-    assert locked(pinned.keepers) == 200_000 * PAGE
-    assert read(source / "199" / "999") == b"x"
+def test_more_files_than_mappings(in_memory: Path, pin: MakePin) -> None:
+    """200,000 files, on a disk that is in memory itself and keeps such files where it keeps their names."""
+    with disk("ext4", in_memory, "-O", "inline_data", "-N", "220000") as point:
+        for number in range(200):
+            directory = point / f"{number:03}"
+            directory.mkdir()
+            for each in range(1000):
+                (directory / str(each)).write_bytes(b"x")
+        pinned = pin(point, "1G")
+        figures = pinned.full()
+        assert figures["pinned_items"] == 200_000
+        assert len(pinned.keepers) == -(-200_000 // 64_530)
+        assert locked(pinned.keepers) == 200_000 * PAGE
+        assert read(point / "199" / "999") == b"x"
+        coordlfs("unpin", point)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,26 +21,10 @@ from mounts import (
     unmount_lazily,
     write_files,
 )
-from pins import MakePin, drop, held, resident
+from pins import MakePin, disk, drop, held, resident
 
 SIZE = 100_000
 PAGES = page_count(SIZE)
-
-
-@contextmanager
-def disk(kind: str, place: Path) -> Iterator[Path]:
-    """A file system of its own, on a disk that is a file."""
-    image, point = place / "image", place / "disk"
-    point.mkdir()
-    with image.open("wb") as f:
-        f.truncate(400 * MIB)
-    subprocess.run([f"mkfs.{kind}", "-q", image], check=True, timeout=PATIENCE)
-    subprocess.run(["mount", "-o", "loop", image, point], check=True, timeout=PATIENCE)
-    try:
-        yield point
-    finally:
-        if os.path.ismount(point):
-            subprocess.run(["umount", "-l", point], check=True, timeout=PATIENCE)
 
 
 def pins_and_follows(directory: Path, pin: MakePin) -> None:
