@@ -22,11 +22,14 @@ from importlib import metadata
 from coordlfs import sizes
 from coordlfs.cache import residence
 from coordlfs.cache.residence import Residence
+from coordlfs.commands.choice import FITS
 from coordlfs.kernel import fuse, fusermount, limits, memory, mounts, pages, paths, process
+from coordlfs.kernel.charges import Charges
 from coordlfs.processes import attachment
 
 _MAPPINGS_USUAL = 65530
 _FILES_LEAST = 4096
+_WATCHES_LEAST = 65536
 _IN_MEMORY = f"the cache is in {Residence.PRIVATE_MEMORY}, and {residence.COST}"
 
 
@@ -273,6 +276,36 @@ def _populate() -> Check:
     return _good("pinning a page", "mmap, mlock2 and MADV_POPULATE_READ work")
 
 
+def _watches() -> Check:
+    name = "inotify watches"
+    with open("/proc/sys/fs/inotify/max_user_watches") as f:
+        most = int(f.read())
+    if most >= _WATCHES_LEAST:
+        return _good(name, f"{most} a user: one for each directory that is pinned")
+    return Check(
+        name,
+        State.WARNING,
+        f"{most} a user",
+        "in directories beyond that, `coordlfs pin` notices changes within --revalidate only",
+        f"sysctl fs.inotify.max_user_watches={_WATCHES_LEAST}",
+    )
+
+
+def _charges() -> Check:
+    name = "charges of pages"
+    try:
+        Charges()
+    except OSError as e:
+        return Check(
+            name,
+            State.WARNING,
+            f"cannot be seen ({_reason(e)})",
+            "`coordlfs pin` reads what others have in memory already once more, as it may be charged to them",
+            "run it as root, with CAP_SYS_ADMIN",
+        )
+    return _good(name, "can be seen: what is charged where `coordlfs pin` runs is pinned as it is")
+
+
 def _cachestat() -> Check:
     with _page() as fd:
         found = pages.resident(fd)
@@ -425,7 +458,7 @@ def _one(check: Callable[[], Check]) -> Callable[[], Iterator[Check]]:
 CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
     *map(_one, (_device, _mounting, _allow_other, _namespaces)),
     _features,
-    *map(_one, (_kernel, _detached_copies, _populate, _cachestat, _pressure)),
+    *map(_one, (_kernel, _detached_copies, _populate, _cachestat, _pressure, _watches, _charges)),
     _limits,
     *map(_one, (_lockable, _open_files, _mappings, _cgroup, _available, _pyfuse3, _compiled, _prometheus)),
 )
@@ -436,16 +469,27 @@ def examine() -> list[Check]:
     return [found for check in CHECKS for found in check()]
 
 
+# What `coordlfs pin` cannot do without.
+_OF_PIN = frozenset({"kernel", "pinning a page", "compiled code"})
+
+
 def works(checks: list[Check]) -> bool:
     """Whether coordlfs can work here at all."""
     return not any(check.required and check.state is State.MISSING for check in checks)
+
+
+def pins(checks: list[Check]) -> bool:
+    """Whether `coordlfs pin` can work here, which mounts nothing."""
+    needed = {check.name: check for check in checks if check.name in _OF_PIN}
+    return all(check.state is State.OK for check in needed.values())
 
 
 def show(*, as_json: bool) -> bool:
     """Print what was found; whether coordlfs can work here."""
     checks = examine()
     if as_json:
-        print(json.dumps({"works": works(checks), "checks": [asdict(check) for check in checks]}, indent=2))
+        found = {"works": works(checks), "pins": pins(checks), "checks": [asdict(check) for check in checks]}
+        print(json.dumps(found, indent=2))
         return works(checks)
     from rich.console import Console
     from rich.markup import escape
@@ -465,7 +509,9 @@ def show(*, as_json: bool) -> bool:
     troubles = sum(check.state is not State.OK for check in checks)
     if not works(checks):
         lacking = ", ".join(check.name for check in checks if check.required and check.state is State.MISSING)
-        console.print(f"coordlfs cannot work here, for want of: {lacking}.")
+        other = "; but `coordlfs pin` can, which mounts nothing" if pins(checks) else ""
+        console.print(f"coordlfs cannot mount here, for want of: {lacking}{other}.")
     else:
         console.print("coordlfs works here" + (f", with {troubles} limitation(s)." if troubles else "."))
+    console.print(f"{FITS}.", soft_wrap=True)
     return works(checks)

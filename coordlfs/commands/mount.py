@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from coordlfs import sizes
 from coordlfs.cache import residence
 from coordlfs.cache.residence import Residence
+from coordlfs.commands.choice import FITS, fits_pin
 from coordlfs.commands.disk_cache import claimed
 from coordlfs.commands.mounted import FSTYPE, clear_dead
 from coordlfs.commands.starting import (
@@ -245,6 +246,9 @@ def mount(
                 if disk is not None:
                     cache += f" and {sizes.text(disk['size'])} on disk ({shown(disk['path'])})"
                 print(f"{shown(source)} is mounted on {shown(mountpoint)} with {cache}", file=said, flush=True)
+                fits = not node and disk is None and kind is Residence.PAGE_CACHE and fits_pin(mounts.fstype(root))
+                if fits and sys.stdout.isatty():
+                    print(f"`coordlfs pin {shown(source)}` would do without a mount: {FITS}")
                 if numbering.are_made_up(mounts.fstype(root)):
                     print(f"coordlfs: {shown(source)} ({config['fstype']}) {numbering.TEXT}", file=sys.stderr)
                 if metrics is not None:

@@ -45,6 +45,11 @@ def test_without_the_device_it_cannot_work() -> None:
     assert found["/dev/fuse"]["state"] == "missing"
     assert "modprobe fuse" in found["/dev/fuse"]["remedy"]
     assert found["FUSE features"]["state"] == "warning"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", hide, "sh", *COORDLFS, "doctor"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "for want of: /dev/fuse; but `coordlfs pin` can" in " ".join(done.stdout.split())
 
 
 @pytest.mark.usefixtures("_may_mount")

@@ -230,15 +230,37 @@ def test_the_service_manager_is_told(source: Path, place: Path, abstract: bool) 
     assert not is_mounted(path)
 
 
-def test_the_unit_is_valid(tmp_path: Path) -> None:
-    template = (DOCS / "systemd" / "coordlfs@.service").read_text()
+@pytest.mark.parametrize("command", ["mount", "pin"])
+def test_the_unit_is_valid(command: str, tmp_path: Path) -> None:
+    name = "coordlfs@" if command == "mount" else "coordlfs-pin@"
+    template = (DOCS / "systemd" / f"{name}.service").read_text()
     assert "Type=notify" in template
-    assert "ExecStart=/opt/coordlfs/bin/coordlfs mount --foreground" in template
+    assert f"ExecStart=/opt/coordlfs/bin/coordlfs {command} --foreground" in template
     if shutil.which("systemd-analyze"):
         # It insists on a program that exists.
-        (tmp_path / "coordlfs@.service").write_text(template.replace("/opt/coordlfs/bin/coordlfs", "/bin/true"))
-        done = run("systemd-analyze", "verify", tmp_path / "coordlfs@mnt-cached.service")
+        (tmp_path / f"{name}.service").write_text(template.replace("/opt/coordlfs/bin/coordlfs", "/bin/true"))
+        done = run("systemd-analyze", "verify", tmp_path / f"{name}mnt-cached.service")
         assert not done.stderr
+
+
+def test_the_service_manager_is_told_of_what_is_pinned(source: Path, place: Path) -> None:
+    write_files(source, 2, 100)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(place / "notify"))
+        manager.settimeout(240)
+        command = [*COORDLFS, "pin", str(source), "--foreground", "--cache-size", "1M"]
+        environment = os.environ | {"NOTIFY_SOCKET": str(place / "notify")}
+        job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            assert manager.recv(1 << 12).decode().splitlines() == ["READY=1", f"STATUS=pins {source}"]
+            assert manager.recv(1 << 12).decode().startswith(f"STATUS={source}: ")
+            job.send_signal(signal.SIGTERM)
+            assert manager.recv(1 << 12).decode().splitlines() == ["STOPPING=1", f"STATUS=letting go of {source}"]
+            assert job.wait(PATIENCE) == 0
+        finally:
+            with suppress(ProcessLookupError):
+                job.kill()
+            job.communicate()
 
 
 # -- Kubernetes ---------------------------------------------------------------------------------------------------
@@ -262,3 +284,18 @@ def test_the_manifest_propagates_the_mount() -> None:
     assert f"coordlfs mount --foreground {mounts['source']['mountPath']} {mounts['cached']['mountPath']}/" in words
     ports = [p["containerPort"] for p in container["ports"]]
     assert f"--metrics 0.0.0.0:{ports[0]}" in words
+
+
+def test_the_manifest_of_pin_takes_no_privilege_but_to_lock_memory() -> None:
+    """The job mounts the same directory, by itself."""
+    documents = {d["kind"]: d for d in yaml.safe_load_all((DOCS / "kubernetes-pin.yaml").read_text())}
+    pod = documents["DaemonSet"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    context = container["securityContext"]
+    assert context["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+    assert not context.get("privileged")
+    assert container["command"][:2] == ["coordlfs", "pin"]
+    (source,), (used,) = container["volumeMounts"], documents["Pod"]["spec"]["containers"][0]["volumeMounts"]
+    assert source["readOnly"] is used["readOnly"] is True
+    assert "mountPropagation" not in used
+    assert pod["volumes"][0]["hostPath"]["path"] == documents["Pod"]["spec"]["volumes"][0]["hostPath"]["path"]

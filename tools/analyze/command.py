@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from coordlfs.commands.choice import FITS
 from coordlfs.errors import UserError
 
 _STORAGE = 16.0  # seconds that measuring the storage takes, about
@@ -188,6 +189,9 @@ def _show(found: dict[str, Any], console: Console) -> None:
     console.print(_rates(found))
     console.print(_stalls(found))
     if found["advice"]["mount"]:
+        if found["advice"]["pin"]:
+            console.print(found["advice"]["pin"], highlight=False, soft_wrap=True)
+            console.print(f"or, with a file system in between ({FITS}):", style="dim", highlight=False, soft_wrap=True)
         console.print(found["advice"]["mount"], highlight=False, soft_wrap=True)
     for note in found["notes"]:
         console.print(f"note: {note}", style="dim", highlight=False)

@@ -18,8 +18,9 @@ from coordlfs_tools.analyze.hook.coordlfs_stall_hook.sources import Dali
 from coordlfs_tools.analyze.model import Prediction
 from coordlfs_tools.analyze.rounds import Measured
 from coordlfs_tools.analyze.words import duration
-from coordlfs_tools.storage.measure import device_of
+from coordlfs_tools.storage.measure import device_of, mounted_on
 
+from coordlfs.commands.choice import fits_pin
 from coordlfs.kernel.memory import memory
 from coordlfs.sizes import text
 
@@ -94,6 +95,7 @@ def result(measured: Measured) -> dict[str, Any]:
             "workers": advice.workers,
             "epoch": _prediction(advice.mounted),
             "mount": mount_line(scouted.directory, advice.cache_bytes) if advice.helps else None,
+            "pin": pin_line(scouted.directory, advice.cache_bytes) if advice.helps else None,
         },
         "verdict": verdict(prep, fetch, advice, job.workers, threads(scouted.kind)),
         "machine": {
@@ -130,7 +132,18 @@ def _point(x: float, prediction: Prediction) -> dict[str, float]:
 def mount_line(directory: Path | None, cache_bytes: int) -> str:
     """The command that mounts the data in place with such a cache."""
     place = shlex.quote(str(directory))
-    return f"coordlfs mount {place} {place} --cache-size {max(math.ceil(cache_bytes / 2**20), 1)}M"
+    return f"coordlfs mount {place} {place} --cache-size {_mebibytes(cache_bytes)}"
+
+
+def pin_line(directory: Path | None, cache_bytes: int) -> str | None:
+    """The command that keeps as much of the data in memory without a mount; None where that does not fit."""
+    if directory is None or not fits_pin(mounted_on(directory)[0].encode()):
+        return None
+    return f"coordlfs pin {shlex.quote(str(directory))} --cache-size {_mebibytes(cache_bytes)}"
+
+
+def _mebibytes(nbytes: int) -> str:
+    return f"{max(math.ceil(nbytes / 2**20), 1)}M"
 
 
 def threads(kind: str) -> str:
