@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from coordlfs_tools.lab.machine import drop_files
 
 _PER_CLASS = 1000
 _MEAN = 110_000  # bytes of a file
 _SPREAD = 0.45  # standard deviation of the size's logarithm, as with photographs
 _SIZES = (4_000, 700_000)  # bytes; nothing is smaller or larger
-_KINDS = ("images", "names", "equal", "photos")
+_KINDS = ("images", "names", "small", "equal", "photos")
 FIRST = "first-byte"  # the one file of the tree of names that is not empty
 
 
@@ -31,6 +32,10 @@ class Images:
     root: Path
     paths: list[str]
     allocated: int
+
+    def forget(self) -> None:
+        """Have the page cache hold nothing of the files, but for what is pinned."""
+        drop_files(self.root / path for path in self.paths)
 
     def part(self, files: int) -> Images:
         """As many of the files, spread over all directories."""
@@ -108,6 +113,27 @@ def _write_directory(directory: Path) -> None:
     directory.mkdir()
     for i in range(_PER_CLASS):
         os.mknod(directory / f"sample-{i:04}.jpg", stat.S_IFREG | 0o644)
+
+
+def small(directory: Path, files: int, size: int) -> Path:
+    """A tree of `files` files of `size` bytes each, in directories of a thousand, made if it is not there."""
+    root = directory / f"small-{files}"
+    _make(root, {"files": files, "size": size}, lambda: _write_small(root, files, size))
+    return root
+
+
+def _write_small(root: Path, files: int, size: int) -> None:
+    root.mkdir()
+    with ProcessPoolExecutor() as pool:
+        directories = [root / f"class-{i:04}" for i in range(files // _PER_CLASS)]
+        list(pool.map(_fill_directory, directories, [size] * len(directories), chunksize=8))
+    os.sync()
+
+
+def _fill_directory(directory: Path, size: int) -> None:
+    directory.mkdir()
+    for i in range(_PER_CLASS):
+        (directory / f"sample-{i:04}.bin").write_bytes(os.urandom(size))
 
 
 def _make(root: Path, is_: dict[str, int], write: Callable[[], object]) -> None:

@@ -29,6 +29,7 @@ from coordlfs_tools.lab.network import Host
 from coordlfs.kernel.mounts import table, unmount
 
 _LIMIT = 120.0  # seconds that a command may take
+_QUIET = 4  # times that the figures are the same before nothing more is taken to come
 COORDLFS = str(Path(sys.executable).with_name("coordlfs"))
 
 
@@ -228,3 +229,61 @@ def rclone(source: Path, cache_mode: str) -> Iterator[Path]:
         options = ["--read-only", "--vfs-cache-mode", cache_mode, "--cache-dir", cache, "--config", ""]
         with _served("rclone", "mount", *options, str(source), "MNT") as point:
             yield point
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """A directory of which coordlfs keeps pages in memory."""
+
+    point: Path  # the directory itself
+
+    def status(self) -> dict[str, Any]:
+        """The figures of `coordlfs status --json`."""
+        figures: dict[str, Any] = json.loads(command("status", "--json", self.point).stdout)
+        return figures
+
+    def settled(self) -> dict[str, Any]:
+        """The figures as soon as all files are known, and as many pinned as fit, or as long as any more come to be."""
+        deadline, quiet, before = time.monotonic() + _LIMIT, 0, -1
+        while quiet < _QUIET:
+            figures = self.status()
+            is_still = figures["dataset"]["is_known"] and not figures["pending_items"]
+            quiet = quiet + 1 if is_still and figures["pinned_items"] == before else 0
+            before = figures["pinned_items"]
+            if time.monotonic() > deadline:
+                raise LabError(f"{before} items are pinned after {_LIMIT:.0f} s, and more come")
+            time.sleep(0.2)
+        return figures
+
+
+@contextmanager
+def pinned(
+    directory: Path, cache_size: int, group: Cgroup | None = None, *, options: Sequence[str] = ()
+) -> Iterator[Pinned]:
+    """`directory` pinned, up to `cache_size` bytes, by processes of `group`; let go of when the `with` ends."""
+    command("pin", directory, "--cache-size", cache_size, *options, group=group)
+    try:
+        yield Pinned(directory)
+    finally:
+        command("unpin", directory)
+
+
+@contextmanager
+def vmtouch(paths: Sequence[Path], group: Cgroup | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """`vmtouch -l` of these files, by a process of `group`: it locks them one after the other, and stays."""
+    if shutil.which("vmtouch") is None:
+        raise LabError("vmtouch is not installed: `apt-get install vmtouch`")
+    with tempfile.NamedTemporaryFile(prefix="coordlfs-lab-") as names:
+        names.write(b"\n".join(map(os.fsencode, paths)) + b"\n")
+        names.flush()
+        process = subprocess.Popen(
+            ["vmtouch", "-q", "-l", "-b", names.name],
+            stdout=subprocess.DEVNULL,
+            preexec_fn=group.enter if group else None,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
