@@ -24,6 +24,7 @@ _BYTES = 48 << 20  # of them
 _BATCH = 16
 _AT_ONCE = 1000  # files that are looked through before others have their turn
 _END = -1  # instead of an item
+_PLENTY = 1 << 62  # pages
 _SOON, _LATE = 0.01, 0.25  # seconds until it is looked again
 _AGAIN = 30.0  # seconds after which what could not be pinned is tried again
 _MOST_READ = 1 << 16  # items that were read and are not asked for yet
@@ -55,7 +56,7 @@ class Filling:
         self._read: dict[int, None] = {}  # items that a job has read, in that order
         self._pass: Iterator[int | None] | None = None
         self._marks, self._troubles = (-1, 0), 0  # when the last pass began
-        self._room_left, self._ended = 0, 0.0  # when it ended
+        self._least_room, self._ended = 0, 0.0  # with which it left something out; when it ended
 
     @property
     def room(self) -> int:
@@ -112,16 +113,18 @@ class Filling:
     def _has_work(self, now: float) -> bool:
         """Whether something may have to be read from the disk."""
         if self._pass is None and not self._asked and self._is_pass_due(now):
-            self._marks, self._troubles = self._now_marks(), self._now_troubles()
+            self._marks, self._troubles, self._least_room = self._now_marks(), self._now_troubles(), _PLENTY
             self._pass = self._all_absent()
         return self._pass is not None or bool(self._asked)
 
     def _is_pass_due(self, now: float) -> bool:
-        """Whether a pass may find anything to pin: since the last one there is more to pin, or more room.
+        """Whether a pass may find anything to pin: there is more to pin since the last one began, or more room.
 
         Or something could not be pinned then.
         """
-        if self._marks != self._now_marks() or self.room > self._room_left:
+        if self._admission.dropping:
+            return False  # what is on its way out cannot be asked for
+        if self._marks != self._now_marks() or self.room > self._least_room:
             return True
         return self._troubles != self._now_troubles() and now > self._ended + _AGAIN
 
@@ -136,8 +139,7 @@ class Filling:
         while self._pass is not None and len(self._asked) + len(batch) < _ON_THEIR_WAY and self._bytes_asked() < _BYTES:
             item = next(self._pass, _END)
             if item == _END:
-                self._pass = None
-                self._room_left, self._ended = self.room, now
+                self._pass, self._ended = None, now
             if item is None or item == _END:
                 break
             batch.append(item)
@@ -152,6 +154,8 @@ class Filling:
         for item in batch:
             if self._admission.is_pending(item):
                 self._asked[item] = self._policy.pages(item)
+            else:
+                self._least_room = min(self._least_room, self.room)
 
     def _bytes_asked(self) -> int:
         return sum(self._asked.values()) * pages.PAGE
