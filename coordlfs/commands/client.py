@@ -25,6 +25,7 @@ from coordlfs.sources.layout import by_extent, walk
 
 _BATCH = 64
 _REPLACED_WITHIN, _SETTLED_WITHIN = 60.0, 30.0  # seconds
+_LONGEST = 1 << 26  # bytes of a reply
 _LOOK_EVERY = 1.0  # seconds between looks whether a server that has not answered is still there
 _SORTED_AT_ONCE = 200_000  # files whose place on the disk is asked for before the first of them is read
 
@@ -66,12 +67,15 @@ class Connection:
         try:
             self._sock.sendall(json.dumps({"verb": verb, **arguments}).encode() + b"\n")
             self._await()
-            line = self._lines.readline()
+            line = self._lines.readline(_LONGEST)
         except ConnectionError:
             line = b""
         if not line:
             raise UserError(self._broken())
-        reply: dict[str, Any] = json.loads(line)
+        try:
+            reply: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise UserError(f"{self.place} answers what is no answer: is it coordlfs that listens there?") from None
         return reply
 
     def _broken(self) -> str:

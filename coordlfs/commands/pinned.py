@@ -18,13 +18,21 @@ from typing import Any
 from coordlfs.commands.client import Connection, relative
 from coordlfs.errors import UserError
 from coordlfs.kernel import paths as kernel_paths
+from coordlfs.kernel import process
 
 _PREFIX = b"coordlfs-pin-"
+_ANSWER = 120.0  # seconds that a pinner may take
 
 
 def _name(directory: str, user: int) -> bytes:
     st = os.stat(directory)
     return _PREFIX + b"%d-%x-%x" % (user, st.st_dev, st.st_ino)
+
+
+def _user(name: bytes) -> int | None:
+    """Whose socket it is by its name, which anybody may have given to one."""
+    digits = name.removeprefix(_PREFIX).partition(b"-")[0]
+    return int(digits) if digits.isdigit() else None
 
 
 def listen(directory: str) -> socket.socket:
@@ -46,10 +54,14 @@ class Pin(Connection):
 
     def __init__(self, name: bytes, directory: str) -> None:
         super().__init__(name, directory)
-        self._server = 0  # the socket was made by one who is gone by now
-        if self.user not in (0, os.geteuid()) and os.geteuid():
+        if _user(name) != self.user or (self.user not in (0, os.geteuid()) and os.geteuid()):
             self.close()
             raise ConnectionRefusedError(errno.ECONNREFUSED, "it is another user's")
+
+    def _await(self) -> None:
+        """Wait for a reply. Who made the socket is gone, and while a pinner is replaced the next one answers."""
+        if not process.is_readable(self._sock.fileno(), _ANSWER):
+            raise UserError(f"{self.place} has not answered within {_ANSWER:.0f} s: see its log")
 
     def figures(self) -> dict[str, Any]:
         """The figures (docs/reference/status.md)."""

@@ -161,7 +161,7 @@ class Filling:
         return sum(self._asked.values()) * pages.PAGE
 
     def _all_absent(self) -> Iterator[int | None]:
-        """What is not pinned, as it lies on the disk; last what another memory cgroup has in memory.
+        """What is not pinned, as it lies on the disk; last what jobs have read already: of the rest they are spared it.
 
         None now and then, so that others are not kept waiting.
         """
@@ -170,12 +170,12 @@ class Filling:
             if number % _AT_ONCE == _AT_ONCE - 1:
                 yield None
             for item in self._absent(record):
-                if item in self._left:
+                if item in self._left or item in self._read:
                     left.append(item)
                 else:
                     yield item
         self._left.difference_update(left)
-        yield from left
+        yield from filter(self._admission.is_absent, left)
 
     def _absent(self, record: int) -> Iterator[int]:
         if not self._catalog.flags(record) & REGULAR:

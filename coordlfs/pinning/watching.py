@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 
 import trio
 
@@ -116,31 +118,36 @@ class Watching:
             moved = {place for place, is_directory in happened if is_directory}
             now = time.monotonic()
             places |= dict.fromkeys(place for place, due in self._again.items() if due <= now)
-            await threads.run(lambda places=places: self._look(places), abandon_on_cancel=True)  # type: ignore[misc]
-            if gone := {self._path(place) for place in moved if self._is_known_directory(place)}:
+            gone = await threads.run(partial(self._look, places, moved), abandon_on_cancel=True)
+            if gone:
                 await self._compare(gone)
             if is_lost:
                 log.warning("more changed at once than the kernel could tell: everything is compared")
                 await self._scan()
                 await self._compare({b""})
 
-    def _look(self, places: Iterable[Place]) -> None:
+    def _look(self, places: Iterable[Place], moved: Iterable[Place]) -> set[bytes]:
+        """See what is at some places now; the paths of those, of `moved`, where a directory was and is no more."""
         for place in places:
             if self._dataset.look(*place):
                 self._again.pop(place, None)
             else:
                 self._again[place] = time.monotonic() + _QUIET
         self._dataset.place()
+        return {self._path(place) for place in moved if self._was_directory(place)}
 
     def _path(self, place: Place) -> bytes:
         directory, name = self._catalog.directory_path(place[0]), place[1]
         return directory + b"/" + name if directory else name
 
-    def _is_known_directory(self, place: Place) -> bool:
-        """Whether a directory that was there is there no more."""
-        return self._dataset.record_at(*place) is not None and not os.path.isdir(
-            f"/proc/self/fd/{self._source.root}/{os.fsdecode(self._path(place))}"
-        )
+    def _was_directory(self, place: Place) -> bool:
+        """Whether something that was known is gone, or is no directory any more."""
+        if self._dataset.record_at(*place) is None:
+            return False
+        try:
+            return not stat.S_ISDIR(self._source.lstat(self._path(place)).st_mode)
+        except OSError:
+            return True
 
     # -- reads --------------------------------------------------------------------------------------------------
 
@@ -151,7 +158,7 @@ class Watching:
                 await trio.sleep(_LOOK_EVERY)
             reads = Directories(READS)
             try:
-                await threads.run(lambda reads=reads: self._watch_all(reads), abandon_on_cancel=True)  # type: ignore[misc]
+                await threads.run(partial(self._watch_all, reads), abandon_on_cancel=True)
                 while self._filling.room > 0:
                     with trio.move_on_after(_LOOK_EVERY):
                         await trio.lowlevel.wait_readable(reads.fd)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 from pathlib import Path
 
 import pytest
-from coordlfs_tools.lab import faulty_fs
+from coordlfs_tools.lab import cgroups, faulty_fs
+from coordlfs_tools.lab.machine import disk_of
 from mounts import (
     COORDLFS,
     MIB,
     PAGE,
     PATIENCE,
+    Cgroup,
     MakeMount,
     coordlfs,
     eventually,
@@ -21,7 +24,7 @@ from mounts import (
     unmount_lazily,
     write_files,
 )
-from pins import MakePin, disk, drop, held, resident
+from pins import MakePin, Pinned, disk, drop, held, read_in, resident
 
 SIZE = 100_000
 PAGES = page_count(SIZE)
@@ -182,3 +185,41 @@ def test_metrics(source: Path, pin: MakePin) -> None:
     assert "coordlfs_hit_ratio{" not in text
     assert "coordlfs_epoch_misses{" not in text
     assert json.loads(coordlfs("status", "--json", source).stdout)["pinned_items"] == 10
+
+
+def test_mount_says_what_would_do_without_it_to_a_person(source: Path, place: Path, mount: MakeMount) -> None:
+    """And not to a program."""
+    write_files(source, 1, SIZE)
+    said: list[str] = []
+    mount(source, said=said.append)
+    assert "coordlfs pin" not in said[0]
+    point = place / "for-a-person"
+    ours, theirs = pty.openpty()
+    with open(ours, "rb", buffering=0) as terminal:
+        command = [*COORDLFS, "mount", str(source), str(point), "--cache-size", "1M"]
+        subprocess.run(command, stdout=theirs, stderr=theirs, check=True, timeout=PATIENCE)
+        text = terminal.read(4096).decode()
+        os.close(theirs)
+    coordlfs("umount", point)
+    assert f"`coordlfs pin {source}` would do without a mount" in text
+
+
+def test_what_jobs_read_meanwhile_is_not_read_again(source: Path, place: Path) -> None:
+    """The pinner's disk is slow, and the job's is not: what the job has read is pinned as it is."""
+    names = write_files(source, 100, SIZE)
+    paths = [source / name for name in names]
+    drop(*paths)
+    log = place / "log"
+    with cgroups.cgroup(disk_of(source), bytes_per_second=500_000) as slow:
+        if slow.unified:
+            pytest.skip("version 2 of cgroups has no group of a disk alone")
+        enter = Cgroup({"io": slow.directories["io"]}, False, slow.disk).enter
+        command = [*COORDLFS, "pin", str(source), "--cache-size", "64M", "--log-file", str(log)]
+        subprocess.run(command, preexec_fn=enter, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE)
+        pinned = Pinned(source, log)
+        try:
+            read_in(None, *paths)
+            figures = pinned.full()
+        finally:
+            pinned.end()
+    assert figures["source"]["bytes"] < 60 * SIZE
