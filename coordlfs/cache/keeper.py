@@ -177,8 +177,7 @@ class Keeper:
         if request.flags & How.KEEP:
             return None
         if request.flags & How.OWN:
-            is_wanted_whole = bool(request.flags & How.RESIDENT)
-            return self.owned.settle(request.fd, request.offset, request.length, is_wanted_whole)
+            return self.owned.settle(request.fd, request.offset, request.length, request.flags)
         return None if self._make_absent(request) else Outcome.BUSY
 
     def _open(self, request: _Request, flags: int = 0) -> int:

@@ -45,7 +45,8 @@ class How(IntEnum):
     KEEP = 1  # they are a dead keeper's: pin them as they are
     FORCE = 2  # the kernel was told to drop them, even where a job maps them, and the attributes with them
     OWN = 4  # pin them as they are if all are charged where the keeper is, else drop them
-    RESIDENT = 8  # with OWN: pin them as they are, or leave all as it is and say LEFT
+    RESIDENT = 8  # with OWN: pin it only if all of it is there and the keeper's, else leave all as it is and say LEFT
+    SPARE = 16  # with OWN: if some of it is there and another's, leave all as it is and say LEFT
 
 
 class Outcome(IntEnum):

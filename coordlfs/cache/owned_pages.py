@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from coordlfs.cache.keeper_protocol import Outcome
+from coordlfs.cache.keeper_protocol import How, Outcome
 from coordlfs.kernel import pages
 from coordlfs.kernel.charges import Charges
 
@@ -21,29 +21,32 @@ class OwnedPages:
         self._charges: Charges | None = None
         self._is_asked = False
 
-    def settle(self, fd: int, offset: int, length: int, is_wanted_whole: bool) -> Outcome | None:
+    def settle(self, fd: int, offset: int, length: int, how: int) -> Outcome | None:
         """See to what is resident of a range of a file: None if it can be pinned now, else what to answer.
 
-        `is_wanted_whole`: only if all of it is resident and the keeper's own; else nothing is changed. Raises OSError.
+        `how`: flags of `How`, which say what is to be left as it is. Raises OSError.
         """
-        if self._may_stay(fd, offset, length, is_wanted_whole):
+        there, is_own = self._look(fd, offset, length)
+        if how & How.RESIDENT:
+            return None if is_own and there == pages.count(length) else Outcome.LEFT
+        if is_own or there == 0:
             return None
-        if is_wanted_whole:
+        if how & How.SPARE and there:
             return Outcome.LEFT
         pages.drop(fd, offset, length)
         return Outcome.BUSY if pages.resident(fd, offset, length) else None
 
-    def _may_stay(self, fd: int, offset: int, length: int, is_wanted_whole: bool) -> bool:
-        if self._asked() is None:
-            return False
+    def _look(self, fd: int, offset: int, length: int) -> tuple[int | None, bool]:
+        """How many pages are resident, None if nobody says, and whether all of these are the keeper's own."""
+        charges = self._asked()
+        if charges is None:
+            return pages.resident(fd, offset, length), False
         address = pages.map_file(fd, offset, length)
         try:
             runs = pages.resident_runs(address, length)
-            if is_wanted_whole and runs != [(0, pages.count(length))]:
-                return False
             for first, count in runs:
                 pages.populate(address + first * pages.PAGE, count * pages.PAGE)
-            return self.are_own(address, length)
+            return sum(count for _, count in runs), self.are_own(address, length)
         finally:
             pages.unmap(address, length)
 

@@ -67,14 +67,17 @@ class PinAdmission(Admission):
             return 0
         return self.catalog.version(record).inode
 
-    def adopt(self, wanted: Iterable[int]) -> None:
-        """Have items pinned that a job has read, as they are; what is not wholly there, or another's, stays absent."""
+    def ask_for(self, wanted: Iterable[int], how: How | None = None) -> None:
+        """Have items pinned for which there is room, in this order; `how`: which of them are left as they are.
+
+        RESIDENT: what is not wholly in memory, or another's; SPARE: what is another's.
+        """
         with self.lock:
             for item in wanted:
                 size = self.catalog.size(items.record_of(item))
                 room = pages.count(items.length(item, size))
                 if item not in self.dropping and self._admits(item, room):
-                    pending = self._pending.by_item.setdefault(item, Pending(flags=How.RESIDENT))
+                    pending = self._pending.by_item.setdefault(item, Pending(flags=how or 0))
                     self._ask(item, pending)
 
     def _force(self, item: int, pending: Pending) -> None:

@@ -31,6 +31,8 @@ def _disk_of(fd: int) -> int:
     mount_id = mounts.id_of(fd)
     source = next((m.source for m in mounts.table() if m.mount_id == mount_id), b"")
     with suppress(OSError):  # Btrfs: its files have device numbers that are no disk's
+        if not source.startswith(b"/dev/"):
+            return 0
         st = os.stat(source)
         return st.st_rdev if stat.S_ISBLK(st.st_mode) else 0
     return 0

@@ -88,17 +88,16 @@ class Dataset:
     # -- looking ------------------------------------------------------------------------------------------------
 
     def scan(self, record: int = 0) -> None:
-        """Find all that is at and below a directory. Raises OSError if the root cannot be read."""
+        """Find all that is at and below a directory; what cannot be read is left out, and the log says so."""
         waiting = [record]
         while waiting:
             directory = waiting.pop()
             try:
                 waiting += reversed(self._scan_one(directory))
             except OSError as e:
-                if not directory:
-                    raise
                 if e.errno not in _ABSENT:
-                    log.warning("%s cannot be listed: %s", os.fsdecode(self._catalog.path(directory)), e.strerror)
+                    name = os.fsdecode(self._catalog.path(directory)) or "the directory"
+                    log.warning("%s cannot be listed: %s", name, e.strerror)
             if len(self._fresh) >= _PLACED_AT_ONCE:
                 self.place()
         self.place()

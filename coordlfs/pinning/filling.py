@@ -1,7 +1,8 @@
 """Which items are asked for when: in the order of the disk until the cache is full, and what jobs have read at once.
 
 What a job has read and what is charged here is pinned as it is, which costs no disk. All else is read by the keepers,
-at the pace that `pace` allows. It knows neither names nor how items are pinned.
+at the pace that `pace` allows; last, what is in memory and charged to others, who are spared reading the rest. It knows
+neither names nor how items are pinned.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Any
 
 import trio
 
 from coordlfs.cache import items
+from coordlfs.cache.keeper_protocol import How
 from coordlfs.cache.pin_admission import PinAdmission
 from coordlfs.catalogue.catalog import REGULAR, Catalog
 from coordlfs.kernel import pages
@@ -51,10 +54,13 @@ class Filling:
         self._waited = waited
         self._most_pages = most_pages
         self._asked: dict[int, int] = {}  # items on their way that are read from the disk, and their pages
-        self._adopting: set[int] = set()  # items on their way that are taken as they are
-        self._left: set[int] = set()  # items that could not be
+        self._adopting: dict[int, None] = {}  # items on their way that are taken as they are
+        self._unspared: set[int] = set()  # items on their way that are pinned whoever has them in memory
+        self._spared: dict[int, None] = {}  # items that are in memory and another's: they come last
         self._read: dict[int, None] = {}  # items that a job has read, in that order
         self._pass: Iterator[int | None] | None = None
+        self._is_last = False  # the pass has come to what was spared
+        self._has_more = False  # not all has been looked at, or is there
         self._marks, self._troubles = (-1, 0), 0  # when the last pass began
         self._least_room, self._ended = 0, 0.0  # with which it left something out; when it ended
 
@@ -63,12 +69,17 @@ class Filling:
         """Pages that may be pinned yet."""
         return self._policy.capacity - self._policy.used
 
+    @property
+    def has_use_for_reads(self) -> bool:
+        """Whether something could be pinned because a job has read it."""
+        return self.room > 0 and self._has_more
+
     def was_read(self, record: int) -> None:
         """A job has read of a file."""
         if self.room <= 0 or len(self._read) >= _MOST_READ:
             return
         for item in self._absent(record):
-            if item not in self._left and item not in self._asked:
+            if item not in self._spared:
                 self._read[item] = None
 
     async def run(self) -> None:
@@ -80,24 +91,28 @@ class Filling:
 
     def _step(self, now: float) -> float:
         """Ask for what may be asked for; in how many seconds to look again, if no answer comes before."""
-        self._asked = {item: n for item, n in self._asked.items() if self._admission.is_pending(item)}
-        self._settle_adopted()
+        self._settle()
         if self.room <= 0 or self._admission.recovering:
             return _LATE
         self._adopt()
-        if not self._has_work(now):
+        self._has_more = self._has_work(now)
+        if not self._has_more:
             return _SOON if self._adopting or self._read else _LATE
         if self.pace.may_ask(now, self._waited(), is_idle=not self._asked):
             self._feed(now)
         return _SOON
 
-    # -- what jobs have read ------------------------------------------------------------------------------------
+    def _settle(self) -> None:
+        """See which items are not on their way any more, and which of them were left as they are."""
+        waiting: dict[int, Any]
+        for waiting in (self._asked, self._adopting):
+            for item in [item for item in waiting if not self._admission.is_pending(item)]:
+                waiting.pop(item)
+                if self._admission.is_absent(item) and item not in self._unspared:
+                    self._spared[item] = None
+                self._unspared.discard(item)
 
-    def _settle_adopted(self) -> None:
-        for item in [item for item in self._adopting if not self._admission.is_pending(item)]:
-            self._adopting.discard(item)
-            if self._admission.is_absent(item):
-                self._left.add(item)
+    # -- what jobs have read ------------------------------------------------------------------------------------
 
     def _adopt(self) -> None:
         wanted = list(islice(self._read, max(0, _ON_THEIR_WAY - len(self._adopting))))
@@ -105,8 +120,8 @@ class Filling:
             del self._read[item]
         wanted = [item for item in wanted if self._admission.is_absent(item)]
         if wanted:
-            self._admission.adopt(wanted)
-            self._adopting.update(wanted)
+            self._admission.ask_for(wanted, How.RESIDENT)
+            self._adopting |= dict.fromkeys(wanted)
 
     # -- all else -----------------------------------------------------------------------------------------------
 
@@ -114,7 +129,7 @@ class Filling:
         """Whether something may have to be read from the disk."""
         if self._pass is None and not self._asked and self._is_pass_due(now):
             self._marks, self._troubles, self._least_room = self._now_marks(), self._now_troubles(), _PLENTY
-            self._pass = self._all_absent()
+            self._pass, self._is_last = self._all_absent(), False
         return self._pass is not None or bool(self._asked)
 
     def _is_pass_due(self, now: float) -> bool:
@@ -124,7 +139,7 @@ class Filling:
         """
         if self._admission.dropping:
             return False  # what is on its way out cannot be asked for
-        if self._marks != self._now_marks() or self.room > self._least_room:
+        if self._marks != self._now_marks() or self.room > self._least_room or self._spared:
             return True
         return self._troubles != self._now_troubles() and now > self._ended + _AGAIN
 
@@ -150,10 +165,12 @@ class Filling:
         self._admission.flush()
 
     def _ask(self, batch: list[int]) -> None:
-        self._admission.admit(batch)
+        self._admission.ask_for(batch, None if self._is_last else How.SPARE)
         for item in batch:
             if self._admission.is_pending(item):
                 self._asked[item] = self._policy.pages(item)
+                if self._is_last:
+                    self._unspared.add(item)
             else:
                 self._least_room = min(self._least_room, self.room)
 
@@ -165,17 +182,16 @@ class Filling:
 
         None now and then, so that others are not kept waiting.
         """
-        left = []
         for number, record in enumerate(self._dataset.order):
             if number % _AT_ONCE == _AT_ONCE - 1:
                 yield None
             for item in self._absent(record):
-                if item in self._left or item in self._read:
-                    left.append(item)
-                else:
+                if item not in self._spared and item not in self._read:
                     yield item
-        self._left.difference_update(left)
-        yield from filter(self._admission.is_absent, left)
+        yield None  # what was asked for until now is asked for otherwise than what follows
+        self._is_last = True
+        spared, self._spared = self._spared, {}
+        yield from filter(self._admission.is_absent, spared)
 
     def _absent(self, record: int) -> Iterator[int]:
         if not self._catalog.flags(record) & REGULAR:

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _TOGETHER = 0.05  # seconds in which events are gathered before they are seen to
 _LOOK_EVERY = 0.5  # seconds
+_NO_INOTIFY = 60.0  # seconds until it is tried again
 _QUIET = 1.0  # seconds after which a file that is being written to is looked at again
 
 Place = tuple[int, bytes]  # record of a directory, and a name in it
@@ -96,15 +97,9 @@ class Watching:
         """Find all files, and see to what happens, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_changes)
-            await self._scan()
+            await threads.run(self._dataset.scan, abandon_on_cancel=True)
             self.is_scanned = True
             await self._follow_reads()
-
-    async def _scan(self) -> None:
-        try:
-            await threads.run(self._dataset.scan, abandon_on_cancel=True)
-        except OSError as e:
-            log.error("the directory cannot be read: %s", e.strerror)
 
     # -- changes ------------------------------------------------------------------------------------------------
 
@@ -123,7 +118,7 @@ class Watching:
                 await self._compare(gone)
             if is_lost:
                 log.warning("more changed at once than the kernel could tell: everything is compared")
-                await self._scan()
+                await threads.run(self._dataset.scan, abandon_on_cancel=True)
                 await self._compare({b""})
 
     def _look(self, places: Iterable[Place], moved: Iterable[Place]) -> set[bytes]:
@@ -152,20 +147,28 @@ class Watching:
     # -- reads --------------------------------------------------------------------------------------------------
 
     async def _follow_reads(self) -> None:
-        """Listen to what is read for as long as there is room: each read costs whoever reads an event."""
+        """Listen to what is read for as long as that is of use: each file that is read costs its reader an event."""
         while True:
-            while self._filling.room <= 0:
-                await trio.sleep(_LOOK_EVERY)
-            reads = Directories(READS)
-            try:
-                await threads.run(partial(self._watch_all, reads), abandon_on_cancel=True)
-                while self._filling.room > 0:
-                    with trio.move_on_after(_LOOK_EVERY):
-                        await trio.lowlevel.wait_readable(reads.fd)
-                        await trio.sleep(_TOGETHER)
-                        self._tell(reads)
-            finally:
-                reads.close()
+            if self._filling.has_use_for_reads:
+                try:
+                    reads = Directories(READS)
+                except OSError as e:  # the user may have no more of them
+                    log.warning("what jobs read is not seen: %s", e)
+                    await trio.sleep(_NO_INOTIFY)
+                    continue
+                try:
+                    await self._follow(reads)
+                finally:
+                    reads.close()
+            await trio.sleep(_LOOK_EVERY)
+
+    async def _follow(self, reads: Directories) -> None:
+        await threads.run(partial(self._watch_all, reads), abandon_on_cancel=True)
+        while self._filling.has_use_for_reads:
+            with trio.move_on_after(_LOOK_EVERY):
+                await trio.lowlevel.wait_readable(reads.fd)
+                await trio.sleep(_TOGETHER)
+                self._tell(reads)
 
     def _watch_all(self, reads: Directories) -> None:
         for record in self._dataset.directories():

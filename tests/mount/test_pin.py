@@ -108,7 +108,7 @@ def test_status(source: Path, pin: MakePin) -> None:
     assert "10 pinned, 0 on their way" in shown
     assert "not known" in shown
     listed = json.loads(coordlfs("status", "--json").stdout)
-    assert [each["source_path"] for each in listed if each["mode"] == "pin"].count(str(source)) == 1
+    assert [each["source_path"] for each in listed if each.get("mode") == "pin"].count(str(source)) == 1
     told = json.loads(coordlfs("status", "--json", source).stdout)
     assert told["processes"] == figures["processes"]
     assert (told["epoch"], told["epoch_history"], told["hit_rate"]) == (None, [], None)

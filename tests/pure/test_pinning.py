@@ -199,7 +199,7 @@ def catalog() -> Iterator[Catalog]:
 def test_files_are_pinned_in_their_order_until_it_is_full(catalog: Catalog) -> None:
     pinner = Pinner(catalog, 5)
     files = pinner.add(8)
-    assert pinner.asked() == [(Verb.PIN, How.OWN, item) for item in files[:5]]
+    assert pinner.asked() == [(Verb.PIN, How.OWN | How.SPARE, item) for item in files[:5]]
     pinner.say(Outcome.PINNED, *files[:5])
     assert pinner.asked() == []
     assert pinner.filling.room == 0
@@ -255,10 +255,41 @@ def test_what_is_anothers_comes_last(catalog: Catalog) -> None:
     assert pinner.serve() == [files[0], files[2], files[4], files[5], files[1]]
 
 
+def test_what_is_anothers_is_spared_until_all_else_is_asked_for(catalog: Catalog) -> None:
+    pinner = Pinner(catalog, 10)
+    files = pinner.add(4)
+    spare = How.OWN | How.SPARE
+    assert pinner.asked() == [(Verb.PIN, spare, item) for item in files]
+    pinner.say(Outcome.LEFT, files[0])
+    pinner.say(Outcome.PINNED, files[1], files[3])
+    late = [ask for _ in range(3) for ask in pinner.asked()]
+    assert late == [(Verb.PIN, How.OWN, files[0])]
+    pinner.say(Outcome.LEFT, files[2])  # which comes late
+    pinner.say(Outcome.PINNED, files[0])
+    assert [ask for _ in range(6) for ask in pinner.asked()] == [(Verb.PIN, How.OWN, files[2])]
+    pinner.say(Outcome.PINNED, files[2])
+    assert [ask for _ in range(6) for ask in pinner.asked()] == []
+    assert not pinner.filling.has_use_for_reads
+
+
+def test_what_cannot_be_read_is_not_asked_for_without_end(catalog: Catalog) -> None:
+    pinner = Pinner(catalog, 10)
+    [file] = pinner.add(1)
+    asked = 0
+    for _ in range(50):
+        for _, _, item in pinner.asked():
+            asked += 1
+            pinner.say(Outcome.FAILED, item)
+    assert asked == 2
+    pinner.now += 60
+    assert pinner.asked(), "what failed may have passed"
+    assert pinner.admission.is_pending(file)
+
+
 def test_what_is_left_as_it_was_has_its_room_back(catalog: Catalog) -> None:
     pinner = Pinner(catalog, 2)
     [file] = pinner.add(1)
-    pinner.admission.adopt([file])
+    pinner.admission.ask_for([file], How.RESIDENT)
     pinner.admission.flush()
     pinner.say(Outcome.LEFT, file)
     assert pinner.admission.is_absent(file)
@@ -272,7 +303,7 @@ def test_a_file_that_a_job_maps_is_asked_for_again_and_then_left(catalog: Catalo
     for attempt in range(10):
         if not asked:
             break
-        assert asked == [(Verb.PIN, How.OWN, file)]
+        assert asked == [(Verb.PIN, How.OWN | How.SPARE, file)]
         pinner.say(Outcome.BUSY, file)
         if (due := pinner.admission._pending.next_due()) is None:
             break
