@@ -134,7 +134,8 @@ def _first_epochs(context: Context, data: Images, throttle: int | None, disk: st
             f"first epoch, {disk}: {side} ÷ directly",
             ratios([each.seconds for each in ours], theirs),
             Bound(1.05) if side.startswith("pin") else None,
-            f"{median(e.seconds for e in ours):.2f} ÷ {median(theirs):.2f} s, {median(e.read for e in ours):.3f} × D read"
+            f"{median(e.seconds for e in ours):.2f} ÷ {median(theirs):.2f} s,"
+            f" {median(e.read for e in ours):.3f} × D read"
             + (f", {median(e.held for e in ours):.0%} held at its end" if not side.startswith("vmtouch") else ""),
         )
         for side, ours in epochs.items()
