@@ -22,7 +22,12 @@ from coordlfs.errors import UserError
 from coordlfs.kernel import limits, process, systemd
 from coordlfs.processes import interpreter
 
-_COMPILED = "coordlfs.catalogue.records", "coordlfs.serving.entries", "coordlfs.serving.fast_path"
+_COMPILED = (
+    "coordlfs.catalogue.records",
+    "coordlfs.disk.slots",
+    "coordlfs.serving.entries",
+    "coordlfs.serving.fast_path",
+)
 _START_TIMEOUT = 60.0
 _TELL_STATUS = 30.0  # seconds between what the service manager is told
 
