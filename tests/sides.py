@@ -32,7 +32,7 @@ from coordlfs.serving.fast_path import FastPath
 from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.reading import Reader, Request
 from coordlfs.serving.waits import Waits
-from coordlfs.sources.directory import Source
+from coordlfs.sources.directory import DirectorySource
 
 PID = 4242
 LARGEST = 300_000
@@ -122,7 +122,7 @@ def side_of(directory: Path, capacity: int = 0, *, id_bits: int = 63) -> Iterato
         theirs.settimeout(240)
         catalog = Catalog(*fds, id_bits=id_bits)
         counters = Counters(catalog.counters)
-        source = Source(root, is_remote=False)
+        source = DirectorySource(root, is_remote=False)
         notifier = Notifier(device.fileno())
         admission = admission_of(catalog, MinIO(capacity), Stash(1 << 20), counters, notifier)
         reader = Reader(catalog, source, admission, counters, notifier)

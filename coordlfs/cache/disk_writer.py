@@ -28,7 +28,7 @@ from coordlfs.disk.space import Space
 from coordlfs.disk.store import Block, Found, Store
 from coordlfs.kernel import pages
 from coordlfs.sources import versions
-from coordlfs.sources.directory import Part, Source
+from coordlfs.sources.contract import Part, Source
 
 log = logging.getLogger(__name__)
 

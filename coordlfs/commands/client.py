@@ -20,7 +20,8 @@ from coordlfs.errors import UserError
 from coordlfs.kernel import mounts, pages, process
 from coordlfs.kernel import paths as kernel_paths
 from coordlfs.processes import holders
-from coordlfs.sources.directory import Source
+from coordlfs.sources.contract import Source
+from coordlfs.sources.directory import DirectorySource
 from coordlfs.sources.layout import by_extent, walk
 
 _BATCH = 64
@@ -95,7 +96,7 @@ class Client(Connection):
         except OSError as e:
             raise UserError(f"{mountpoint} does not answer: {e.strerror}") from e
 
-    def source(self) -> Source:
+    def source(self) -> DirectorySource:
         """The mounted directory itself, even where it is mounted over."""
         try:
             self._sock.sendall(b'{"verb": "source"}\n')
@@ -105,7 +106,7 @@ class Client(Connection):
             fds = []
         if not fds:
             raise UserError(f"only root and who mounted {self.mountpoint} may do this")
-        return Source(fds[0])
+        return DirectorySource(fds[0])
 
     def _broken(self) -> str:
         return (

@@ -36,7 +36,7 @@ from coordlfs.kernel.paths import shown
 from coordlfs.pinning.dataset import IN_MEMORY
 from coordlfs.processes import exporter
 from coordlfs.sources import layout
-from coordlfs.sources.directory import Source, lies_elsewhere
+from coordlfs.sources.directory import DirectorySource, lies_elsewhere
 
 _SUPERVISOR = "coordlfs.processes.pin_supervisor"
 _END_TIMEOUT, _LOOK_AGAIN = 30.0, 0.02  # seconds
@@ -138,7 +138,7 @@ def _check_kind(directory: str, root: int, kind: bytes | None) -> None:
 
 def _keeps_pages(root: int) -> bool:
     """Whether pages of a file are there still once it has been opened again; if nothing can be tried, so it is said."""
-    source = Source(root)
+    source = DirectorySource(root)
     with suppress(OSError):
         for number, (path, st) in enumerate(layout.walk(source, b"")):
             if stat.S_ISREG(st.st_mode) and st.st_size:
@@ -148,7 +148,7 @@ def _keeps_pages(root: int) -> bool:
     return True
 
 
-def _keeps_page(source: Source, path: bytes) -> bool:
+def _keeps_page(source: DirectorySource, path: bytes) -> bool:
     fd = source.open(path)
     try:
         address = pages.map_file(fd, 0, pages.PAGE)

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from coordlfs.commands.client import Client
 from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.paths import shown
-from coordlfs.sources.directory import Part, Source
+from coordlfs.sources.contract import Part, Source
+from coordlfs.sources.directory import DirectorySource
 from coordlfs.sources.layout import walk
 
 _STEP = fuse.MAX_READ
@@ -32,7 +33,7 @@ def _no_wait() -> None:
     pass
 
 
-def differences(mount: Source, source: Source, path: bytes, buffer: pages.Buffer) -> Iterator[str]:
+def differences(mount: DirectorySource, source: Source, path: bytes, buffer: pages.Buffer) -> Iterator[str]:
     """What differs at one path; `buffer` has room for `_STEP` bytes."""
     try:
         theirs = source.lstat(path)
@@ -73,7 +74,9 @@ def names(tree: Source, path: bytes) -> list[bytes]:
     return listing.names
 
 
-def _bytes_differ(mount: Source, source: Source, path: bytes, size: int, buffer: pages.Buffer) -> Iterator[str]:
+def _bytes_differ(
+    mount: DirectorySource, source: Source, path: bytes, size: int, buffer: pages.Buffer
+) -> Iterator[str]:
     try:
         fd = mount.open(path)
     except OSError as e:
@@ -107,7 +110,7 @@ def verify(mountpoint: str) -> tuple[int, int, list[str]]:
         client.close()
     root = os.open(client.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        mount = Source(root)
+        mount = DirectorySource(root)
         found: list[str] = []
         everything = list(walk(source, b""))
         total = 0

@@ -21,7 +21,7 @@ from coordlfs.catalogue.catalog import DIRECTORY, LINKED, REGULAR, Catalog
 from coordlfs.kernel import mounts
 from coordlfs.serving.links import use_other_name
 from coordlfs.sources import layout
-from coordlfs.sources.directory import Source
+from coordlfs.sources.directory import DirectorySource
 from coordlfs.sources.versions import Version, is_young
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Dataset:
     def __init__(
         self,
         catalog: Catalog,
-        source: Source,
+        source: DirectorySource,
         admission: Admission,
         wanted: Wanted,
         watch: Callable[[int, int], object],

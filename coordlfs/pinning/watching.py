@@ -21,7 +21,7 @@ from coordlfs.kernel import threads
 from coordlfs.kernel.inotify import READS, DirectoryWatch
 from coordlfs.pinning.dataset import Dataset
 from coordlfs.pinning.filling import Filling
-from coordlfs.sources.directory import Source
+from coordlfs.sources.directory import DirectorySource
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Watching:
     def __init__(
         self,
         catalog: Catalog,
-        source: Source,
+        source: DirectorySource,
         changes: Directories,
         dataset: Dataset,
         filling: Filling,

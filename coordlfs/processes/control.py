@@ -23,7 +23,7 @@ from coordlfs.kernel import pages, paths, threads
 from coordlfs.processes.control_socket import ControlSocket, Verb
 from coordlfs.serving.namespace import Namespace
 from coordlfs.serving.revalidation import Revalidation
-from coordlfs.sources.directory import Source
+from coordlfs.sources.contract import Source
 
 if TYPE_CHECKING:
     from coordlfs.cache.disk_tier import DiskTier

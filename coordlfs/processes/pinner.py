@@ -42,7 +42,7 @@ from coordlfs.processes.server import exit_with_thread, fails_at_once
 from coordlfs.processes.supervisor_link import SupervisorLink
 from coordlfs.serving.revalidation import Revalidation
 from coordlfs.sources import numbering
-from coordlfs.sources.directory import Source
+from coordlfs.sources.directory import DirectorySource
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ _TICK = 0.5  # seconds
 def serve(config: dict[str, Any]) -> None:
     """Pin until the supervisor ends. `config` is what `coordlfs.processes.pin_supervisor` passes."""
     path, fstype = os.fsencode(config["source"]), os.fsencode(config["fstype"] or "")
-    source = Source(config["root"], path, is_remote=config["is_remote"], fstype=fstype or None)
+    source = DirectorySource(config["root"], path, is_remote=config["is_remote"], fstype=fstype or None)
     catalog = Catalog(config["records"], config["names"], numbering=source.numbering)
     counters = Counters(catalog.counters)
     epochs = Epochs(Epoch(counters["epochs_before"]))

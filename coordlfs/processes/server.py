@@ -51,7 +51,8 @@ from coordlfs.serving.reading import Reader
 from coordlfs.serving.revalidation import Revalidation
 from coordlfs.serving.telling import Telling
 from coordlfs.serving.waits import Waits
-from coordlfs.sources.directory import Source, holds_elsewhere
+from coordlfs.sources.contract import Source
+from coordlfs.sources.directory import DirectorySource, holds_elsewhere
 
 if TYPE_CHECKING:
     from coordlfs.cache.disk_tier import DiskTier
@@ -97,7 +98,9 @@ def serve(config: dict[str, Any]) -> None:
     in_place = config["source"] == config["mountpoint"]
     path = None if in_place else os.fsencode(config["source"])
     fstype = None if config["fstype"] is None else os.fsencode(config["fstype"])
-    source = Source(config["root"], path, is_remote=config["is_remote"], fstype=fstype, since=config.get("mounted"))
+    source = DirectorySource(
+        *(config["root"], path), is_remote=config["is_remote"], fstype=fstype, since=config.get("mounted")
+    )
     catalog = Catalog(config["records"], config["names"], numbering=source.numbering)
     counters = Counters(catalog.counters)
     epochs = Epochs(Epoch(counters["epochs_before"]))

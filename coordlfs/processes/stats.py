@@ -21,7 +21,7 @@ from coordlfs.cache.residence import REMEDY, Residence, wanted
 from coordlfs.catalogue.catalog import Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import pages
-from coordlfs.sources.directory import Source
+from coordlfs.sources.contract import Source
 
 if TYPE_CHECKING:
     from coordlfs.cache.disk_tier import DiskTier

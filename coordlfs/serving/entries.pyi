@@ -3,7 +3,7 @@
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.catalogue.records import Records
 from coordlfs.serving.namespace import Namespace
-from coordlfs.sources.directory import Listing
+from coordlfs.sources.contract import Listing
 
 class Entries:
     def __init__(self, records: Records, namespace: Namespace, counters: Counters) -> None: ...

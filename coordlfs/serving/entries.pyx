@@ -1,12 +1,12 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """What READDIRPLUS is answered with: entries of a directory, each with its attributes, as many as there is room for.
 
-The attributes are asked for without the GIL, some entries at a time; then these are entered into the catalogue
+The attributes are asked for some entries at a time, of a directory on a disk without the GIL; then these are entered into the catalogue
 and packed. Whatever is unusual (several hard links, another version than was shown) is entered by `Namespace`.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING
-from libc.errno cimport ENOENT
+from libc.errno cimport EIO, ENOENT
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy, memset
 from posix.stat cimport S_IFDIR
@@ -37,6 +37,9 @@ cdef enum:
     _TYPE_SHIFT = 12  # of a mode, for what dirents say of it
 
 
+cdef object _SECOND = 1_000_000_000  # ns
+
+
 cdef class _Packing:
     """A reply as far as it is written."""
 
@@ -59,6 +62,22 @@ cdef class _Packing:
 
 cdef size_t _size(size_t name_length) noexcept:
     return (FUSE_NAME_OFFSET_DIRENTPLUS + name_length + 7) & ~<size_t>7
+
+
+cdef int _attributes_in(listing, bytes name, statx *found) except -1:
+    """As `attributes_of`, of a listing that has no descriptor to ask."""
+    try:
+        st = listing.lstat(name)
+    except OSError as e:
+        return e.errno or EIO
+    memset(found, 0, sizeof(statx))
+    found.stx_mode, found.stx_nlink, found.stx_uid, found.stx_gid = st.st_mode, st.st_nlink, st.st_uid, st.st_gid
+    found.stx_ino, found.stx_size = st.st_ino, st.st_size
+    found.stx_blocks, found.stx_blksize = st.st_blocks, st.st_blksize
+    found.stx_atime.tv_sec, found.stx_atime.tv_nsec = divmod(st.st_atime_ns, _SECOND)
+    found.stx_mtime.tv_sec, found.stx_mtime.tv_nsec = divmod(st.st_mtime_ns, _SECOND)
+    found.stx_ctime.tv_sec, found.stx_ctime.tv_nsec = divmod(st.st_ctime_ns, _SECOND)
+    return 0
 
 
 cdef class Entries:
@@ -98,9 +117,13 @@ cdef class Entries:
             n = min(<uint64_t>_AT_ONCE, end - position, fit)
             for i in range(n):
                 wanted[i] = PyBytes_AS_STRING(names[position - _DOTS + i])
-            with nogil:
+            if fd < 0:
                 for i in range(n):
-                    failed[i] = attributes_of(fd, wanted[i], &found[i])
+                    failed[i] = _attributes_in(listing, names[position - _DOTS + i], &found[i])
+            else:
+                with nogil:
+                    for i in range(n):
+                        failed[i] = attributes_of(fd, wanted[i], &found[i])
             for i in range(n):
                 name = names[position - _DOTS]
                 if packing._room() < _size(len(name)):

@@ -22,7 +22,7 @@ from coordlfs.disk.layout import BLOCK, Version
 from coordlfs.kernel import pages, threads
 from coordlfs.serving.namespace import Namespace
 from coordlfs.sources import versions
-from coordlfs.sources.directory import Source
+from coordlfs.sources.contract import Source
 
 if TYPE_CHECKING:
     from coordlfs.disk.store import Found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from coordlfs.catalogue.catalog import Catalog
-from coordlfs.sources.directory import Source
+from coordlfs.sources.contract import Source
 
 
 def use_other_name(catalog: Catalog, source: Source, record: int) -> bool:

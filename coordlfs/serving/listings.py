@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from coordlfs.serving.entries import Entries
 from coordlfs.serving.namespace import Namespace
-from coordlfs.sources.directory import Listing
+from coordlfs.sources.contract import Listing
 
 _LISTINGS = 64  # directories; those that are listed to their end are forgotten sooner
 _FEW = 1000  # names that do not matter

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.serving.reading import Reader
-from coordlfs.sources.directory import Listing, Source
+from coordlfs.sources.contract import Listing, Source
 from coordlfs.sources.versions import Version
 
 _NO_NAMES = frozenset({b"", b".", b".."})

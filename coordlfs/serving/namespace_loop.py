@@ -19,7 +19,7 @@ import trio
 from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, Catalog
 from coordlfs.kernel import pages, threads
 from coordlfs.serving.namespace import Namespace
-from coordlfs.sources.directory import Source
+from coordlfs.sources.contract import Source
 
 log = logging.getLogger(__name__)
 

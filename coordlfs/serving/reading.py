@@ -29,7 +29,7 @@ from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.notifier import Notifier
 from coordlfs.serving.ends import Ends
 from coordlfs.serving.links import use_other_name
-from coordlfs.sources.directory import Opened, Part, Source
+from coordlfs.sources.contract import Opened, Part, Source
 from coordlfs.sources.versions import Version
 
 if TYPE_CHECKING:

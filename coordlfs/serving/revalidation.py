@@ -21,7 +21,7 @@ import trio
 from coordlfs.catalogue.catalog import STALE, SUPERSEDED, Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import threads
-from coordlfs.sources.directory import Neighbours, Source
+from coordlfs.sources.contract import Neighbours, Source
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Revalidation:
         return await threads.run(lambda: self._check_all(records), abandon_on_cancel=True, limiter=limiter)
 
     def _check_all(self, records: Iterable[int]) -> int:
-        with closing(Neighbours(self._source)) as neighbours:
+        with closing(self._source.neighbours()) as neighbours:
             return sum(self.check(record, neighbours) for record in records)
 
     def _below(self, paths: Collection[bytes]) -> list[int]:

@@ -16,11 +16,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from mmap import mmap
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from coordlfs.kernel import leases, mounts, pages, paths
+from coordlfs.sources.contract import Listing, Neighbours, Opened, Part
 from coordlfs.sources.numbering import Numbering
 from coordlfs.sources.versions import Version, is_young
 
@@ -67,25 +67,15 @@ def _same(a: os.stat_result, b: os.stat_result) -> bool:
     return a.st_size == b.st_size and a.st_mtime_ns == b.st_mtime_ns
 
 
-class Listing:
-    """Names of a directory, sorted, so that positions in it mean the same when it is read again."""
-
-    def __init__(self, fd: int, names: list[bytes]) -> None:
-        self.fd = fd
-        self.names = names
-
-    def keep_positions(self, earlier: Listing) -> None:
-        """Have the names of an earlier listing where they were there, gone or not, and others behind them."""
-        if self.names != earlier.names:
-            known = set(earlier.names)
-            self.names = earlier.names + [name for name in self.names if name not in known]
+class _Listing(Listing):
+    """One that keeps its directory open."""
 
     def lstat(self, name: bytes) -> os.stat_result:
-        """The attributes of one of the names."""
+        """See `Listing`."""
         return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
 
     def close(self) -> None:
-        """Let go of the directory."""
+        """See `Listing`."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -94,13 +84,13 @@ class Listing:
         self.close()
 
 
-class Neighbours:
-    """Attributes of many names, of which those of one directory come one after another: that is then opened once.
+class _Neighbours:
+    """See `contract.Neighbours`: a directory is opened once.
 
-    For as long as a change may go unnoticed, and by one thread: a directory that is moved meanwhile is followed.
+    For as long as a change may go unnoticed: a directory that is moved meanwhile is followed.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: DirectorySource) -> None:
         self._source = source
         self._directory: bytes | None = None
         self._fd = -1
@@ -133,33 +123,8 @@ class Neighbours:
             self._fd = -1
 
 
-class Part(NamedTuple):
-    """Up to `size` bytes at `offset` of the file at `path`; `record` names it for the descriptors that are kept.
-
-    `is_first`: one that has just changed is read when that is over, as far as can be told; see `versions.is_young`.
-    """
-
-    record: int
-    path: bytes
-    offset: int
-    size: int
-    is_first: bool = False
-
-
-@dataclass(slots=True)
-class Opened:
-    """A file that is about to be read from the disk: `length` bytes at `offset`, with O_DIRECT."""
-
-    record: int
-    fd: int
-    since: float
-    offset: int
-    length: int
-    st: os.stat_result
-
-
-class Source:
-    """The directory that is mounted. Paths are bytes, relative to it; every error is an OSError. Thread-safe.
+class DirectorySource:
+    """A directory; see `contract.Source`.
 
     `root` is a descriptor of it; `path`, if given, leads to what is mounted in its place once its file system is gone.
     A file system of another type than `fstype` is not in its place: it shows while nothing is mounted there.
@@ -185,7 +150,7 @@ class Source:
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, list[tuple[int, float]]] = OrderedDict()
         self._direct_refused: set[int] = set()  # devices of file systems that know no O_DIRECT
-        self.numbering = Numbering(self.lstat_once, time.time_ns() if since is None else since)
+        self.numbering: Numbering | None = Numbering(self.lstat_once, time.time_ns() if since is None else since)
         self.is_remote = lies_elsewhere(root) if is_remote is None else is_remote
 
     # -- names --------------------------------------------------------------------------------------------------
@@ -263,10 +228,14 @@ class Source:
         try:
             if opened is not None:
                 opened(fd)
-            return Listing(fd, sorted(map(os.fsencode, os.listdir(fd))))
+            return _Listing(sorted(map(os.fsencode, os.listdir(fd))), fd)
         except BaseException:
             os.close(fd)
             raise
+
+    def neighbours(self) -> Neighbours:
+        """What to ask for the attributes of many names."""
+        return _Neighbours(self)
 
     def xattr(self, path: bytes, name: bytes) -> bytes:
         """An extended attribute of a name, not followed if it is a symbolic link."""

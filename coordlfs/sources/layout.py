@@ -9,7 +9,8 @@ from contextlib import suppress
 from functools import partial
 
 from coordlfs.kernel import fiemap
-from coordlfs.sources.directory import Source
+from coordlfs.sources.contract import Source
+from coordlfs.sources.directory import DirectorySource
 
 
 def walk(source: Source, path: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
@@ -26,7 +27,7 @@ def walk(source: Source, path: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
                 waiting += [path + b"/" + name if path else name for name in reversed(listing.names)]
 
 
-def place(source: Source, path: bytes) -> int:
+def place(source: DirectorySource, path: bytes) -> int:
     """The byte of its disk at which a file begins; 0 where nobody says."""
     try:
         fd = source.open(path)
@@ -38,6 +39,6 @@ def place(source: Source, path: bytes) -> int:
         os.close(fd)
 
 
-def by_extent(source: Source, files: list[bytes]) -> list[bytes]:
+def by_extent(source: DirectorySource, files: list[bytes]) -> list[bytes]:
     """Files in the order in which they lie on their disk, to be read with few seeks."""
     return sorted(files, key=partial(place, source))

@@ -40,7 +40,7 @@ from mounts import (
 from coordlfs.commands import client
 from coordlfs.kernel import fiemap
 from coordlfs.sources import layout
-from coordlfs.sources.directory import Source
+from coordlfs.sources.directory import DirectorySource
 
 # -- status -------------------------------------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ def test_files_are_warmed_as_they_lie_on_the_disk(source: Path) -> None:
         path.write_bytes(noise(3 * MIB))
         os.sync()
     with ExitStack() as stack:
-        opened = Source(os.open(source, os.O_RDONLY))
+        opened = DirectorySource(os.open(source, os.O_RDONLY))
         stack.callback(os.close, opened.root)
         places = {}
         for name in names:

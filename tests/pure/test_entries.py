@@ -19,7 +19,7 @@ from coordlfs.catalogue.catalog import node_of_path
 from coordlfs.catalogue.timeouts import NAME_TIMEOUT, attr_timeout
 from coordlfs.kernel import fuse
 from coordlfs.serving.listings import Listings
-from coordlfs.sources.directory import Listing
+from coordlfs.sources.contract import Listing
 
 _ENTRY = struct.Struct("=128sQQII")  # what LOOKUP would be answered; node, offset, length of the name, type
 _CHANGES = st.sampled_from(["grow", "touch", "replace", "remove", "chmod"])

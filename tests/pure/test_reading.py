@@ -18,7 +18,7 @@ from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import pages
 from coordlfs.kernel.notifier import Notifier
 from coordlfs.serving.reading import Reader, Request
-from coordlfs.sources.directory import Source
+from coordlfs.sources.directory import DirectorySource
 from coordlfs.sources.versions import Version
 
 
@@ -38,7 +38,7 @@ def _reader(catalog: Catalog, counters: Counters, directory: Path) -> Iterator[R
         with open(os.devnull, "rb+") as device:
             notifier = Notifier(device.fileno())
             admission = admission_of(catalog, MinIO(0), Stash(0), counters, notifier)
-            yield Reader(catalog, Source(root, is_remote=False), admission, counters, notifier)
+            yield Reader(catalog, DirectorySource(root, is_remote=False), admission, counters, notifier)
     finally:
         os.close(root)
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.pages import PAGE
-from coordlfs.sources.directory import Part, Source
+from coordlfs.sources.contract import Part
+from coordlfs.sources.directory import DirectorySource
 
 MIB = 1 << 20
 SIZES = [0, 1, PAGE - 1, PAGE, PAGE + 1, 5 * PAGE, 37_000, MIB - 1, MIB, MIB + 1, 3 * MIB + 123]
@@ -28,7 +29,7 @@ class Reader:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.source = Source(os.open(root, os.O_RDONLY))
+        self.source = DirectorySource(os.open(root, os.O_RDONLY))
         self.into = pages.buffer(fuse.MAX_READ + PAGE)
         self.slow = 0
         self.asking: list[int] = []
