@@ -8,10 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from coordlfs_tools.lab import buckets
 from sides import age
 
+from coordlfs.sources.address import Address, Options
 from coordlfs.sources.contract import Source
 from coordlfs.sources.directory import DirectorySource
+from coordlfs.sources.objects.source import ObjectSource
 
 
 class Filled(Protocol):
@@ -47,6 +50,24 @@ class FilledDirectory:
         (self._root / path).unlink()
 
 
+class FilledBucket:
+    """What lies below a prefix of a bucket, beside something else."""
+
+    def __init__(self, bucket: buckets.Bucket) -> None:
+        self.bucket = bucket
+        bucket.put("data/setx", b"beside it")
+        options = Options(endpoint=bucket.endpoint, anonymous=True, allow_http=True, timeout=2)
+        self.source: Source = ObjectSource(Address("s3", bucket.name, "data/set"), options, lasts=0.0)
+
+    def put(self, path: str, data: bytes) -> None:
+        """See `Filled`."""
+        self.bucket.put("data/set/" + path, data)
+
+    def remove(self, path: str) -> None:
+        """See `Filled`."""
+        self.bucket.remove("data/set/" + path)
+
+
 @contextmanager
 def directory(place: Path) -> Iterator[Filled]:
     """An empty directory."""
@@ -62,4 +83,11 @@ class Kind(Protocol):
         """`place` is an empty directory to use."""
 
 
-KINDS: dict[str, Kind] = {"directory": directory}
+@contextmanager
+def objects(place: Path) -> Iterator[Filled]:
+    """An empty bucket, of a store of our own."""
+    with buckets.serve(buckets.Bucket(page=7)) as bucket:
+        yield FilledBucket(bucket)
+
+
+KINDS: dict[str, Kind] = {"directory": directory, "objects": objects}

@@ -74,6 +74,6 @@ if [ ! -x "$venv/bin/python" ] || [ "$(cat "$venv/coordlfs-setup" 2>/dev/null)" 
     "$python" -m venv "$venv"
     "$venv/bin/pip" install -qq "$torch" 2>/dev/null ||
         "$venv/bin/pip" install -qq "$torch" --index-url https://download.pytorch.org/whl/cpu
-    "$venv/bin/pip" install -qq --editable '.[cluster,loader,tools,test,docs]'
+    "$venv/bin/pip" install -qq --editable '.[cluster,loader,objects,tools,test,docs]'
     echo "$wanted" >"$venv/coordlfs-setup"
 fi

@@ -15,6 +15,7 @@ from coordlfs import __version__
 from coordlfs.errors import UserError
 from coordlfs.kernel import limits, process
 from coordlfs.kernel.paths import shown
+from coordlfs.sources import address
 
 if TYPE_CHECKING:
     from coordlfs.commands.mount import Options
@@ -35,7 +36,9 @@ _TOOLS = {  # command → the module that has its arguments and does it, and wha
     "simulate": ("coordlfs_tools.simulate.command", "hit rates of cache policies, over sizes, epochs, jobs and nodes"),
     "bench": ("coordlfs_tools.storage.command", "measure storage as a training job reads it"),
 }
-_OF_MOUNT = ("noexec", "listen", "peers", "cluster_key_file", "tls_cert", "tls_key", "tls_ca")  # and not of `pin`
+_OF_MOUNT = (  # and not of `pin`
+    *("noexec", "source_option", "listen", "peers", "cluster_key_file", "tls_cert", "tls_key", "tls_ca"),
+)
 _WITH_JOB = ("run", "analyze")  # their command comes after --
 
 
@@ -88,6 +91,13 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
 
     def add_options(command: argparse.ArgumentParser) -> None:
         add_common(command)
+        command.add_argument(
+            "--source-option",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help=f"how to reach a bucket, may be repeated; KEY is one of {', '.join(address.OPTIONS)}; never a secret",
+        )
         command.add_argument("--noexec", action="store_true", help="no program on the mount may be run")
         command.add_argument(
             "--peers",
@@ -101,7 +111,9 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
         command.add_argument("--tls-ca", metavar="FILE", help="who signed the nodes' certificates")
 
     mount = commands.add_parser("mount", help="mount a dataset; returns when it serves")
-    mount.add_argument("source", metavar="SRC", help="the dataset's directory")
+    mount.add_argument(
+        "source", metavar="SRC", help="the dataset's directory, or a bucket: s3://BUCKET/PREFIX, gs://…, az://…"
+    )
     mount.add_argument("mountpoint", metavar="MNT", help="where to mount; may be SRC itself")
     mount.add_argument("--foreground", action="store_true", help="stay, log to the terminal, unmount on Ctrl-C")
     add_options(mount)
@@ -163,10 +175,11 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
 
     run = commands.add_parser(
         "run",
-        help="mount over SRC for one command, which alone sees it",
-        usage="coordlfs run SRC [--pin] [--cache-size SIZE] [OPTION …] -- COMMAND …",
+        help="mount over SRC (or on MNT) for one command, which alone sees it",
+        usage="coordlfs run SRC [MNT] [--pin] [--cache-size SIZE] [OPTION …] -- COMMAND …",
     )
     run.add_argument("source", metavar="SRC")
+    run.add_argument("mountpoint", metavar="MNT", nargs="?", help="where to mount instead; needed for a bucket")
     run.add_argument("--pin", action="store_true", help="mount nothing, but `pin` SRC for as long as the command runs")
     add_options(run)
 
@@ -207,6 +220,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         bool(a.noexec),
         disk_cache=a.disk_cache,
         disk_size=a.disk_size,
+        source_options=tuple(a.source_option or ()),
     )
 
 
@@ -348,10 +362,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if not arguments.job:
         raise UserError("run needs a command: coordlfs run SRC -- python train.py", 2)
-    if arguments.pin and (wrong := [name for name in _OF_MOUNT if getattr(arguments, name)]):
-        raise UserError(f"run --pin mounts nothing: leave out --{wrong[0].replace('_', '-')}", 2)
-    around = run_pinned if arguments.pin else run
-    return around(arguments.source, arguments.job, _options(arguments), arguments.inherited)
+    if arguments.pin and (wrong := [name for name in (*_OF_MOUNT, "mountpoint") if getattr(arguments, name)]):
+        option = "MNT" if wrong[0] == "mountpoint" else f"--{wrong[0].replace('_', '-')}"
+        raise UserError(f"run --pin mounts nothing: leave out {option}", 2)
+    if arguments.pin:
+        return run_pinned(arguments.source, arguments.job, _options(arguments), arguments.inherited)
+    return run(arguments.source, arguments.mountpoint, arguments.job, _options(arguments), arguments.inherited)
 
 
 _COMMANDS = {

@@ -20,6 +20,7 @@ from coordlfs.errors import UserError
 from coordlfs.kernel import mounts, pages, process
 from coordlfs.kernel import paths as kernel_paths
 from coordlfs.processes import holders
+from coordlfs.sources import address
 from coordlfs.sources.contract import Source
 from coordlfs.sources.directory import DirectorySource
 from coordlfs.sources.layout import by_extent, walk
@@ -97,7 +98,12 @@ class Client(Connection):
             raise UserError(f"{mountpoint} does not answer: {e.strerror}") from e
 
     def source(self) -> DirectorySource:
-        """The mounted directory itself, even where it is mounted over."""
+        """The mounted directory itself, even where it is mounted over.
+
+        For a bucket it is the mount, which shows the same names, and asks the store for none.
+        """
+        if address.parse(mounted.stats(self.root)["source_path"]) is not None:
+            return DirectorySource(os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         try:
             self._sock.sendall(b'{"verb": "source"}\n')
             self._await()

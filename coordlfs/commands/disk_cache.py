@@ -23,11 +23,11 @@ _IN_USE = "the disk cache must lie beside the dataset and the mount"
 
 @contextmanager
 def claimed(
-    directory: str | None, size: str, source: str, mountpoint: str, root: int
+    directory: str | None, size: str, source: str, mountpoint: str, identity: bytes
 ) -> Iterator[dict[str, Any] | None]:
     """What the supervisor is to be told of the disk cache, claimed meanwhile; None without one. Raises UserError.
 
-    `root` is a descriptor of the source.
+    `identity` tells the source from others of its name; see `places.identity`.
     """
     if directory is None:
         yield None
@@ -46,7 +46,6 @@ def claimed(
                 f"coordlfs: --disk-cache {shown(directory)} lies on no local disk: is it faster than the source?",
                 file=sys.stderr,
             )
-        identity = places.identity(os.fsencode(source), root).hex()
-        yield {"directory": fd, "path": directory, "size": nbytes, "identity": identity}
+        yield {"directory": fd, "path": directory, "size": nbytes, "identity": identity.hex()}
     finally:
         os.close(fd)

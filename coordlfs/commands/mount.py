@@ -34,12 +34,13 @@ from coordlfs.commands.starting import (
     ended_by_signals,
     start,
 )
+from coordlfs.disk import places
 from coordlfs.errors import UserError
 from coordlfs.kernel import fusermount, limits, mounts, process
 from coordlfs.kernel.memory import Memory, memory
 from coordlfs.kernel.paths import shown
 from coordlfs.processes import attachment, exporter
-from coordlfs.sources import numbering
+from coordlfs.sources import address, numbering
 from coordlfs.sources.directory import lies_elsewhere
 
 if TYPE_CHECKING:
@@ -61,6 +62,29 @@ class Options:
     noexec: bool = False  # no program on the mount may be run
     disk_cache: str | None = None  # a directory for the second tier
     disk_size: str = "auto"
+    source_options: tuple[str, ...] = ()  # KEY=VALUE, for a bucket; see `sources.address`
+
+
+def _about_directory(source: str, root: int | None) -> dict[str, Any]:
+    """What the processes of a mount are told of a directory."""
+    assert root is not None
+    return {
+        "root": root,
+        "identity": places.identity(os.fsencode(source), root),
+        # What is mounted beneath may have ACLs; without them it costs a request that says so.
+        "acl": _supports_acl(root) or any(mounts.beneath(os.fsencode(source))),
+        "is_remote": lies_elsewhere(root, os.fsencode(source)),
+        "fstype": None if (fstype := mounts.fstype(root)) is None else os.fsdecode(fstype),
+    }
+
+
+def _about_bucket(bucket: address.Address, options: address.Options) -> dict[str, Any]:
+    """What the processes of a mount are told of a bucket, once it has been listed. Raises UserError."""
+    from coordlfs.commands import buckets  # here, since obstore is loaded for a bucket only
+
+    buckets.check(bucket, options)
+    about = {"root": None, "acl": False, "is_remote": True, "fstype": None, "bucket": (bucket, options)}
+    return about | {"identity": places.identity_of_bucket(str(bucket), options.endpoint)}
 
 
 def _check_places(source: str, mountpoint: str) -> None:
@@ -191,7 +215,9 @@ def mount(
     """
     if not source or not mountpoint:
         raise UserError("an empty path names no directory", 2)
-    source, mountpoint = os.path.realpath(source), os.path.realpath(mountpoint)
+    bucket, how_to_ask = address.parse(source), address.options(options.source_options)
+    source = str(bucket) if bucket is not None else os.path.realpath(source)
+    mountpoint = os.path.realpath(mountpoint)
     have = memory()
     capacity, how = sizes.cache_size(options.cache_size, have)
     lockable = process.lockable()
@@ -200,17 +226,19 @@ def mount(
     check_limits()
     check_log(options.log_file)
     node = _prepare(options.cluster)
-    root = check_source(source)
+    root = check_source(source) if bucket is None else None
     metrics: socket.socket | None = None
     try:
         if options.metrics is not None:
             metrics = exporter.listen(options.metrics)
             asked_at = exporter.url(metrics)
-        _check_places(source, mountpoint)
+        if bucket is None:
+            _check_places(source, mountpoint)
         _check_may_mount()
+        about = _about_bucket(bucket, how_to_ask) if bucket is not None else _about_directory(source, root)
         with (
             ended_by_signals(),
-            claimed(options.disk_cache, options.disk_size, source, mountpoint, root) as disk,
+            claimed(options.disk_cache, options.disk_size, source, mountpoint, about.pop("identity")) as disk,
         ):
             made, supervisor = _check_mountpoint(source, mountpoint), None
             try:
@@ -222,21 +250,18 @@ def mount(
                     "residence": kind,
                     "lockable": lockable,
                     "log": os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None,
-                    # What is mounted beneath may have ACLs; without them it costs a request that says so.
-                    "acl": _supports_acl(root) or any(mounts.beneath(os.fsencode(source))),
                     "noexec": options.noexec,
-                    "is_remote": lies_elsewhere(root, os.fsencode(source)),
-                    "fstype": None if (fstype := mounts.fstype(root)) is None else os.fsdecode(fstype),
                     "revalidate": options.revalidate,
-                    "root": root,
                     "metrics": None if metrics is None else metrics.fileno(),
                     "bound_to": os.getpid() if foreground or bound else None,
                     "peers": node[0] if node else None,
                     "disk": disk,
+                    **about,
                 }
                 with _alone(mountpoint):
                     _check_unmounted(mountpoint)
-                    fds = [root, *([config["metrics"]] if metrics else []), *([node[0]["listener"]] if node else [])]
+                    fds = [] if root is None else [root]
+                    fds += [*([config["metrics"]] if metrics else []), *([node[0]["listener"]] if node else [])]
                     fds += [disk["directory"]] if disk else []
                     supervisor, report = start(_SUPERVISOR, config, fds, foreground=foreground)
                     await_ready(report, partial(_explain, source, mountpoint))
@@ -246,10 +271,11 @@ def mount(
                 if disk is not None:
                     cache += f" and {sizes.text(disk['size'])} on disk ({shown(disk['path'])})"
                 print(f"{shown(source)} is mounted on {shown(mountpoint)} with {cache}", file=said, flush=True)
-                fits = not node and disk is None and kind is Residence.PAGE_CACHE and fits_pin(mounts.fstype(root))
+                is_alone = not node and disk is None and kind is Residence.PAGE_CACHE
+                fits = is_alone and root is not None and fits_pin(mounts.fstype(root))
                 if fits and sys.stdout.isatty():
                     print(f"`coordlfs pin {shown(source)}` would do without a mount: {FITS}")
-                if numbering.are_made_up(mounts.fstype(root)):
+                if root is not None and numbering.are_made_up(mounts.fstype(root)):
                     print(f"coordlfs: {shown(source)} ({config['fstype']}) {numbering.TEXT}", file=sys.stderr)
                 if metrics is not None:
                     print(f"metrics: {asked_at}", file=said, flush=True)
@@ -261,7 +287,8 @@ def mount(
                         os.rmdir(mountpoint)
                 raise
     finally:
-        os.close(root)
+        if root is not None:
+            os.close(root)
         if metrics is not None:
             metrics.close()
         if node:

@@ -22,20 +22,27 @@ from coordlfs.commands.status import epochs_table, summary
 from coordlfs.errors import UserError
 from coordlfs.kernel import process
 from coordlfs.processes import attachment, holders
+from coordlfs.sources import address
 
 _END_TIMEOUT = 30.0  # seconds that the mount's processes are waited for
 _LOOK_EVERY = 1.0  # seconds between looks for who holds the mount
 
 
-def run(source: str, command: list[str], options: Options, inherited: process.Inherited) -> int:
-    """Run `command` with `source` mounted in place, seen by it alone; its exit status (128 + signal if killed).
+def run(source: str, mountpoint: str | None, command: list[str], options: Options, inherited: process.Inherited) -> int:
+    """Run `command` with `source` mounted, seen by it alone; its exit status (128 + signal if killed).
 
+    It is mounted in place, which a bucket has none of, unless there is a `mountpoint`.
     `inherited`: what the command is to be given, as if nobody had been in between.
     """
+    if mountpoint is None and address.parse(source) is not None:
+        raise UserError(
+            f"{source} has no place of its own: say where to mount it, as `coordlfs run {source} MNT -- …`", 2
+        )
     job.block_signals()
     _unshare()
-    source = os.path.realpath(source) if source else source  # the working directory is left below
-    supervisor = mount(source, source, options, bound=True)
+    mountpoint = source if mountpoint is None else mountpoint
+    mountpoint = os.path.realpath(mountpoint) if mountpoint else mountpoint  # the working directory is left below
+    supervisor = mount(source, mountpoint, options, bound=True)
     job.block_all_signals()
     try:
         # The directory was entered before it was mounted over: enter it again.
@@ -44,11 +51,11 @@ def run(source: str, command: list[str], options: Options, inherited: process.In
         process.forbid_mounting()
         status = job.call(command, inherited)
         with suppress(UserError):
-            report(stats(source))
+            report(stats(mountpoint))
         return status
     finally:
         os.chdir("/")  # or this process would be the one that holds the mount
-        _end(source, supervisor)
+        _end(mountpoint, supervisor)
 
 
 def run_pinned(directory: str, command: list[str], options: Options, inherited: process.Inherited) -> int:
@@ -66,11 +73,11 @@ def run_pinned(directory: str, command: list[str], options: Options, inherited: 
         end_pin(supervisor)
 
 
-def _end(source: str, supervisor: subprocess.Popen[bytes]) -> None:
+def _end(mountpoint: str, supervisor: subprocess.Popen[bytes]) -> None:
     """Unmount; what the command left running, with files of the mount open, keeps these, and is not waited for."""
     device = None
     with suppress(UserError):
-        device = find(source).device
+        device = find(mountpoint).device
     supervisor.terminate()  # it unmounts wherever the mount is by now
     deadline = time.monotonic() + _END_TIMEOUT
     while time.monotonic() < deadline:

@@ -155,6 +155,14 @@ def _processes(s: dict[str, Any]) -> str:
     return f"supervisor {processes['supervisor']}, server {processes['server']}, keepers {keepers}"
 
 
+def _requests(requests: dict[str, int]) -> str:
+    """The bill, and what of it went wrong."""
+    return (
+        f"{requests['list']} LIST, {requests['get']} GET, {requests['head']} HEAD; {requests['in_flight']} in flight,"
+        f" {requests['retries']} made again, {requests['throttled']} throttled, {requests['errors']} failed"
+    )
+
+
 def table(s: dict[str, Any]) -> Table:
     """A table, for a terminal."""
     from rich.table import Table
@@ -185,6 +193,8 @@ def table(s: dict[str, Any]) -> Table:
         grid.add_row(heading, line)
     for heading, line in _peer_lines(s):
         grid.add_row(heading, line)
+    if requests := source.get("requests"):  # a server of before buckets says nothing of it
+        grid.add_row("requests to the store", _requests(requests))
     grid.add_row("throughput", f"{text(source['bytes_per_second'])}/s from the source")
     grid.add_row("errors of source", f"{source['errors']}; {source['changed_files']} files changed")
     for heading, line in _job_lines(s):

@@ -9,9 +9,11 @@ import os
 import stat
 from collections.abc import Iterator
 
+from coordlfs.commands import buckets, mounted
 from coordlfs.commands.client import Client
 from coordlfs.kernel import fuse, pages
 from coordlfs.kernel.paths import shown
+from coordlfs.sources import address
 from coordlfs.sources.contract import Part, Source
 from coordlfs.sources.directory import DirectorySource
 from coordlfs.sources.layout import walk
@@ -24,9 +26,8 @@ _ATTRIBUTES = (
     "st_gid",
     "st_rdev",
     "st_size",
-    "st_mtime_ns",
-    "st_ctime_ns",
 )
+_TIMES = "st_mtime_ns", "st_ctime_ns"
 
 
 def _no_wait() -> None:
@@ -44,7 +45,9 @@ def differences(mount: DirectorySource, source: Source, path: bytes, buffer: pag
     except OSError as e:
         yield f"cannot be found on the mount: {e.strerror}"
         return
-    for name in _ATTRIBUTES:
+    # A bucket's directories have the time at which who asks saw them change.
+    has_times = source.root >= 0 or not stat.S_ISDIR(theirs.st_mode)
+    for name in (*_ATTRIBUTES, *(_TIMES if has_times else ())):
         if getattr(ours, name) != getattr(theirs, name):
             yield f"{name} is {getattr(ours, name)}, not {getattr(theirs, name)}"
     if xattrs(mount, path) != xattrs(source, path):
@@ -99,16 +102,25 @@ def _bytes_differ(
         os.close(fd)
 
 
+def _source(mountpoint: str) -> Source:
+    """What is mounted. Raises UserError."""
+    client = Client(mountpoint)
+    try:
+        figures = mounted.stats(client.root)
+        bucket = address.parse(figures["source_path"])
+        if bucket is None:
+            return client.source()
+        return buckets.opened(bucket, address.Options(**figures["source"]["options"]))
+    finally:
+        client.close()
+
+
 def verify(mountpoint: str) -> tuple[int, int, list[str]]:
     """Files and bytes compared, and a line for everything that differs."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    client = Client(mountpoint)
-    try:
-        source = client.source()
-    finally:
-        client.close()
-    root = os.open(client.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    source = _source(mountpoint)
+    root = os.open(mounted.whole(mountpoint).point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         mount = DirectorySource(root)
         found: list[str] = []
@@ -123,4 +135,5 @@ def verify(mountpoint: str) -> tuple[int, int, list[str]]:
         return len(everything), total, found
     finally:
         os.close(root)
-        os.close(source.root)
+        if source.root >= 0:
+            os.close(source.root)

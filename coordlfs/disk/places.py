@@ -46,6 +46,12 @@ def identity(path: bytes, root: int) -> bytes:
     return digest
 
 
+def identity_of_bucket(address: str, endpoint: str | None) -> bytes:
+    """As `identity`, of a bucket: that of another store has others."""
+    digest: bytes = xxhash.xxh3_128_digest(f"{address}\0{endpoint or ''}".encode())
+    return digest
+
+
 def _name(source: bytes) -> str:
     return _PREFIX + xxhash.xxh3_64_hexdigest(source)
 

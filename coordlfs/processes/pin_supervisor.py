@@ -26,6 +26,7 @@ class PinSupervisor(Supervisor):
 
     def mount(self) -> None:
         """Have keepers work from the directory itself."""
+        assert self.root is not None  # a bucket is not pinned
         self.tree = os.dup(self.root)
         self.readahead = mounts.readahead(os.fstat(self.root).st_dev) or _READAHEAD_KIB
         self.records, self.names = memfds.allocate()

@@ -51,6 +51,7 @@ from coordlfs.serving.reading import Reader
 from coordlfs.serving.revalidation import Revalidation
 from coordlfs.serving.telling import Telling
 from coordlfs.serving.waits import Waits
+from coordlfs.sources.address import Address, Options
 from coordlfs.sources.contract import Source
 from coordlfs.sources.directory import DirectorySource, holds_elsewhere
 
@@ -95,12 +96,7 @@ def _relay(names: socket.socket, device: int, answered: Callable[[int], None]) -
 def serve(config: dict[str, Any]) -> None:
     """Serve until unmounted. `config` is what `coordlfs.processes.supervisor` passes."""
     device: int = config["device"]
-    in_place = config["source"] == config["mountpoint"]
-    path = None if in_place else os.fsencode(config["source"])
-    fstype = None if config["fstype"] is None else os.fsencode(config["fstype"])
-    source = DirectorySource(
-        *(config["root"], path), is_remote=config["is_remote"], fstype=fstype, since=config.get("mounted")
-    )
+    source, path = _source(config)
     catalog = Catalog(config["records"], config["names"], numbering=source.numbering)
     counters = Counters(catalog.counters)
     epochs = Epochs(Epoch(counters["epochs_before"]))
@@ -183,6 +179,19 @@ def serve(config: dict[str, Any]) -> None:
         trio.run(_tasks, config["mountpoint"], config.get("mount_device"), loop, link, admission, sharing, background)
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
+
+
+def _source(config: dict[str, Any]) -> tuple[Source, bytes | None]:
+    """What is mounted, and the path of a directory that is not hidden by its own mount."""
+    if "bucket" in config:
+        from coordlfs.sources.objects.source import ObjectSource  # here, since obstore is loaded for a bucket only
+
+        bucket, options = config["bucket"]
+        return ObjectSource(Address(*bucket), Options(*options), lasts=config["revalidate"]), None
+    path = None if config["source"] == config["mountpoint"] else os.fsencode(config["source"])
+    fstype = None if config["fstype"] is None else os.fsencode(config["fstype"])
+    about = {"is_remote": config["is_remote"], "fstype": fstype, "since": config.get("mounted")}
+    return DirectorySource(config["root"], path, **about), path
 
 
 def _watch_mounts(path: bytes, loop: DataLoop) -> None:

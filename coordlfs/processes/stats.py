@@ -21,6 +21,7 @@ from coordlfs.cache.residence import REMEDY, Residence, wanted
 from coordlfs.catalogue.catalog import Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import pages
+from coordlfs.sources.address import Options
 from coordlfs.sources.contract import Source
 
 if TYPE_CHECKING:
@@ -83,6 +84,10 @@ class Stats:
             "hit_rate": None if rate is None else round(max(0.0, rate), 4),
         }
 
+    def _options(self) -> dict[str, Any]:
+        """How a bucket is reached, for who wants to reach it as well; nothing of it is secret."""
+        return Options(*self._config["bucket"][1])._asdict() if "bucket" in self._config else {}
+
     def collect(self) -> dict[str, Any]:
         """All figures, as plain values."""
         c, policy = self._counters, self._admission.policy
@@ -134,6 +139,8 @@ class Stats:
                 "errors": c["source_errors"],
                 "changed_files": c["changed_files"],
                 "retries": self._source.retries,
+                "requests": self._source.requests(),
+                "options": self._options(),
                 "bytes_per_second": round(self._rate),
             },
             "requests": {

@@ -82,7 +82,7 @@ class Supervisor:
     server_module: ClassVar[str] = "coordlfs.processes.server"
 
     config: dict[str, Any]
-    root: int
+    root: int | None  # of a directory
     device: int = -1
     tree: int = -1
     is_busy: bool = False  # whether the tree makes `umount` busy
@@ -145,7 +145,8 @@ class Supervisor:
             mounts.set_readahead(self._device, self.readahead)
             return
         least, most = _READAHEAD_KIB
-        wanted = min(most, max(least, mounts.readahead(os.fstat(self.root).st_dev) or 0))
+        of_source = most if self.root is None else mounts.readahead(os.fstat(self.root).st_dev)
+        wanted = min(most, max(least, of_source or 0))
         if mounts.set_readahead(self._device, wanted):
             self.readahead = wanted
         else:  # it is root's to set
@@ -268,7 +269,8 @@ class Supervisor:
                 ],
                 "is_busy": self.is_busy,
             }
-            fds = [self.records, self.names, self.root, theirs.fileno()]
+            fds = [self.records, self.names, theirs.fileno()]
+            fds += [] if self.root is None else [self.root]
             fds += [self.device] if self.device >= 0 else []
             fds += [k.ours.fileno() for k in self.keepers.values()]
             fds += [self.config[socket_] for socket_ in ("metrics", "control") if self.config.get(socket_) is not None]

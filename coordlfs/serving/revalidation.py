@@ -82,7 +82,7 @@ class Revalidation:
                     continue  # there may be more to look at by now
                 await trio.sleep(max(0.0, pause))
                 batch = range(checked, checked + min(left, _BATCH))
-                await self._within(_HANGS_AFTER, batch)
+                await self._within(_HANGS_AFTER, batch, interval * (1 - _SHARE))
                 checked, looked = batch.stop, time.monotonic()
             self._counters.add("passes")
             took = time.monotonic() - began
@@ -95,10 +95,13 @@ class Revalidation:
         """When the batch after the one of `looked` is due, so that what is left is spread evenly until `end`."""
         return looked + (end - looked) * min(left, _BATCH) / left
 
-    async def _within(self, seconds: float, batch: range) -> None:
-        """Look at a batch; one that hangs in the source is left to its thread, and the others go on."""
+    async def _within(self, seconds: float, batch: range, age: float) -> None:
+        """Look at a batch; one that hangs in the source is left to its thread, and the others go on.
+
+        What the source says may be `age` seconds old.
+        """
         with trio.move_on_after(seconds) as scope:
-            await self._in_thread(batch, self._passes)
+            await self._in_thread(batch, self._passes, age)
         if scope.cancelled_caught:
             path = os.fsdecode(self._catalog.path(batch.start))
             log.warning("names from %s on are not looked at: the source does not answer", path or "the root")
@@ -111,12 +114,12 @@ class Revalidation:
             changed += await self._in_thread(wanted[first : first + _BATCH], self._refreshers)
         return len(wanted), changed
 
-    async def _in_thread(self, records: Iterable[int], limiter: trio.CapacityLimiter) -> int:
+    async def _in_thread(self, records: Iterable[int], limiter: trio.CapacityLimiter, age: float = 0.0) -> int:
         # Abandoned when the mount ends: a source that never answers must not hold that up.
-        return await threads.run(lambda: self._check_all(records), abandon_on_cancel=True, limiter=limiter)
+        return await threads.run(lambda: self._check_all(records, age), abandon_on_cancel=True, limiter=limiter)
 
-    def _check_all(self, records: Iterable[int]) -> int:
-        with closing(self._source.neighbours()) as neighbours:
+    def _check_all(self, records: Iterable[int], age: float) -> int:
+        with closing(self._source.neighbours(age)) as neighbours:
             return sum(self.check(record, neighbours) for record in records)
 
     def _below(self, paths: Collection[bytes]) -> list[int]:

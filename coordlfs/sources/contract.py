@@ -70,7 +70,7 @@ class Listing(ABC):
 class Neighbours(Protocol):
     """Attributes of many names, of which those of one directory come one after another; for one thread.
 
-    They are those of now: a change that was over before this was made is seen.
+    A change that was over before this was made is seen; see `Source.neighbours`.
     """
 
     def lstat(self, directory: bytes, name: bytes) -> os.stat_result:
@@ -88,8 +88,14 @@ class Source(Protocol):
 
     root: int  # a descriptor of the directory that it is, for those who need no source to read it; -1 if it is none
     is_remote: bool  # whether it may take its time, or never answer, so that a thread of its own has to wait for it
-    retries: int  # attempts that were made again
     numbering: Numbering | None  # what is known of its inode numbers; None if these tell files apart for ever
+
+    @property
+    def retries(self) -> int:
+        """Attempts that were made again."""
+
+    def requests(self) -> dict[str, int]:
+        """What was asked of a store, and how it went, as docs/reference/status.md names it; nothing of a directory."""
 
     def lstat(self, path: bytes, slow: Callable[[], None] | None = None) -> os.stat_result:
         """The attributes of a name, itself if it is a symbolic link. `slow` is called before what may wait."""
@@ -100,8 +106,8 @@ class Source(Protocol):
     def listing(self, path: bytes) -> Listing:
         """The entries of a directory as they are now."""
 
-    def neighbours(self) -> Neighbours:
-        """What to ask for the attributes of many names."""
+    def neighbours(self, age: float = 0.0) -> Neighbours:
+        """What to ask for the attributes of many names: of what it says nothing is older than `age` seconds."""
 
     def xattr(self, path: bytes, name: bytes) -> bytes:
         """An extended attribute of a name, not followed if it is a symbolic link."""

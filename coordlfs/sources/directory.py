@@ -153,6 +153,10 @@ class DirectorySource:
         self.numbering: Numbering | None = Numbering(self.lstat_once, time.time_ns() if since is None else since)
         self.is_remote = lies_elsewhere(root) if is_remote is None else is_remote
 
+    def requests(self) -> dict[str, int]:
+        """A directory is asked nothing that costs money."""
+        return {}
+
     # -- names --------------------------------------------------------------------------------------------------
 
     def open(self, path: bytes, flags: int = os.O_RDONLY) -> int:
@@ -233,7 +237,7 @@ class DirectorySource:
             os.close(fd)
             raise
 
-    def neighbours(self) -> Neighbours:
+    def neighbours(self, age: float = 0.0) -> Neighbours:
         """What to ask for the attributes of many names."""
         return _Neighbours(self)
 
