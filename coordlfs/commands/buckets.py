@@ -5,6 +5,7 @@ Only here do commands import obstore, and only for a bucket. It mounts nothing.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from coordlfs.errors import UserError
@@ -24,6 +25,7 @@ _CREDENTIALS = {
 
 def opened(address: Address, options: Options, **how: Any) -> ObjectSource:
     """The bucket, of which nothing is asked yet; `how` is for `ObjectSource`. Raises UserError."""
+    logging.getLogger("coordlfs").addHandler(logging.NullHandler())  # a command says itself what failed
     try:
         from coordlfs.sources.objects.source import ObjectSource
     except ModuleNotFoundError as e:

@@ -158,9 +158,9 @@ class Store:
     def list_below(self, prefix: str) -> Found:
         """What lies right below a prefix, which ends with a slash or is empty. Raises OSError.
 
-        obstore refuses a page of a listing for one key in it that it cannot name (`a//b`, `.`, control characters), with
-        all others of that page. They cannot be asked for in another way, and half a directory would be taken for all of
-        it: so that is an error, which names the key.
+        obstore refuses a page of a listing for one key in it that it cannot name (`a//b`, `.`, control characters), and
+        all others of that page with it. They cannot be asked for in another way, and half a directory would be taken
+        for all of it: so that is an error, which names the key.
         """
         return self._persistently("list", prefix, lambda: self._list(prefix))
 

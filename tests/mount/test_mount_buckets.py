@@ -1,0 +1,303 @@
+"""Buckets that are mounted: the same bytes and errors as of a directory, and a bill that is what was missed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import os
+import random
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from coordlfs_tools.lab.buckets import Asked, Bucket, Fault, serve
+from mounts import MIB, MakeMount, Mount, coordlfs, eventually, mentions, noise, raises, read
+
+SECRET = "hunter2-of-the-tests"
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """A bucket that serves, and credentials for it."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKID")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    with serve(Bucket()) as served:
+        yield served
+
+
+def fill(bucket: Bucket, count: int = 60, size: int = 50_000) -> dict[str, bytes]:
+    """Put files into directories below `set/`; what is to be read of each."""
+    files = {f"{n % 4}/{n:04}.jpg": noise(size, n) for n in range(count)}
+    for name, data in files.items():
+        bucket.put(f"set/{name}", data)
+    return files
+
+
+def options(bucket: Bucket, *more: str) -> list[str]:
+    """How to reach it."""
+    words = []
+    for option in (f"endpoint={bucket.endpoint}", "allow-http=true", "timeout=2", *more):
+        words += ["--source-option", option]
+    return words
+
+
+def walked(top: Path) -> set[str]:
+    """The files below a directory."""
+    return {os.path.relpath(os.path.join(at, name), top) for at, _, names in os.walk(top) for name in names}
+
+
+def test_epochs_of_a_bucket_cost_what_is_missed(bucket: Bucket, mount: MakeMount) -> None:
+    files = fill(bucket)
+    bucket.put("set/large", noise(17 * MIB))
+    bucket.put("set/empty", b"")
+    bucket.put("set/marked/", b"")
+    m = mount("s3://bucket/set", "64M", *options(bucket), "--immutable")
+    assert walked(m.path) == {*files, "large", "empty"}
+    assert os.listdir(m.path / "marked") == []
+    assert bucket.count("LIST") == 1 + 1 + 5, "once before it is mounted, and each directory"
+    for name, data in files.items():
+        assert read(m.path / name) == data
+    assert bucket.count("GET") == len(files)
+    assert read(m.path / "large") == noise(17 * MIB)
+    m.settle()
+    assert bucket.count("GET") == len(files) + 5, "a large one takes a request every 4 MiB"
+    before = len(bucket.requests)
+    with m.messages() as sent:
+        for name, data in files.items():
+            assert read(m.path / name) == data
+    assert sent["read"] == 0
+    assert len(bucket.requests) == before, "what is cached is asked of nobody"
+    figures = m.stats()["source"]["requests"]
+    assert (figures["get"], figures["head"], figures["errors"]) == (len(files) + 5, 0, 0)
+    said = coordlfs("verify", m.path).stdout
+    assert "all equal" in said
+    assert "GET" in coordlfs("status", m.path).stdout
+    assert "all equal" in said
+
+
+def test_attributes_are_those_of_the_objects(bucket: Bucket, mount: MakeMount) -> None:
+    bucket.put("set/f", b"x" * 5000)
+    bucket.objects["set/f"].modified = 1_700_000_000.0
+    m = mount("s3://bucket/set", "1M", *options(bucket))
+    st = os.stat(m.path / "f")
+    assert (st.st_mode, st.st_size, st.st_nlink) == (0o100444, 5000, 1)
+    assert int(st.st_mtime) == 1_700_000_000
+    assert (st.st_uid, st.st_gid) == (os.geteuid(), os.getegid())
+    assert os.stat(m.path).st_mode == 0o40555
+    assert os.listxattr(m.path / "f") == []
+    raises(errno.ENODATA, lambda: os.getxattr(m.path / "f", "user.x"))
+    raises(errno.EROFS, lambda: os.unlink(m.path / "f"))
+    assert os.statvfs(m.path).f_namemax == 255
+
+
+def test_a_change_is_noticed(bucket: Bucket, mount: MakeMount) -> None:
+    for name in ("changes", "goes", "grows", "stays"):
+        bucket.put(f"set/d/{name}", b"first " * 1000)
+    m = mount("s3://bucket/set", "8M", *options(bucket), "--revalidate", "1s")
+    assert sorted(os.listdir(m.path / "d")) == ["changes", "goes", "grows", "stays"]
+    for name in ("changes", "goes", "grows", "stays"):
+        assert read(m.path / "d" / name) == b"first " * 1000
+    with open(m.path / "d" / "changes", "rb", buffering=0) as opened:
+        bucket.put("set/d/changes", b"other " * 1000)
+        bucket.put("set/d/grows", b"longer " * 2000)
+        bucket.put("set/d/new", b"new")
+        bucket.remove("set/d/goes")
+        eventually(lambda: sorted(os.listdir(m.path / "d")) == ["changes", "grows", "new", "stays"])
+        eventually(lambda: read(m.path / "d" / "changes") == b"other " * 1000)
+        eventually(lambda: read(m.path / "d" / "grows") == b"longer " * 2000)
+        got = b""
+        with suppress(OSError):
+            while some := opened.read(4096):
+                got += some
+        assert got == (b"first " * 1000)[: len(got)], "who has it open never gets bytes of another version"
+    assert read(m.path / "d" / "new") == b"new"
+    assert read(m.path / "d" / "stays") == b"first " * 1000
+
+
+def test_a_change_that_a_reader_meets(bucket: Bucket, mount: MakeMount) -> None:
+    bucket.put("set/f", b"first " * 1000)
+    m = mount("s3://bucket/set", "8M", *options(bucket))
+    assert os.stat(m.path / "f").st_size == 6000
+    bucket.put("set/f", b"longer " * 2000)
+    assert read(m.path / "f") == b"longer " * 2000
+    assert bucket.count("HEAD") == 1
+
+
+def test_faults_while_readers_check_every_byte(bucket: Bucket, mount: MakeMount) -> None:
+    files = fill(bucket, 120)
+    lottery = random.Random(7)
+    faults = [
+        Fault(status=500),
+        Fault(status=503),
+        Fault(cut=1000),
+        Fault(cut=0),
+        Fault(delay=0.2),
+        Fault(delay=5.0),
+        Fault(stall=5.0),
+        Fault(etag='"another"'),
+        Fault(data=b"shorter"),
+        Fault(data=noise(50_001)),
+    ]
+
+    def fault(asked: Asked) -> Fault | None:
+        return lottery.choice(faults) if asked.kind == "GET" and lottery.random() < 0.2 else None
+
+    m = mount("s3://bucket/set", "3M", *options(bucket))
+    assert walked(m.path) == set(files)
+    bucket.faults = fault
+    wrong: list[str] = []
+    failed: list[int] = []
+
+    def reader(seed: int) -> None:
+        names = list(files)
+        random.Random(seed).shuffle(names)
+        for name in names:
+            try:
+                data = read(m.path / name)
+            except OSError as e:
+                failed.append(e.errno or 0)
+            else:
+                if data != files[name]:
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=reader, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert set(failed) <= {errno.ESTALE, errno.EIO}
+    bucket.faults = lambda asked: None
+    for name, data in files.items():
+        assert read(m.path / name) == data
+    figures = m.stats()["source"]["requests"]
+    assert figures["retries"] > 0
+    assert figures["throttled"] > 0
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, errno.EACCES), (404, errno.ENOENT), (400, errno.EIO)])
+def test_what_the_store_refuses(bucket: Bucket, mount: MakeMount, status: int, code: int) -> None:
+    fill(bucket, 4)
+    m = mount("s3://bucket/set", "8M", *options(bucket))
+    assert len(walked(m.path)) == 4
+    bucket.faults = lambda asked: Fault(status=status)
+    raises(code, lambda: read(m.path / "0/0000.jpg"))
+    if code != errno.ENOENT:
+        eventually(lambda: f"status {status}" in m.log.read_text())
+        bucket.faults = lambda asked: None
+        assert read(m.path / "0/0000.jpg") == noise(50_000, 0)
+
+
+def test_cut_off_from_the_store_what_is_cached_goes_on(bucket: Bucket, mount: MakeMount) -> None:
+    files = fill(bucket, 8)
+    m = mount("s3://bucket/set", "8M", *options(bucket), "--revalidate", "1s")
+    assert walked(m.path) == set(files)
+    for name in files:
+        read(m.path / name)
+    m.settle()
+    before = m.stats()["revalidation"]["passes"]
+    bucket.faults = lambda asked: Fault(status=404 if asked.kind == "LIST" else 503)
+    eventually(lambda: m.stats()["revalidation"]["passes"] > before + 2)
+    assert walked(m.path) == set(files)
+    for name, data in files.items():
+        assert read(m.path / name) == data
+
+
+def test_a_server_that_is_killed_takes_nothing_with_it(bucket: Bucket, mount: MakeMount) -> None:
+    files = fill(bucket, 30)
+    m = mount("s3://bucket/set", "1M", *options(bucket))
+    m.expect_errors = True
+    for name, data in itertools.islice(files.items(), 10):
+        assert read(m.path / name) == data
+    m.settle()
+    os.kill(m.stats()["processes"]["server"], signal.SIGKILL)
+    for name, data in files.items():
+        assert read(m.path / name) == data
+    assert m.stats()["server_starts"] == 2
+
+
+def test_no_secret_is_where_others_can_read_it(bucket: Bucket, mount: MakeMount) -> None:
+    fill(bucket, 4)
+    m = mount("s3://bucket/set", "8M", *options(bucket))
+    bucket.faults = lambda asked: Fault(status=403) if asked.kind == "GET" else None
+    raises(errno.EACCES, lambda: read(m.path / "0/0000.jpg"))
+    eventually(lambda: "status 403" in m.log.read_text())
+    shown = [m.log.read_text(), str(m.stats()), Path("/proc/self/mountinfo").read_text()]
+    shown += [Path(f"/proc/{pid}/cmdline").read_text() for pid in m.pids]
+    assert len(shown) > 4
+    assert not any(SECRET in text or "AKID" in text for text in shown)
+
+
+def test_a_command_with_a_bucket(bucket: Bucket, place: Path) -> None:
+    files = fill(bucket, 8)
+    name, data = next(iter(files.items()))
+    done = coordlfs(
+        "run", "s3://bucket/set", place, "--cache-size", "4M", *options(bucket), "--", "sha256sum", place / name
+    )
+    assert done.stdout.split()[0] == hashlib.sha256(data).hexdigest()
+    assert os.listdir(place) == []
+    done = coordlfs("run", "s3://bucket/set", *options(bucket), "--", "true", status=2)
+    assert "say where to mount it" in done.stderr
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize(
+    ("source", "given", "says"),
+    [
+        ("s3://other/set", [], "does not exist at http"),
+        ("s3://bucket/none", [], "no key begins with 'none/'"),
+        ("s3://bucket/set/0/0000.jpg", [], "is an object: give the prefix"),
+        ("s3://bucket/set", ["allow-http=false"], "plain http"),
+        ("s3://bucket/set", ["endpoint=http://127.0.0.1:{free}"], "does not answer at http"),
+        ("s3://bucket/set", ["endpoint=http://host.invalid"], "does not answer at http"),
+        ("s3://bucket/denied", [], "may not be listed with these credentials (status 403"),
+        ("s3://bucket/bad", [], "'bad//x' cannot be named"),
+        ("ftp://bucket/set", [], "no kind of source"),
+        ("s3://AKID:hunter@bucket/set", [], "credentials come from the environment"),
+        ("s3://bucket/set", ["secret_access_key=hunter"], "every user can read a command line"),
+        ("s3://bucket/set", ["colour=red"], "known are endpoint, region"),
+    ],
+)
+def test_a_bucket_that_cannot_be_mounted(bucket: Bucket, place: Path, source: str, given: list[str], says: str) -> None:
+    fill(bucket, 4)
+    bucket.put("bad//x", b"")
+    bucket.faults = lambda asked: Fault(status=403) if asked.key.startswith("denied") else None
+    words = options(bucket, *(text.format(free=_free_port()) for text in given))
+    done = coordlfs("mount", source, place / "mnt", *words, status=None)
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith("coordlfs: ")
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
+    assert "hunter" not in done.stderr
+    assert not (place / "mnt").exists()
+    assert not mentions(place)
+
+
+def test_peers_fetch_each_object_once(bucket: Bucket, mount: MakeMount) -> None:
+    files = fill(bucket, 40)
+    ports = [_free_port(), _free_port()]
+    nodes = ",".join(f"127.0.0.1:{port}" for port in ports)
+    mounted: list[Mount] = [
+        mount("s3://bucket/set", "8M", *options(bucket), "--listen", f"127.0.0.1:{port}", "--peers", nodes)
+        for port in ports
+    ]
+    for m in mounted:
+        eventually(lambda m=m: m.stats()["peers"]["alive"] == 1)  # type: ignore[misc]
+    for m in mounted:
+        for name, data in files.items():
+            assert read(m.path / name) == data
+        m.settle()
+    for m in mounted:
+        for name, data in files.items():
+            assert read(m.path / name) == data
+    assert bucket.count("GET") == len(files)
