@@ -39,7 +39,10 @@ PROTOCOL = b'{"version": %d, "numbers": %d, "ahead": %d, "numbers_in_name": %d}'
 
 
 class FetchAhead:
-    """Serves the hints of one mount."""
+    """Serves the hints of one mount.
+
+    `expect` is told of files that will be read soon, before a keeper has time for them.
+    """
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class FetchAhead:
         announcements: Announcements,
         counters: Counters,
         memory: MemoryWatch,
+        expect: Callable[[int], None] | None = None,
     ) -> None:
         self._catalog = catalog
         self._admission = admission
@@ -56,6 +60,7 @@ class FetchAhead:
         self._counters = counters
         self._memory = memory
         self._processes: dict[int, int] = {}  # of readers: thread that spoke → pidfd
+        self._expect = expect
         self._lock = admission.lock
 
     @property
@@ -135,7 +140,14 @@ class FetchAhead:
     # -- inside; all with the lock held -------------------------------------------------------------------------
 
     def _step(self) -> None:
-        """Give the keepers what they have time for."""
+        """Give the keepers what they have time for, and tell a source that takes its time what follows."""
+        self._feed_keepers()
+        if self._expect is not None:
+            for entry in self._orders.upcoming():
+                if self._admission.is_absent(items.item_at(entry.record, 0)):
+                    self._expect(entry.record)
+
+    def _feed_keepers(self) -> None:
         bound = self.bound
         while not self._admission.is_busy():
             # Not before a keeper has time for it: what is wanted again by then stays.

@@ -16,6 +16,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 COMMAND = 1 << 30 | 0xC1 << 8 | 1  # _IOC(_IOC_WRITE, 0xC1, 1, size of the message), less the size
@@ -33,6 +34,7 @@ MOST_IN_NAME = 16  # numbers: a name has 255 bytes at most
 MOST_ANSWER = 64  # bytes: the value of both
 _FROM_URLS = bytes.maketrans(b"-_+/=", b"+/\0\0\0")  # to the alphabet of `binascii`; NUL is in neither
 
+_UPCOMING = 512  # files of a reader's order that a source is told of, beyond those that keepers have
 AHEAD = 8192  # files that a reader may announce before it asks for them
 READERS, READERS_OF_A_USER = 256, 64
 _LONGEST = 1 << 40  # files of an epoch
@@ -121,6 +123,7 @@ class Entry:
     read: int = 0  # bytes, from the source
     asked: float = 0.0  # when, if it was by itself
     fetched: int = 0  # items that a keeper has read, or found in memory
+    upcoming: bool = False  # was given as such
 
 
 @dataclass(slots=True, eq=False)
@@ -422,6 +425,15 @@ class Orders:
         if cost:
             self.kept.add(entry.record)
         return entry
+
+    def upcoming(self) -> Iterator[Entry]:
+        """The next files that wait, of each reader, which were not given before."""
+        for reader in self.readers.values():
+            for entry in islice(reader.waiting, reader.late, reader.late + _UPCOMING):
+                if not entry.upcoming and entry.record >= 0:
+                    entry.upcoming = True
+                    if not entry.missed:  # else its reader was faster
+                        yield entry
 
     def trim(self, bound: int) -> Iterator[int]:
         """Records to let go; whoever stops asking in between may ask anew.

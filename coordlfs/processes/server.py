@@ -118,7 +118,8 @@ def serve(config: dict[str, Any]) -> None:
     sharing = None if placement is None else _share(config, catalog, placement, admission, counters)
     reader = Reader(catalog, source, admission, counters, notifier, sharing, tier)
     memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
-    ahead = FetchAhead(catalog, admission, announcements, counters, memory_watch)
+    expect = _expect(catalog, source, tier) if sharing is None else None  # else others are asked first
+    ahead = FetchAhead(catalog, admission, announcements, counters, memory_watch, expect)
     stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source, ahead, sharing, tier)
     namespace = Namespace(catalog, source, reader, counters)
     records = Records(catalog)
@@ -192,6 +193,18 @@ def _source(config: dict[str, Any]) -> tuple[Source, bytes | None]:
     fstype = None if config["fstype"] is None else os.fsencode(config["fstype"])
     about = {"is_remote": config["is_remote"], "fstype": fstype, "since": config.get("mounted")}
     return DirectorySource(config["root"], path, **about), path
+
+
+def _expect(catalog: Catalog, source: Source, tier: DiskTier | None) -> Callable[[int], None] | None:
+    """How a source is told of a file that will be read soon; None for one that gains nothing by it."""
+    if source.root >= 0:
+        return None
+
+    def expect(record: int) -> None:
+        if tier is None or not tier.holds(items.item_at(record, 0)):
+            source.expect(catalog.path(record))
+
+    return expect
 
 
 def _watch_mounts(path: bytes, loop: DataLoop) -> None:

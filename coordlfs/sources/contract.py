@@ -124,6 +124,9 @@ class Source(Protocol):
         Fewer than were asked for only at the end of the file, 0 behind it. `slow` is called before what will wait.
         """
 
+    def expect(self, path: bytes) -> None:
+        """The file at a path will be read soon: a source that takes its time may begin. Never waits."""
+
     def begin(self, part: Part, into: memoryview) -> Version | Opened | None:
         """Read a part that begins with a page, if it is in memory; never waits.
 

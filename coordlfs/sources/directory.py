@@ -308,6 +308,9 @@ class DirectorySource:
                 return st
             time.sleep(_SETTLE_EVERY)
 
+    def expect(self, path: bytes) -> None:
+        """A keeper has a disk read ahead."""
+
     def begin(self, part: Part, into: memoryview) -> Version | Opened | None:
         """Read a part that begins with a page, if the page cache holds all of it; never waits.
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from coordlfs_loader import HintedSampler
 from coordlfs_tools.lab.buckets import Asked, Bucket, Fault, serve
 from mounts import MIB, MakeMount, Mount, coordlfs, eventually, mentions, noise, raises, read
 
@@ -78,6 +79,21 @@ def test_epochs_of_a_bucket_cost_what_is_missed(bucket: Bucket, mount: MakeMount
     assert "all equal" in said
     assert "GET" in coordlfs("status", m.path).stdout
     assert "all equal" in said
+
+
+def test_an_order_that_is_announced_is_fetched_ahead(bucket: Bucket, mount: MakeMount) -> None:
+    files = fill(bucket, 200, 20_000)
+    bucket.faults = lambda asked: Fault(delay=0.02)
+    m = mount("s3://bucket/set", "16M", *options(bucket))
+    assert walked(m.path) == set(files)
+    bucket.most_in_flight = 0
+    order = list(files)
+    random.Random(1).shuffle(order)
+    for number in HintedSampler(range(len(order)), [m.path / name for name in order]):
+        assert read(m.path / order[number]) == files[order[number]]
+    m.settle()
+    assert bucket.most_in_flight > 16, "one reader alone has one request in flight"
+    assert len(files) <= bucket.count("GET") <= len(files) + 5, "who is faster than his order may ask himself"
 
 
 def test_attributes_are_those_of_the_objects(bucket: Bucket, mount: MakeMount) -> None:

@@ -27,6 +27,7 @@ from coordlfs.sources.objects import names
 from coordlfs.sources.objects.blocks import WHOLE, Block, Blocks, blocks_of
 from coordlfs.sources.objects.failures import Meaning, failure, meaning_of
 from coordlfs.sources.objects.names import Directory, Entry, Found, shown
+from coordlfs.sources.objects.sequences import Sequences
 from coordlfs.sources.objects.source import ObjectSource
 from coordlfs.sources.objects.window import Window
 
@@ -520,3 +521,88 @@ def test_cut_off_from_the_store_every_known_name_goes_on(bucket: Bucket) -> None
         with pytest.raises(OSError) as caught:
             source.neighbours().lstat(b"s", b"a")  # nobody may think that it is gone
         assert caught.value.errno == errno.EIO
+
+
+# -- ahead of readers -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_expected_is_fetched_once_and_never_after_it_was_read() -> None:
+    fetched: list[Block] = []
+    goes_on = threading.Event()
+
+    def fetch(block: Block) -> memoryview:
+        fetched.append(block)
+        assert goes_on.wait(60)
+        return memoryview(CONTENT)[block.first : block.end]
+
+    blocks = Blocks(fetch, 64 * MIB)
+    wanted = [Block(b"%d" % n, Entry(1000), 0, 1000) for n in range(200)]
+    for block in [*wanted, *wanted]:
+        blocks.expect(block)
+    into = bytearray(1000)
+    readers = [
+        threading.Thread(target=blocks.read, args=(block, 0, memoryview(into), lambda: None)) for block in wanted[150:]
+    ]
+    for reader in readers:
+        reader.start()
+    goes_on.set()
+    for reader in readers:
+        reader.join()
+    for block in wanted[:150]:
+        assert blocks.read(block, 0, memoryview(into), lambda: None) == 1000
+    assert sorted(fetched) == sorted(wanted)
+    assert blocks.used == 0
+    blocks.close()
+
+
+def test_what_is_fetched_ahead_takes_half_of_the_room() -> None:
+    arrived: list[Block] = []
+
+    def fetch(block: Block) -> memoryview:
+        arrived.append(block)
+        return memoryview(CONTENT)[block.first : block.end]
+
+    blocks = Blocks(fetch, 16 * MIB)
+    ahead = list(blocks_of(b"f", Entry(len(CONTENT)), 0, len(CONTENT)))
+    for block in ahead:
+        blocks.expect(block)
+    into = bytearray(4 * MIB)
+    for number, block in enumerate(ahead):
+        deadline = time.monotonic() + 60
+        while len(arrived) < min(number + 2, len(ahead)) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert blocks.used <= 8 * MIB
+        assert blocks.read(block, block.first, memoryview(into), lambda: None) == block.end - block.first
+    assert arrived == ahead
+    blocks.close()
+
+
+def test_only_who_goes_on_where_he_was_is_read_ahead() -> None:
+    sequences = Sequences()
+    ahead = list(blocks_of(b"f", Entry(len(CONTENT)), 0, len(CONTENT)))
+    assert list(sequences.ahead_of(ahead[0])) == []
+    assert list(sequences.ahead_of(ahead[0])) == [], "the same block again"
+    assert list(sequences.ahead_of(ahead[1])) == ahead[2:3]
+    assert list(sequences.ahead_of(ahead[1])) == []
+    assert list(sequences.ahead_of(ahead[2])) == ahead[3:5]
+    assert list(sequences.ahead_of(ahead[3])) == ahead[4:8]
+    for number in (9, 6, 0, 5):
+        assert list(sequences.ahead_of(ahead[number])) == [], "from here to there"
+    assert list(sequences.ahead_of(Block(b"g", Entry(10), 0, 10))) == []
+
+
+def test_a_sequential_reader_gets_blocks_in_parallel_and_a_random_one_no_more_than_it_touches(bucket: Bucket) -> None:
+    bucket.put("d/large", CONTENT)
+    source = open_bucket(bucket)
+    source.lstat(b"large")
+    bucket.faults = lambda asked: Fault(delay=0.05)
+    for number in (7, 2, 5):
+        read(source, b"large", number * 4 * MIB + 100, 1000)
+    assert sorted((asked.first or 0) // MIB for asked in bucket.requests if asked.kind == "GET") == [8, 20, 28]
+    del bucket.requests[:]
+    bucket.most_in_flight = 0
+    other = open_bucket(bucket)
+    assert b"".join(read(other, b"large", at)[0] for at in range(0, len(CONTENT), MIB)) == CONTENT
+    assert bucket.count("GET") == 10
+    assert bucket.most_in_flight > 1
+    other.close()

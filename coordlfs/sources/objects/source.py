@@ -20,8 +20,9 @@ import xxhash
 from coordlfs.sources.address import Address, Options
 from coordlfs.sources.contract import Listing, Neighbours, Opened, Part
 from coordlfs.sources.numbering import Numbering
-from coordlfs.sources.objects.blocks import Block, Blocks, blocks_of
+from coordlfs.sources.objects.blocks import WHOLE, Block, Blocks, blocks_of
 from coordlfs.sources.objects.names import LONGEST_NAME, Directory, Entry
+from coordlfs.sources.objects.sequences import Sequences
 from coordlfs.sources.objects.store import TRIED_FOR, ChangedError, Store
 from coordlfs.sources.objects.tree import Tree
 from coordlfs.sources.versions import Version
@@ -59,6 +60,7 @@ class ObjectSource:
         self.tree = Tree(self.store, self._prefix, lasts, time.time_ns() if since is None else since)
         self._owner = os.geteuid(), os.getegid()
         self._blocks = Blocks(self._fetch, _ROOM)
+        self._sequences = Sequences()
 
     @property
     def retries(self) -> int:
@@ -131,8 +133,24 @@ class ObjectSource:
     def _copy(self, part: Part, entry: Entry, into: memoryview, slow: Callable[[], None]) -> int:
         done = 0
         for block in blocks_of(part.path, entry, part.offset, part.size):
+            for ahead in self._sequences.ahead_of(block):
+                self._blocks.expect(ahead)
             done += self._blocks.read(block, part.offset + done, into[done : part.size], slow)
         return done
+
+    def expect(self, path: bytes) -> None:
+        """See `contract.Source`: of a large object, its beginning. What was not listed is not looked for."""
+        parent, _, name = path.rpartition(b"/")
+        known = self.tree.known(parent)
+        entry = None if known is None else known.find(name)
+        if entry is not None and not entry.is_directory:
+            for block in blocks_of(path, entry, 0, WHOLE):
+                self._blocks.expect(block)
+
+    def close(self) -> None:
+        """Ask for nothing more, and try nothing again."""
+        self.store.ended.set()
+        self._blocks.close()
 
     def _fetch(self, block: Block) -> memoryview:
         return self.store.get(self.tree.key(block.path), block.entry, block.first, block.end)
