@@ -171,7 +171,7 @@ def _mountpoint() -> Iterator[Path]:
 
 @contextmanager
 def coordlfs(
-    source: Path,
+    source: Path | str,
     cache_size: int,
     group: Cgroup | None = None,
     *,
