@@ -89,8 +89,7 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
             help="serve figures to Prometheus there, on loopback if no host is named",
         )
 
-    def add_options(command: argparse.ArgumentParser) -> None:
-        add_common(command)
+    def add_source_option(command: argparse.ArgumentParser) -> None:
         command.add_argument(
             "--source-option",
             action="append",
@@ -98,6 +97,10 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
             metavar="KEY=VALUE",
             help=f"how to reach a bucket, may be repeated; KEY is one of {', '.join(address.OPTIONS)}; never a secret",
         )
+
+    def add_options(command: argparse.ArgumentParser) -> None:
+        add_common(command)
+        add_source_option(command)
         command.add_argument("--noexec", action="store_true", help="no program on the mount may be run")
         command.add_argument(
             "--peers",
@@ -171,6 +174,8 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
     groups.add_argument("--watch", action="store_true", help="tables that are updated")
 
     doctor = commands.add_parser("doctor", help="examine the machine: what is missing, what that costs, how to mend it")
+    doctor.add_argument("source", metavar="BUCKET", nargs="?", help="examine a bucket as well: s3://BUCKET/PREFIX, …")
+    add_source_option(doctor)
     doctor.add_argument("--json", action="store_true", help="for programs")
 
     run = commands.add_parser(
@@ -345,7 +350,15 @@ def _cache(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from coordlfs.commands import doctor
 
-    return 0 if doctor.show(as_json=arguments.json) else 1
+    options = address.options(arguments.source_option)
+    if arguments.source is None:
+        return 0 if doctor.show(as_json=arguments.json) else 1
+    bucket = address.parse(arguments.source)
+    if bucket is None:
+        raise UserError(f"doctor examines a bucket, as s3://BUCKET/PREFIX: {arguments.source} is a path", 2)
+    from coordlfs.commands import doctor_bucket
+
+    return 0 if doctor.show(as_json=arguments.json, more=doctor_bucket.examine(bucket, options)) else 1
 
 
 def _groups(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ import os
 import resource
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -484,9 +484,9 @@ def pins(checks: list[Check]) -> bool:
     return all(check.state is State.OK for check in needed.values())
 
 
-def show(*, as_json: bool) -> bool:
-    """Print what was found; whether coordlfs can work here."""
-    checks = examine()
+def show(*, as_json: bool, more: Iterable[Check] = ()) -> bool:
+    """Print what was found, and `more`; whether coordlfs can work here."""
+    checks = [*examine(), *more]
     if as_json:
         found = {"works": works(checks), "pins": pins(checks), "checks": [asdict(check) for check in checks]}
         print(json.dumps(found, indent=2))

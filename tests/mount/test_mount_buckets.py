@@ -317,3 +317,16 @@ def test_peers_fetch_each_object_once(bucket: Bucket, mount: MakeMount) -> None:
         for name, data in files.items():
             assert read(m.path / name) == data
     assert bucket.count("GET") == len(files)
+
+
+def test_doctor_says_of_a_bucket_what_a_request_takes(bucket: Bucket) -> None:
+    fill(bucket, 4)
+    said = coordlfs("doctor", "s3://bucket/set", *options(bucket)).stdout
+    assert "can be listed" in said
+    assert "ms for 50,000 bytes" in said
+    assert "requests in flight" in said
+    bucket.faults = lambda asked: Fault(status=403) if asked.kind == "GET" else None
+    said = " ".join(coordlfs("doctor", "s3://bucket/set", *options(bucket), status=1).stdout.split())
+    assert "give these credentials the right to get objects" in said
+    said = " ".join(coordlfs("doctor", "s3://none/set", *options(bucket), status=1).stdout.split())
+    assert "does not exist at" in said
