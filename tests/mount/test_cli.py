@@ -30,7 +30,7 @@ USAGE = [
     ["verify"],
     ["run"],
     ["run", "--", "true"],
-    ["run", "/src", "more", "--", "true"],
+    ["run", "/src", "/mnt", "more", "--", "true"],
 ]
 
 

@@ -7,9 +7,11 @@ import hashlib
 import itertools
 import os
 import random
+import re
 import signal
 import socket
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -57,7 +59,8 @@ def test_epochs_of_a_bucket_cost_what_is_missed(bucket: Bucket, mount: MakeMount
     bucket.put("set/large", noise(17 * MIB))
     bucket.put("set/empty", b"")
     bucket.put("set/marked/", b"")
-    m = mount("s3://bucket/set", "64M", *options(bucket), "--immutable")
+    told: list[str] = []
+    m = mount("s3://bucket/set", "64M", *options(bucket), "--immutable", "--metrics", "0", said=told.append)
     assert walked(m.path) == {*files, "large", "empty"}
     assert os.listdir(m.path / "marked") == []
     assert bucket.count("LIST") == 1 + 1 + 5, "once before it is mounted, and each directory"
@@ -75,10 +78,12 @@ def test_epochs_of_a_bucket_cost_what_is_missed(bucket: Bucket, mount: MakeMount
     assert len(bucket.requests) == before, "what is cached is asked of nobody"
     figures = m.stats()["source"]["requests"]
     assert (figures["get"], figures["head"], figures["errors"]) == (len(files) + 5, 0, 0)
+    [url] = re.findall(r"http://\S+", told[0])
+    with urllib.request.urlopen(url, timeout=60) as scrape:
+        assert f'kind="get",mountpoint="{m.path}"}} {len(files) + 5}.0' in scrape.read().decode()
     said = coordlfs("verify", m.path).stdout
     assert "all equal" in said
     assert "GET" in coordlfs("status", m.path).stdout
-    assert "all equal" in said
 
 
 def test_an_order_that_is_announced_is_fetched_ahead(bucket: Bucket, mount: MakeMount) -> None:
