@@ -37,7 +37,8 @@ _TOOLS = {  # command → the module that has its arguments and does it, and wha
     "bench": ("coordlfs_tools.storage.command", "measure storage as a training job reads it"),
 }
 _OF_MOUNT = (  # and not of `pin`
-    *("noexec", "source_option", "listen", "peers", "cluster_key_file", "tls_cert", "tls_key", "tls_ca"),
+    *("disk_cache", "disk_size", "source_option", "noexec"),
+    *("listen", "peers", "cluster_key_file", "tls_cert", "tls_key", "tls_ca"),
 )
 _WITH_JOB = ("run", "analyze")  # their command comes after --
 
@@ -67,15 +68,6 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
             help="200G, 512M, 60%% (of all memory), 0 (none), or auto: 60%% of what is available (default)",
         )
         command.add_argument(
-            "--disk-cache", metavar="DIR", help="keep what has no room in memory there, on a local disk"
-        )
-        command.add_argument(
-            "--disk-size",
-            default="auto",
-            metavar="SIZE",
-            help="2T, 500G, 80%% (of the file system of DIR), or auto: what is free there, less a tenth (default)",
-        )
-        command.add_argument(
             "--revalidate",
             default="10m",
             metavar="TIME",
@@ -100,6 +92,14 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
 
     def add_options(command: argparse.ArgumentParser) -> None:
         add_common(command)
+        command.add_argument(
+            "--disk-cache", metavar="DIR", help="keep what has no room in memory there, on a local disk"
+        )
+        command.add_argument(
+            "--disk-size",
+            metavar="SIZE",
+            help="2T, 500G, 80%% (of the file system of DIR), or auto: what is free there, less a tenth (default)",
+        )
         add_source_option(command)
         command.add_argument("--noexec", action="store_true", help="no program on the mount may be run")
         command.add_argument(
@@ -213,7 +213,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         from coordlfs.peers.settings import Cluster
 
         cluster = Cluster(*given)
-    if a.disk_cache is None and a.disk_size != "auto":
+    if a.disk_cache is None and a.disk_size is not None:
         raise UserError("--disk-size needs a directory: give --disk-cache DIR as well", 2)
     revalidate = None if a.immutable else seconds(a.revalidate)
     return Options(
@@ -224,7 +224,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         cluster,
         bool(a.noexec),
         disk_cache=a.disk_cache,
-        disk_size=a.disk_size,
+        disk_size=a.disk_size or "auto",
         source_options=tuple(a.source_option or ()),
     )
 
