@@ -27,6 +27,7 @@ from coordlfs_tools.bench import (
     startup,
     tasks,
     tensorsocket,
+    tiers,
     tree,
 )
 from coordlfs_tools.bench.report import Context, Figure, table
@@ -47,6 +48,7 @@ _BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
     "objects": (objects.run, "a bucket 20 ms away: cold epochs against obstore, the bill, a large object in sequence"),
     "peers": (peers.run, "nodes that share their caches, against each alone, and peer hits against a bare loop"),
     "ownership": (ownership.measure, "the shares of a million items, and what a node that leaves moves"),
+    "tiers": (tiers.run, "memory and disk as one cache: the law, the first epoch, a restart"),
     "tree": (tree.run, "listing a million files, and the server's memory for them"),
     "analyser": (analyser.run, "the stall analyser on jobs whose truth is known"),
     "predictions": (analyser.predictions, "epochs that the analyser predicts against real ones on a mount"),

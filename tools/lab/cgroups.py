@@ -95,6 +95,13 @@ class Cgroup:
         elif bytes_per_second is not None:
             (self.directories["io"] / "io.max").write_text(f"{self.disk} rbps={bytes_per_second}")
 
+    def _limit_writing(self, bytes_per_second: int) -> None:
+        if self.unified:
+            (self.directories["io"] / "io.max").write_text(f"{self.disk} wbps={bytes_per_second}")
+        else:
+            limit = self.directories["io"] / "blkio.throttle.write_bps_device"
+            limit.write_text(f"{self.disk} {bytes_per_second}")
+
     def _remove(self) -> None:
         deadline = time.monotonic() + _EMPTYING
         for directory in set(self.directories.values()):
@@ -128,9 +135,13 @@ def _hierarchies(controllers: set[str]) -> tuple[dict[str, Path], bool]:
 
 @contextmanager
 def cgroup(
-    disk: str | None = None, *, memory: int | None = None, bytes_per_second: int | None = None
+    disk: str | None = None,
+    *,
+    memory: int | None = None,
+    bytes_per_second: int | None = None,
+    written_per_second: int | None = None,
 ) -> Iterator[Cgroup]:
-    """A cgroup for processes, limited to `memory` bytes and so many bytes a second from `disk` (MAJOR:MINOR).
+    """A cgroup for processes, limited to `memory` bytes and so many bytes a second from, or to, `disk` (MAJOR:MINOR).
 
     Without a disk it counts and limits memory only. It is removed at the end, when whoever was put into it must have
     ended. Raises LabError if the machine has no such controllers.
@@ -146,6 +157,8 @@ def cgroup(
             group._limit_memory(memory)
         if disk is not None:
             group._limit_disk(bytes_per_second)
+        if written_per_second is not None:
+            group._limit_writing(written_per_second)
         yield group
     finally:
         group._remove()

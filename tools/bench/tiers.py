@@ -1,0 +1,215 @@
+"""Memory and disk as one cache: what a steady epoch reads, what the first one costs, and what a reset leaves.
+
+The disk tier lies on the disk that the source is on. So the mount's own figures tell one from the other, beside what the
+kernel counts for the mount's processes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from coordlfs_tools.bench import reader
+from coordlfs_tools.bench.dataset import Images
+from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
+from coordlfs_tools.lab import mounts
+from coordlfs_tools.lab.cgroups import cgroup
+from coordlfs_tools.lab.errors import LabError
+from coordlfs_tools.lab.machine import drop_caches
+from coordlfs_tools.lab.mounts import Mount
+
+_SHARES = (0.20, 0.30), (0.35, 0.35), (0.10, 0.90), (0.50, 0.50)  # of the dataset: memory, disk
+_READERS = 8
+_FILES = 8_000
+_EPOCHS = 2  # that are measured, after the first
+_JOB_MEMORY, _QUICK_JOB_MEMORY = 150_000_000, 24_000_000  # bytes
+_ROUNDS = 3
+_THROTTLES = 100_000_000, 250_000_000  # bytes per second, of the source
+_SLOW_DISK = 10_000_000  # bytes per second that may be written
+_OVERHEAD = 1.02  # of the disk's share, for the index and names
+_SETTLES_WITHIN = 120.0  # seconds
+
+
+def run(context: Context) -> list[Figure]:
+    """The law over two tiers, the first epoch, and a restart."""
+    data = context.images().part(1_000 if context.quick else _FILES)
+    figures = [figure for memory, disk in _SHARES for figure in _law(context, data, memory, disk)]
+    figures += [figure for throttle in _THROTTLES for figure in _first_epoch(context, data, throttle)]
+    return [*figures, *_restart(context, data)]
+
+
+@contextmanager
+def _directory(context: Context) -> Iterator[Path]:
+    """An empty directory for a disk tier."""
+    directory = context.directory / "disk-tier"
+    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _options(directory: Path, size: float) -> list[str]:
+    return ["--disk-cache", str(directory), "--disk-size", str(int(size))]
+
+
+def _settled(mount: Mount) -> dict[str, Any]:
+    """The figures as soon as nothing is on its way into either tier."""
+    until = time.monotonic() + _SETTLES_WITHIN
+    while (figures := mount.settled())["disk"]["waiting_blocks"]:
+        if time.monotonic() > until:
+            raise LabError("the disk tier does not come to rest")
+        time.sleep(0.1)
+    return figures
+
+
+# -- the law ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Bytes of the dataset, by where they are."""
+
+    memory: int
+    disk: int
+    nowhere: int
+
+
+def _places(mount: Mount, data: Images) -> _Places:
+    found: Counter[str] = Counter()
+    for path in data.paths:
+        found[os.getxattr(mount.point / path, "user.coordl.cached").decode()] += os.stat(data.root / path).st_size
+    return _Places(found["pinned"], found["disk"], found["no"])
+
+
+def _law(context: Context, data: Images, memory: float, disk: float) -> Iterator[Figure]:
+    of_source: list[float] = []
+    of_disk: list[float] = []
+    job_memory = _QUICK_JOB_MEMORY if context.quick else _JOB_MEMORY
+    with (
+        _directory(context) as directory,
+        cgroup(context.disk) as servers,
+        cgroup(context.disk, memory=job_memory) as job,
+        mounts.coordlfs(
+            data.root,
+            int(data.allocated * memory * (1.005 if memory + disk >= 1 else 1)),
+            servers,
+            options=_options(directory, data.allocated * disk * _OVERHEAD),
+        ) as mount,
+    ):
+        reader.read(mount.point, data.paths, _READERS, 0, job)
+        before = _settled(mount)
+        reader.read(mount.point, data.paths, _READERS, 1, job)  # what came first may have kept others out
+        before = _settled(mount)
+        for seed in range(2, 2 + context.rounds(_EPOCHS)):
+            places, counted = _places(mount, data), servers.disk_bytes()
+            reader.read(mount.point, data.paths, _READERS, seed, job)
+            after = _settled(mount)
+            source = after["source"]["bytes"] - before["source"]["bytes"]
+            from_disk = after["disk"]["read_bytes"] - before["disk"]["read_bytes"]
+            counted = servers.disk_bytes() - counted
+            of_source.append(source / places.nowhere if places.nowhere else source)
+            of_disk.append(from_disk / places.disk)
+            context.say(
+                f"  memory {memory:.0%}, disk {disk:.0%}: source {source / 1e6:,.1f} MB of {places.nowhere / 1e6:,.1f},"
+                f" disk {from_disk / 1e6:,.1f} MB of {places.disk / 1e6:,.1f}; the kernel counts {counted / 1e6:,.1f}"
+            )
+            before = after
+    name = f"memory {memory:.0%}, disk {disk:.0%}: steady epoch"
+    least = "÷ (D − memory − disk)" if places.nowhere else "which is all cached, bytes"
+    yield Figure(f"{name}, read of the source {least}", of_source, Bound(1.02 if places.nowhere else 0))
+    yield Figure(f"{name}, read of the disk tier ÷ what is there only", of_disk, Bound(1.05))
+
+
+# -- the first epoch ----------------------------------------------------------------------------------------------
+
+
+def _first_epoch(context: Context, data: Images, throttle: int) -> Iterator[Figure]:
+    def directly(seed: int) -> float:
+        with cgroup(context.disk, bytes_per_second=throttle) as group:
+            drop_caches()
+            return reader.read(data.root, data.paths, _READERS, seed, group).seconds
+
+    kept: dict[str, list[float]] = {}
+
+    def filling(side: str, written_per_second: int | None) -> Callable[[int], float]:
+        def epoch(seed: int) -> float:
+            with (
+                _directory(context) as directory,
+                cgroup(context.disk, bytes_per_second=throttle, written_per_second=written_per_second) as group,
+                mounts.coordlfs(
+                    data.root, int(data.allocated * 0.3), group, options=_options(directory, data.allocated * 1.1)
+                ) as mount,
+            ):
+                drop_caches()
+                seconds = reader.read(mount.point, data.paths, _READERS, seed, group).seconds
+                kept.setdefault(side, []).append(mount.status()["disk"]["written_bytes"] / data.allocated)
+                return seconds
+
+        return epoch
+
+    sides = {
+        "directly": directly,
+        "disk tier": filling("disk tier", None),
+        "disk tier on a disk that writes 10 MB/s": filling("disk tier on a disk that writes 10 MB/s", _SLOW_DISK),
+    }
+    times = alternate(context, context.rounds(_ROUNDS), sides)
+    theirs = times.pop("directly")
+    for side, ours in times.items():
+        yield Figure(
+            f"first epoch, source of {throttle / 1e6:.0f} MB/s, {side}: mount ÷ directly",
+            ratios(ours, theirs),
+            Bound(1.1),
+            f"{median(ours):.2f} ÷ {median(theirs):.2f} s, {median(kept[side]):.0%} of D kept on disk by its end",
+        )
+
+
+# -- a reset ------------------------------------------------------------------------------------------------------
+
+
+def _restart(context: Context, data: Images) -> Iterator[Figure]:
+    """Everything is killed, the page cache emptied, and mounted again: the next epoch reads what is not on the disk."""
+    read, seconds = [], []
+    total = sum(os.stat(data.root / path).st_size for path in data.paths)
+    size = int(data.allocated * 0.2)
+    with _directory(context) as directory:
+        options = _options(directory, data.allocated * 0.6)
+        held, on_disk = _killed(data, size, options)
+        for seed in range(context.rounds(_ROUNDS)):
+            drop_caches()
+            began = time.monotonic()
+            with mounts.coordlfs(data.root, size, options=options) as mount:
+                (mount.point / on_disk).read_bytes()
+                seconds.append(time.monotonic() - began)
+                reader.read(mount.point, data.paths, _READERS, 10 + seed)
+                read.append(_settled(mount)["source"]["bytes"] / (total - held))
+            held, on_disk = _killed(data, size, options)
+    yield Figure("all killed, mounted again: first epoch, read of the source ÷ (D − disk)", read, Bound(1.02))
+    files = f"{len(data.paths):,} files"
+    yield Figure(f"all killed, mounted again: seconds from mount to first hit, {files}", seconds, Bound(1.0))
+
+
+def _killed(data: Images, size: int, options: list[str]) -> tuple[int, str]:
+    """A mount that is filled and whose processes are killed then: bytes on its disk, and a file that is there."""
+    with mounts.coordlfs(data.root, size, options=options) as mount:
+        for seed in range(2):
+            reader.read(mount.point, data.paths, _READERS, seed)
+        figures = _settled(mount)
+        on_disk = next(path for path in data.paths if _cached(mount, path) == "disk")
+        processes = figures["processes"]
+        for pid in (processes["supervisor"], processes["server"], *processes["keepers"]):
+            os.kill(pid, signal.SIGKILL)
+        return figures["disk"]["held_bytes"], on_disk
+
+
+def _cached(mount: Mount, path: str) -> str:
+    return os.getxattr(mount.point / path, "user.coordl.cached").decode()
