@@ -372,6 +372,11 @@ class Admission:
         """Whether an item is on its way to be pinned."""
         return item in self._pending.by_item
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing is on its way in or out, or waits to be tried anew."""
+        return not (self._pending.by_item or self.dropping or self.recovering or self.skipped)
+
     def settled(self, wanted: Iterable[int]) -> bool:
         """Whether none of the items is on its way in or out."""
         return not any(item in self._pending.by_item or item in self.dropping for item in wanted)

@@ -65,6 +65,12 @@ class Epochs:
         self.current.bytes += nbytes
         return self.current.number, page
 
+    def numbered(self, number: int) -> Epoch:
+        """The epoch that has this number, if it is the last but one; else the one that runs."""
+        if self.finished and self.finished[-1].number == number:
+            return self.finished[-1]
+        return self.current
+
     def watch(self, sentinel: int) -> None:
         """A pinned file that was read in the epoch that runs is watched from now on."""
         self._sentinels[sentinel] = (self.current.number, 0.0)

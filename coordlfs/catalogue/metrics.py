@@ -41,6 +41,7 @@ NAMES = (
     "hints",  # messages about what will be read
     "fetched_items",  # ahead of a reader, and not to stay
     "told_epoch",  # which epoch of which job the last hint was about, as a hash
+    "turns",  # times that a thread of the data loop took the GIL to see to requests
     "disk_bytes",  # given to readers from the disk tier
     "disk_reads",  # READs that it answered
     "disk_read_bytes",  # read from its disk for that

@@ -45,6 +45,7 @@ cdef class Records:
     cdef uint64_t *words_of(self, uint64_t record) noexcept nogil
     cdef const char *name_of(self, uint64_t record) noexcept nogil
     cdef Shown shown(self, uint64_t record) noexcept nogil
+    cdef bint is_of(self, const statx *st, Shown shown) noexcept nogil
     cdef Shown shown_by(self, const statx *st) except *
     cdef int put_path(self, char *text, int end, uint64_t directory, const char *name, size_t length) noexcept nogil
     cdef int64_t enter(

@@ -127,6 +127,17 @@ cdef class Records:
         shown.access = <uint64_t>(st.stx_mode & 0xFFF) << 20 | self._owners
         return shown
 
+    cdef bint is_of(self, const statx *st, Shown shown) noexcept nogil:
+        """Whether these attributes are those of a version; without the GIL it cannot be told of a rare owner's file."""
+        return (
+            st.stx_size == shown.size
+            and st.stx_ino == shown.inode
+            and <uint64_t>st.stx_mtime.tv_sec * 1000000000 + st.stx_mtime.tv_nsec == shown.mtime_ns
+            and st.stx_uid == self._uid
+            and st.stx_gid == self._gid
+            and shown.access == (<uint64_t>(st.stx_mode & 0xFFF) << 20 | self._owners)
+        )
+
     cdef int put_path(self, char *text, int end, uint64_t directory, const char *name, size_t length) noexcept nogil:
         """Write the path of a name in a directory, and a NUL at `end`: where it begins, or -1 if it is too long."""
         text[end] = 0

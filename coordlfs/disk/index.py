@@ -20,16 +20,17 @@ _FEWEST_SLOTS = 1 << 12
 class Index:
     """The rows of an open file, whose header is there. Raises OSError if they cannot be read.
 
+    `slots`: the hash index, and the mask of a key for its first slot; another pair takes its place when it grows.
     `room` is how many rows the file has room for without growing.
     """
 
     def __init__(self, fd: int, seed: int) -> None:
-        self._fd = fd
+        self.fd = fd
         self._seed = seed
         self.count = self.room = max(0, (os.fstat(fd).st_size - HEADER) // ROW)  # rows ever used, be they erased
         self._free = array("I")  # numbers of rows that were erased
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
-        self._slots: tuple[memoryview, int] = (memoryview(array("I")), 0)  # and the mask of a key for its first slot
+        self.slots: tuple[memoryview, int] = (memoryview(array("I")), 0)
         self._entered = 0
         self._build()
 
@@ -40,14 +41,14 @@ class Index:
     @property
     def memory(self) -> int:
         """Bytes of the hash index."""
-        return self._slots[0].nbytes
+        return self.slots[0].nbytes
 
     # -- finding: any thread ------------------------------------------------------------------------------------
 
     def find(self, path: bytes, block: int) -> tuple[int, Row] | None:
         """Number and row of a block of a file, of whatever version. Raises OSError if the index cannot be read."""
         key = key_of(path, block)
-        slots, mask = self._slots
+        slots, mask = self.slots
         at = key & mask
         while number := slots[at]:
             row = self.row(number - 1)
@@ -58,7 +59,7 @@ class Index:
 
     def row(self, number: int) -> Row | None:
         """A row by its number; None if it was erased, or is none."""
-        return parse_row(os.pread(self._fd, ROW, HEADER + number * ROW), self._seed)
+        return parse_row(os.pread(self.fd, ROW, HEADER + number * ROW), self._seed)
 
     # -- changing: one thread at a time -------------------------------------------------------------------------
 
@@ -78,7 +79,7 @@ class Index:
             self._free.pop()
         else:
             self.count += 1
-        slots, mask = self._slots
+        slots, mask = self.slots
         if (self._entered + 1) * 2 > mask + 1:
             self._build()
         else:
@@ -95,7 +96,7 @@ class Index:
         self._free.append(number)  # its slot leads to what has another key, until the slots are built anew
 
     def _write(self, number: int, raw: bytes) -> None:
-        if os.pwrite(self._fd, raw, HEADER + number * ROW) != ROW:
+        if os.pwrite(self.fd, raw, HEADER + number * ROW) != ROW:
             raise OSError("a row was written in part")
 
     # -- all of them --------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ class Index:
         number = 0
         while number < self.count:
             wanted = min(_AT_ONCE, self.count - number) * ROW
-            raw = os.pread(self._fd, wanted, HEADER + number * ROW)
+            raw = os.pread(self.fd, wanted, HEADER + number * ROW)
             whole = len(raw) // ROW * ROW
             if not whole:
                 return  # somebody cut the file off
@@ -120,7 +121,7 @@ class Index:
         slots, entered = array("I", bytes(4 * size)), 0
         for first, raw in self.pieces():
             entered += enter(slots, raw.cast("Q"), first)
-        self._slots, self._entered = (memoryview(slots), size - 1), entered
+        self.slots, self._entered = (memoryview(slots), size - 1), entered
 
     def settle(self, used: int, free: Iterable[int]) -> None:
         """Say that only the first `used` rows were ever used, and which of them were erased: before any is put."""

@@ -112,11 +112,11 @@ class Store:
         ]
         self._beside = sum(st.st_blocks for st in [os.fstat(directory), *beside]) * 512
         self._index_fd, self._names_fd, self.data = (os.open(name, _OPEN, 0o600, dir_fd=directory) for name in FILES)
-        self._seed = self._begin(identity)
+        self.seed = self._begin(identity)
         self.is_direct = self._go_direct()
         self.allots = True  # the file system can allot room ahead
         self.may_grow = True
-        self.index = Index(self._index_fd, self._seed)
+        self.index = Index(self._index_fd, self.seed)
         self._space = Space()
         self._erased: list[tuple[int, int]] = []  # units of rows that were erased, maybe not durably
         self._names_end, self._names_room = 0, os.fstat(self._names_fd).st_size
@@ -126,9 +126,12 @@ class Store:
         """The seed of the store that is here, or of a new one in its place."""
         try:
             seed, found = layout.parse_header(os.pread(self._index_fd, HEADER, 0))
-            if found == identity:
+            if found != identity:
+                self.emptied = "it is of another directory, which was at this path before"
+            elif sum(os.fstat(fd).st_blocks for fd in self._fds[:2]) * 512 > self.size // 2:
+                self.emptied = "its index was made for a much larger size"
+            else:
                 return seed
-            self.emptied = "it is of another directory, which was at this path before"
         except ValueError as e:
             if os.fstat(self._index_fd).st_size:
                 self.emptied = str(e)
@@ -336,12 +339,12 @@ class Store:
         What can be found meanwhile is right as ever.
         """
         stock, bad, kept, used = Stock(), [], [], 0
-        limit = max(0, self.size - self.taken + os.fstat(self.data).st_blocks * 512) // UNIT
+        end = self._shrunk_end()
         erased: list[int] = []
         for first, raw in self.index.pieces():
             rows = np.frombuffer(raw, _ROWS)
             is_used = rows["key"] != 0
-            good = np.array([layout.is_row(raw[at : at + ROW], self._seed) for at in range(0, len(raw), ROW)])
+            good = np.array([layout.is_row(raw[at : at + ROW], self.seed) for at in range(0, len(raw), ROW)])
             numbers = np.arange(first, first + len(rows))
             erased += numbers[~is_used & ~good].tolist()
             bad += numbers[is_used & ~good].tolist()
@@ -354,25 +357,25 @@ class Store:
         ends = np.maximum.accumulate(places[:, 1] + places[:, 2])
         apart = np.ones(len(places), bool)
         apart[1:] = places[1:, 1] >= ends[:-1]
-        inside = ends <= min(limit, os.fstat(self.data).st_size // UNIT)
+        inside = ends <= end
         stock.beyond = int((apart & ~inside).sum())
         stock.bad_rows = len(bad) + int((~apart).sum())
         self.index.settle(used, (n for n in erased if n < used))
         for number in [*bad, *places[~(apart & inside), 0].tolist()]:
             self.index.erase(number)
         places = places[apart & inside]
-        self._space = Space(_gaps(places, self._shrunk(limit)))
+        os.ftruncate(self.data, end * UNIT)
+        self._space = Space(_gaps(places, end))
         self.bytes, stock.rows = int(places[:, 3].sum()), len(places)
         stock.bytes = self.bytes
         self._names_end = self._end_of_names(int(places[:, 4].max())) if len(places) else 0
         return stock
 
-    def _shrunk(self, limit: int) -> int:
-        """Have the data end within `limit` units; where it ends."""
+    def _shrunk_end(self) -> int:
+        """In units, where the data has to end so that the store takes no more than it may; at its end, mostly."""
         end = os.fstat(self.data).st_size // UNIT
-        if end > limit:
-            os.ftruncate(self.data, limit * UNIT)
-        return min(end, limit)
+        excess = self.taken - self.size
+        return end if excess <= 0 else max(0, end - layout.units_of(excess + _SPARE))
 
     def _end_of_names(self, last: int) -> int:
         raw = os.pread(self._names_fd, 2, last)
@@ -386,7 +389,7 @@ class Store:
         """Every block, in the order of the rows; by any thread."""
         for first, raw in self.index.pieces():
             for at in range(0, len(raw), ROW):
-                row = layout.parse_row(raw[at : at + ROW], self._seed)
+                row = layout.parse_row(raw[at : at + ROW], self.seed)
                 if row is not None:
                     yield Found(first + at // ROW, row)
 

@@ -86,6 +86,7 @@ COUNTERS = {
     "requests.name": ('requests{kind="name"}', ""),
     "requests.refused": ('requests{kind="refused"}', ""),
     "requests.ioctl": ('requests{kind="ioctl"}', ""),
+    "requests.turns": ("data_loop_turns", "How often a thread of the data loop took the GIL to see to requests."),
     "requests.stash_bytes": ("stash_served_bytes", "Bytes answered from the stash."),
     "requests.memory_bytes": ("memory_served_bytes", "Bytes answered from a cache in private memory."),
     "admission.not_admitted": ("admission_not_admitted", "Items that had room and were not pinned."),

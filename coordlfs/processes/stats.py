@@ -149,6 +149,7 @@ class Stats:
                 "refused": c["direct_opens"],
                 "ioctl": c["ioctls"],
                 "interrupted": c["interrupted"],
+                "turns": c["turns"],
                 "stash_bytes": c["stash_bytes"],
                 "memory_bytes": c["memory_bytes"],
             },

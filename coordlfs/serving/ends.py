@@ -18,6 +18,7 @@ from coordlfs.kernel.pages import PAGE
 
 _INODES = 10_000  # that are remembered, those that were notified about last
 _REFUSALS = 64  # for each
+_MARKS = 1 << 13  # bytes; `coordlfs.serving.plain_path` looks at them
 
 
 class Ends:
@@ -27,10 +28,12 @@ class Ends:
         self._lock = threading.Lock()
         # By node: the pages, and the largest size that the kernel may believe in.
         self.notified_of: OrderedDict[int, tuple[list[range], int]] = OrderedDict()
+        self.marks = bytearray(_MARKS)  # a bit for each node that may be among them, by its number's last bits
 
     def notified(self, node: int, size: int) -> None:
         """The kernel, which may take it to have `size` bytes, is about to be notified about an inode."""
         with self._lock:
+            self.marks[node >> 3 & _MARKS - 1] |= 1 << (node & 7)
             _, before = self.notified_of.get(node, ((), 0))
             self.notified_of[node] = [], max(size, before)
             self.notified_of.move_to_end(node)

@@ -20,6 +20,33 @@ from posix.fcntl cimport O_NONBLOCK, O_NOCTTY, O_RDONLY
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close, read, write
 
+from coordlfs.kernel.calls cimport (
+    EFD_CLOEXEC,
+    EFD_NONBLOCK,
+    O_DIRECT,
+    O_NOATIME,
+    O_PATH,
+    RESOLVE_CACHED,
+    RWF_NOWAIT,
+    aio_context_t,
+    attributes,
+    cachestat,
+    counted,
+    end_turn,
+    eventfd,
+    has_ended,
+    io_event,
+    iovec,
+    load,
+    open_beneath,
+    preadv2,
+    set_up,
+    store,
+    submit,
+    take_ended,
+    take_turn,
+    writev,
+)
 from coordlfs.kernel.linux cimport (
     FUSE_IOCTL,
     FUSE_IOCTL_DIR,
@@ -33,6 +60,7 @@ from coordlfs.kernel.linux cimport (
     statx,
 )
 from coordlfs.catalogue.records cimport Index, Records, Shown, are_same, is_usual, put_entry, version
+from coordlfs.serving.plain_path cimport ABSENT, Flight, PlainPath, Seen, Tally
 
 from coordlfs.cache import items
 from coordlfs.cache.admission import Fetched
@@ -42,130 +70,6 @@ from coordlfs.kernel.pages import PAGE
 from coordlfs.catalogue.metrics import NAMES
 from coordlfs.serving.reading import Request
 from coordlfs.sources.versions import YOUNG_NS
-
-cdef extern from *:
-    """
-    #include <fcntl.h>
-    #include <linux/aio_abi.h>
-    #include <linux/openat2.h>
-    #include <sys/eventfd.h>
-    #include <sys/stat.h>
-    #include <sys/syscall.h>
-    #include <sys/uio.h>
-    #include <time.h>
-    #include <unistd.h>
-
-    #ifndef SYS_cachestat
-    #define SYS_cachestat 451
-    #endif
-
-    #if defined(__x86_64__)
-    #define PAUSE() __builtin_ia32_pause()
-    #elif defined(__aarch64__)
-    #define PAUSE() __asm__ volatile("yield")
-    #else
-    #define PAUSE() __asm__ volatile("")
-    #endif
-
-    struct counted { uint64_t cached, dirty, writeback, evicted, recently_evicted; };
-
-    static inline int open_beneath(int directory, const char *path, int flags, int resolve) {
-        struct open_how how = {
-            .flags = flags | O_CLOEXEC | O_NOFOLLOW,
-            .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | resolve,
-        };
-        return syscall(SYS_openat2, directory, path, &how, sizeof how);
-    }
-
-    static inline int cachestat(int fd, uint64_t length, struct counted *found) {
-        uint64_t range[2] = {0, length};
-        return syscall(SYS_cachestat, fd, range, found, 0);
-    }
-
-    static inline void take_turn(int *turn) {
-        for (int i = 0; i < 300; i++) {
-            if (!__atomic_load_n(turn, __ATOMIC_RELAXED) && !__atomic_exchange_n(turn, 1, __ATOMIC_ACQUIRE)) return;
-            PAUSE();
-        }
-    }
-
-    static inline void end_turn(int *turn) {
-        __atomic_store_n(turn, 0, __ATOMIC_RELEASE);
-    }
-
-    // Linux AIO: see coordlfs.kernel.aio. What has ended is seen in memory, without a call.
-    static inline int set_up(unsigned most, aio_context_t *context) {
-        return syscall(SYS_io_setup, most, context);
-    }
-
-    static inline int submit(aio_context_t context, int slot, int fd, void *into, size_t length, int events) {
-        struct iocb block = {
-            .aio_data = slot,
-            .aio_lio_opcode = IOCB_CMD_PREAD,
-            .aio_fildes = fd,
-            .aio_buf = (uintptr_t)into,
-            .aio_nbytes = length,
-            .aio_flags = IOCB_FLAG_RESFD,
-            .aio_resfd = events,
-        };
-        struct iocb *blocks[] = {&block};
-        return syscall(SYS_io_submit, context, 1, blocks);
-    }
-
-    static inline int has_ended(aio_context_t context) {
-        struct { unsigned id, nr, head, tail, magic; } *ring = (void *)context;
-        return ring->magic != 0xa10a10a1 ||
-               __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE) != __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE);
-    }
-
-    static inline int take_ended(aio_context_t context, struct io_event *event) {
-        struct timespec at_once = {0, 0};
-        return has_ended(context) ? syscall(SYS_io_getevents, context, 0, 1, event, &at_once) : 0;
-    }
-
-    static inline int load(int *word) {
-        return __atomic_load_n(word, __ATOMIC_SEQ_CST);
-    }
-
-    static inline void store(uint64_t *word, uint64_t n) {
-        __atomic_store_n(word, n, __ATOMIC_SEQ_CST);
-    }
-
-    static inline int attributes(int fd, struct statx *found) {
-        return statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, found);
-    }
-    """
-    int eventfd(unsigned int value, int flags)
-    const int EFD_CLOEXEC, EFD_NONBLOCK, O_DIRECT, O_NOATIME, O_PATH, RESOLVE_CACHED, RWF_NOWAIT
-
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-
-    ssize_t preadv2(int fd, const iovec *vectors, int count, int64_t offset, int flags) nogil
-    ssize_t writev(int fd, const iovec *vectors, int count) nogil
-
-    struct counted:
-        uint64_t cached
-
-    ctypedef unsigned long aio_context_t
-
-    struct io_event:
-        uint64_t data
-        int64_t res
-
-    int set_up(unsigned int most, aio_context_t *context)
-    int submit(aio_context_t context, int slot, int fd, void *into, size_t length, int events) nogil
-    bint has_ended(aio_context_t context) nogil
-    int take_ended(aio_context_t context, io_event *event) nogil
-    int open_beneath(int directory, const char *path, int flags, int resolve) nogil
-    int cachestat(int fd, uint64_t length, counted *found) nogil
-    int attributes(int fd, statx *found) nogil
-    void take_turn(int *turn) nogil
-    void end_turn(int *turn) nogil
-    int load(int *word) nogil
-    void store(uint64_t *word, uint64_t n) nogil
-
 
 cdef struct Entry:  # the reply to LOOKUP
     fuse_out_header header
@@ -182,7 +86,8 @@ cdef enum:
     _KEEPER_THREADS = 64
     _HALF = 1 << 20
     _SLOTS = 64  # for READs that the disk works on
-    _AT_ONCE = 8  # requests that may be answered before the GIL is taken again
+    _AT_ONCE = 8  # requests that may be refused before the GIL is taken again
+    _PLAIN_AT_ONCE = 256  # and answered on the plain path
     _RESTS = 32  # READs that are left to the others after one that went wrong here: more of those will come
 
 
@@ -206,6 +111,7 @@ cdef int _CHUNK_BITS = items.item_at(1, 0).bit_length() - 1
 cdef int _READS = NAMES.index("reads"), _SOURCE_READS = NAMES.index("source_reads")
 cdef int _SOURCE_BYTES = NAMES.index("source_bytes"), _SOURCE_FILES = NAMES.index("source_files")
 cdef int _DATASET_ITEMS = NAMES.index("dataset_items"), _DATASET_BYTES = NAMES.index("dataset_bytes")
+cdef int _TURNS = NAMES.index("turns")
 cdef int _LOOKUPS = NAMES.index("lookups"), _IOCTLS = NAMES.index("ioctls")
 cdef int _FOR_READING = O_RDONLY | O_NOCTTY | O_NONBLOCK
 
@@ -247,6 +153,8 @@ cdef class Requests:
     cdef bint _has_bytes, _is_kept
     cdef int _slot  # they are in the memory of, or -1
     cdef int _to_submit  # the slot that the disk is to read into, or -1
+    cdef Seen _seen
+    cdef Tally _tally  # of the plain path
     cdef Whole _given  # the READ that is to be accounted for when its bytes are sent
 
     def __init__(self, request, into):
@@ -257,7 +165,8 @@ cdef class Requests:
         self.awaited = 0
         self.wait = None
         self._slot = self._to_submit = -1
-        self._index, self._keepers = Index(), None
+        self._index, self._keepers, self._seen = Index(), None, Seen()
+        memset(&self._tally, 0, sizeof(Tally))
 
     cdef void _answer(self, uint64_t unique, const void *data, size_t length, Whole given) noexcept:
         """Have bytes sent, which stay as they are until they are."""
@@ -332,6 +241,8 @@ cdef class FastPath:
     cdef bint _answers_names
     cdef int _rests, _turn
     cdef Records _records
+    cdef PlainPath _plain
+    cdef object _tier
 
     def __init__(self, device, Records records not None, reader, refuse, read_anew, end_wait, watch, waits):
         self._device, self._root = device, reader.source.root
@@ -343,7 +254,8 @@ cdef class FastPath:
         self._refuse, self._read_anew, self._end_wait = refuse, read_anew, end_wait
         self._watch, self.is_watched, self._early = watch, False, waits.early
         self._answers_names = not reader.source.is_remote
-        self.answers_reads = self._answers_names and reader.sharing is None and reader.tier is None
+        self.answers_reads = self._answers_names and reader.sharing is None
+        self._tier = reader.tier
         self.fd, self._disk, self._n_free, self._begun = -1, 0, 0, waits.disk
         self._begun.extend([None] * _SLOTS)
         if self.answers_reads and not set_up(_SLOTS, &self._disk):
@@ -353,6 +265,10 @@ cdef class FastPath:
             self._slots_memory = self._memory
             for slot in range(_SLOTS):
                 self._give_slot(slot)
+        self._plain = PlainPath(device, records, reader, read_anew, self.fd)
+        waits.is_reading = self._plain.is_reading
+        if self._tier is not None and not self._plain.is_possible:
+            self.answers_reads = False  # what is on disk would not be found
 
     def leave_to_others(self):
         """Begin nothing any more: what is looked at with the GIL held may wait for a file system that asks others."""
@@ -371,11 +287,11 @@ cdef class FastPath:
             if whole is not None and (<Whole>whole)._unique == unique:
                 (<Whole>whole)._is_interrupted = True
                 return True
-        return False
+        return self._plain.interrupt(unique)
 
     def given_up(self, before):
         """The numbers of READs that began `before` then, by `time.monotonic()`, and were given up; each is told once."""
-        given_up = []
+        given_up = self._plain.given_up(before)
         for whole in self._begun:
             if whole is not None and (<Whole>whole)._is_interrupted and (<Whole>whole)._since < before:
                 (<Whole>whole)._is_interrupted = False
@@ -406,21 +322,29 @@ cdef class FastPath:
                 if requests._unique:
                     failed = requests._send(self._device)
                 unsubmitted = self._submit(header, requests)
-                if requests.unlooked < most:
+                while requests.unlooked < most and requests._tally.answered < _PLAIN_AT_ONCE:
+                    if self._plain.finish(&requests._tally):
+                        requests._tally.answered += 1
+                        continue
                     if self._look_at_disk(requests):
                         n = sizeof(fuse_in_header)
-                    else:
-                        n = read(self._device, header, room)  # never blocks
-                        while n > 0 and refused < _AT_ONCE and self._refuse_ioctl(header, n):
-                            refused += 1
-                            n = read(self._device, header, room)
-                        if n > 0:
-                            self._look_up(header, n, requests)
-                        elif n < 0:
-                            code = errno
+                        break
+                    n = read(self._device, header, room)  # never blocks
+                    if n < 0:
+                        code = errno
+                        break
+                    if refused < _AT_ONCE and self._refuse_ioctl(header, n):
+                        refused += 1
+                    elif not self._is_plain(header, n, requests):
+                        self._look_up(header, n, requests)
+                        break
+                    n = 0
                 take_turn(&self._turn)
             if refused:
                 self._count_ioctls(refused)
+            self._counts[_TURNS] += 1
+            if requests._tally.answered or requests._tally.n_left:
+                self._plain.settle(&requests._tally)
             if requests._unique:
                 self._sent(requests, failed)
             if unsubmitted >= 0:
@@ -453,12 +377,13 @@ cdef class FastPath:
         """A thread has something else to do, which may take its time."""
         cdef uint64_t one = 1
         end_turn(&self._turn)
-        if self._n_free < _SLOTS and self.fd >= 0 and has_ended(self._disk):
+        if (self._n_free < _SLOTS and self.fd >= 0 and has_ended(self._disk)) or self._plain.has_ended():
             write(self.fd, &one, sizeof(one))  # for others to hear
 
     cdef int _update(self, Requests requests) except -1:
         """See to what a thread has to know when it does not hold the GIL."""
         self._records.update(requests._index)
+        self._plain.look(requests._seen)
         keepers = self._admission.keeper_threads
         if keepers is not requests._keepers:
             requests._keepers = keepers
@@ -491,9 +416,13 @@ cdef class FastPath:
         return 0
 
     cdef int _account(self, Whole given) except -1:
+        keeps = self._tier is not None and not self._tier.writer.is_full
+        fetched = None
         if not self._counts_only(given):
             fetched = Fetched(item_of(given._record), 0, given._data, version(given._shown))
             self._admission.missed(fetched, given._pid, False)
+        if keeps:
+            self._tier.keep(fetched or Fetched(item_of(given._record), 0, given._data, version(given._shown)))
         return 0
 
     cdef bint _counts_only(self, Whole given) except -1:
@@ -548,6 +477,23 @@ cdef class FastPath:
                 close(requests._found.fd)
 
     # -- without the GIL --------------------------------------------------------------------------------------------
+
+    cdef bint _is_plain(self, const fuse_in_header *header, ssize_t length, Requests requests) noexcept nogil:
+        """Whether a request is answered on the plain path, or is about to be."""
+        cdef int i
+        if length != _READ_SIZE or header.len != length or header.opcode != FUSE_READ or not self.answers_reads:
+            return False
+        for i in range(requests._n_keeper_threads):
+            if header.pid == requests._keeper_threads[i]:
+                return False
+        self._wait_for(header, requests)  # should a disk be able to take no more
+        cdef bint is_taken = self._plain.take(
+            header, requests._index, requests._seen, requests._found.text, &requests._memory[requests._half], &requests._tally
+        )
+        requests.awaited = 0
+        if is_taken:
+            requests._tally.answered += 1
+        return is_taken
 
     cdef void _look_up(self, const fuse_in_header *header, ssize_t length, Requests requests) noexcept nogil:
         """See what a request asks for, and get it if it need not be waited for."""
@@ -659,6 +605,11 @@ cdef class FastPath:
             found.text, _LONGEST_PATH, words[1] >> 32, self._records.name_of(found.record), words[1] >> 16 & 0xFFFF
         )
         if found.path < 0:
+            return
+        cdef Flight stored
+        if self._plain.has_tier and ABSENT != self._plain.find(
+            requests._seen, &found.text[found.path], _LONGEST_PATH - found.path, &found.shown, &stored
+        ):
             return
         found.fd = open_beneath(self._root, &found.text[found.path], _FOR_READING, RESOLVE_CACHED)
         if found.fd < 0:

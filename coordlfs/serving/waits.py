@@ -5,6 +5,7 @@ It only says who waits; who is answered in place of the source, and when, is for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -50,6 +51,7 @@ class Waits:
     def __init__(self) -> None:
         self.by_request: dict[int, Wait] = {}  # by the request's number
         self.disk: list[DiskRead | None] = []  # by the fast path's slot
+        self.is_reading: Callable[[int], bool] = lambda node: False  # whether the plain path has a disk read of a file
         self.early: dict[int, float] = {}  # requests that were interrupted before they were seen to wait, and when
         self.hung: set[Part | None] = set()  # what a keeper was told in place of the source
 
@@ -57,5 +59,7 @@ class Waits:
         """Whether somebody waits for the source's bytes of a chunk of a file, but for a keeper that is told in time."""
         part = Part.at(node, offset)
         if not part.chunk and any(read is not None and read.node == node for read in self.disk):
+            return True
+        if not part.chunk and self.is_reading(node):
             return True
         return any(wait.bytes_of == part and not wait.is_keepers for wait in list(self.by_request.values()))

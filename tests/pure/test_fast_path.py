@@ -46,7 +46,7 @@ def _ask(side: Side, path: FastPath, requests: Requests, request: bytes) -> byte
     side.theirs.send(request)
     requests.unlooked = 0
     n = path.receive(requests, 1)
-    while n == 0 and side.waits.is_awaited(fuse.IN_HEADER.unpack_from(request)[3], 0):
+    while not n and side.waits.is_awaited(fuse.IN_HEADER.unpack_from(request)[3], 0):
         assert select.select([path.fd], [], [], 10)[0], "the disk does not read"
         path.hear()
         requests.unlooked = 0
