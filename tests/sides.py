@@ -74,8 +74,8 @@ class Side:
         return Entries(Records(self.catalog), self.namespace, self.counters)
 
     def figures(self) -> dict[str, int]:
-        """All counters."""
-        return {name: self.counters[name] for name in NAMES}
+        """All counters, but for the one that tells compiled code from Python."""
+        return {name: self.counters[name] for name in NAMES if name != "turns"}
 
     def records(self) -> list[tuple[Any, ...]]:
         """All of the catalogue, but for what flags say of readers' cgroups."""

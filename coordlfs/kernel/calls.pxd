@@ -9,6 +9,7 @@ cdef extern from *:
     #include <fcntl.h>
     #include <linux/aio_abi.h>
     #include <linux/openat2.h>
+    #include <sys/epoll.h>
     #include <sys/eventfd.h>
     #include <sys/stat.h>
     #include <sys/syscall.h>
@@ -115,6 +116,13 @@ cdef extern from *:
         return statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, found);
     }
     """
+    union epoll_data:
+        int fd
+
+    struct epoll_event:
+        epoll_data data
+
+    int epoll_wait(int poller, epoll_event *events, int most, int timeout) nogil
     int eventfd(unsigned int value, int flags)
     const int EFD_CLOEXEC, EFD_NONBLOCK, O_DIRECT, O_NOATIME, O_PATH, RESOLVE_CACHED, RWF_NOWAIT
 

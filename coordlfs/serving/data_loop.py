@@ -79,8 +79,10 @@ _NOBODY_WAITS = frozenset({errno.ENOENT, errno.ENODEV})  # the caller gave up; u
 
 
 @contextmanager
-def _waiting_for(device: int, others: list[int], timeout: float | None) -> Iterator[Callable[[], list[int]]]:
-    """How to wait for one of them, and which are readable then; none after `timeout` seconds.
+def _waiting_for(
+    device: int, others: list[int], timeout: float | None
+) -> Iterator[tuple[Callable[[], list[int]], int]]:
+    """How to wait for one of them, and which are readable then, none after `timeout` seconds; and the epoll, or -1.
 
     By epoll, which wakes one thread a request. Where no descriptor is left, by poll for the device alone, which refuses
     more descriptors than the process may have.
@@ -90,7 +92,7 @@ def _waiting_for(device: int, others: list[int], timeout: float | None) -> Itera
     except OSError:
         poll = select.poll()
         poll.register(device, select.POLLIN)
-        yield lambda: [fd for fd, _ in poll.poll(_LOOK_AGAIN * 1000)]
+        yield lambda: [fd for fd, _ in poll.poll(_LOOK_AGAIN * 1000)], -1
         return
     with readable:
         readable.register(device, select.EPOLLIN | select.EPOLLEXCLUSIVE)
@@ -103,7 +105,7 @@ def _waiting_for(device: int, others: list[int], timeout: float | None) -> Itera
                 except OSError as e:
                     log.warning("a thread looks every so often for what it cannot wait for: %s", e.strerror)
                     timeout = _LOOK_AGAIN
-        yield lambda: [fd for fd, _ in readable.poll(timeout)]
+        yield lambda: [fd for fd, _ in readable.poll(timeout)], readable.fileno()
 
 
 def _disk() -> aio.Reads | None:
@@ -311,7 +313,7 @@ class DataLoop:
         requests, receive = Requests(request, into), self._fast_path.receive
         self._requests.append(requests)
         others = list(self._finishers if hears_all else self._disk_fds)
-        with _waiting_for(self._device, others, None if hears_all else _LOOK_AGAIN) as wait:
+        with _waiting_for(self._device, others, None if hears_all else _LOOK_AGAIN) as (wait, poller):
             had_to_wait = True
             while not self.ended.is_set():
                 if requests.unlooked >= _LOOK_EVERY:
@@ -324,7 +326,7 @@ class DataLoop:
                     continue
                 had_to_wait = has_finished = False
                 try:
-                    while (n := receive(requests, _LOOK_EVERY)) is None and not self._returned:
+                    while (n := receive(requests, _LOOK_EVERY, poller)) is None and not self._returned:
                         if has_finished:
                             # Only now: had it been woken up for a request as well, nobody else would be for that one.
                             has_finished = False

@@ -33,6 +33,8 @@ from coordlfs.kernel.calls cimport (
     cachestat,
     counted,
     end_turn,
+    epoll_event,
+    epoll_wait,
     eventfd,
     has_ended,
     io_event,
@@ -88,6 +90,7 @@ cdef enum:
     _SLOTS = 64  # for READs that the disk works on
     _AT_ONCE = 8  # requests that may be refused before the GIL is taken again
     _PLAIN_AT_ONCE = 256  # and answered on the plain path
+    _MOMENT = 2  # milliseconds
     _RESTS = 32  # READs that are left to the others after one that went wrong here: more of those will come
 
 
@@ -305,10 +308,11 @@ cdef class FastPath:
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def receive(self, Requests requests not None, int most):
+    def receive(self, Requests requests not None, int most, int poller=-1):
         """Answer what there is, until something else has to be done: the length of a request that is to be dispatched.
 
-        0 after `most` requests; None if there is no more. Raises OSError if the device is read in vain.
+        `poller` is an epoll that tells of requests, and of all else that the thread sees to: between READs that need no GIL
+        it is waited for, too, for a moment. 0 after `most` requests; None if there is no more. Raises OSError if the device is read in vain.
         """
         cdef fuse_in_header *header = <fuse_in_header *>&requests._received[0]
         cdef size_t room = requests._received.shape[0]
@@ -332,6 +336,8 @@ cdef class FastPath:
                     n = read(self._device, header, room)  # never blocks
                     if n < 0:
                         code = errno
+                        if code == EAGAIN and requests._tally.answered and self._has_more(poller):
+                            continue
                         break
                     if refused < _AT_ONCE and self._refuse_ioctl(header, n):
                         refused += 1
@@ -372,6 +378,20 @@ cdef class FastPath:
                     return n
             except Exception as e:
                 self._refuse(header.unique, e)
+
+    cdef bint _has_more(self, int poller) noexcept nogil:
+        """Wait for a moment; whether there is a request, or a disk has read, and nothing else is to be seen to."""
+        cdef epoll_event events[4]
+        cdef uint64_t n = 0
+        cdef bint has_more = False
+        cdef int i, found = epoll_wait(poller, events, 4, _MOMENT)
+        for i in range(found):
+            if events[i].data.fd == self.fd:
+                read(self.fd, &n, sizeof(n))
+            elif events[i].data.fd != self._device:
+                return False
+            has_more = True
+        return has_more
 
     cdef void _turn_away(self) noexcept:
         """A thread has something else to do, which may take its time."""

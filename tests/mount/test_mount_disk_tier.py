@@ -273,6 +273,49 @@ def test_damage_between_two_mounts_never_shows(source: Path, mount: MakeMount, c
             damage(store / rng.choice(["index", "names", "data", "data"]), rng)
 
 
+def test_damage_under_a_mount_never_shows(source: Path, mount: MakeMount, cache: Path) -> None:
+    """Where READs are answered without the GIL, since nothing is to be decided, and where they are not."""
+    names = write_files(source, FILES, SIZE)
+    mounted = mount(source, "0", "--disk-cache", cache, "--disk-size", "32M")
+    for seed in (0, 1):
+        epoch(mounted, names, seed)
+    [store] = cache.iterdir()
+    rng = random.Random(5)
+    for seed in range(2, 6):
+        turns, bad = mounted.stats()["requests"]["turns"], mounted.stats()["disk"]["bad_blocks"]
+        for _ in range(10):
+            with open(store / "data", "r+b") as f:
+                f.seek(at := rng.randrange(FILES * SIZE))
+                byte = f.read(1)[0]
+                f.seek(at)
+                f.write(bytes([byte ^ 1 << rng.randrange(8)]))
+                os.fsync(f.fileno())
+        read_of_source = epoch(mounted, names, seed)
+        figures = mounted.stats()
+        found = figures["disk"]["bad_blocks"] - bad
+        assert 0 < found <= 10
+        assert read_of_source == found * SIZE
+        assert figures["disk"]["held_blocks"] == FILES
+        assert figures["requests"]["turns"] - turns < 12 * FILES
+
+
+def test_what_is_in_neither_is_read_without_a_decision(source: Path, mount: MakeMount, cache: Path) -> None:
+    """All tiers full, a file that changes under it: still its bytes, and its version."""
+    names = write_files(source, FILES, SIZE)
+    mounted = mount(source, str(20 * ROOM), "--disk-cache", cache, "--disk-size", 40 * ROOM)
+    for seed in range(3):
+        epoch(mounted, names, seed)
+    for seed in range(3, 6):
+        changed = random.Random(seed).sample(names, 5)
+        for name in changed:
+            (source / name).write_bytes(noise(SIZE, seed * 1000 + int(name[-5:])))
+        coordlfs("refresh", mounted.path)
+        epoch(mounted, names, seed)
+    figures = mounted.stats()
+    assert figures["source"]["errors"] == 0
+    assert figures["epoch"]["misses"] == FILES - figures["pinned_items"]
+
+
 def damage(file: Path, rng: random.Random) -> None:
     """Flip a bit, zero a sector, or, seldom, cut the file short."""
     size = file.stat().st_size

@@ -1,7 +1,7 @@
 """Memory and disk as one cache: what a steady epoch reads, what the first one costs, and what a reset leaves.
 
-The disk tier lies on the disk that the source is on. So the mount's own figures tell one from the other, beside what the
-kernel counts for the mount's processes.
+The disk tier lies on the disk that the source is on. The mount's own figures tell one from the other; the kernel's, of
+what its processes read, are shown beside them.
 """
 
 from __future__ import annotations
