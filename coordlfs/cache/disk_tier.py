@@ -6,13 +6,16 @@ the page cache and checked each time. What is read of the source is handed to th
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from coordlfs.cache import items
+from coordlfs.cache.pace import Pace
 from coordlfs.catalogue.catalog import Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.disk.layout import BLOCK, UNIT, Row, Version
@@ -25,7 +28,10 @@ if TYPE_CHECKING:
     from coordlfs.cache.interfaces import Owners
     from coordlfs.disk.store import Found, Store
 
+log = logging.getLogger(__name__)
+
 _RECENT = 16  # blocks of which a part was asked for: the next READ will want the rest
+_RESTS = 30.0  # seconds
 _MOST_LOOKED_AT = 1 << 16  # blocks of a file that are looked for to say what is here of it
 
 
@@ -43,6 +49,18 @@ class Stored:
     end: int
 
 
+@dataclass(slots=True, frozen=True)
+class Rest:
+    """For how long the disk is left alone."""
+
+    until: float  # as time.monotonic()
+    why: str
+
+    def is_over(self) -> bool:
+        """Whether it is to be tried again."""
+        return time.monotonic() >= self.until
+
+
 class DiskTier:
     """Thread-safe. `owners`: None if this node shares with no other."""
 
@@ -57,6 +75,9 @@ class DiskTier:
         self._recent: OrderedDict[int, tuple[Row, bytes]] = OrderedDict()  # by the row's number
         self._recent_lock = threading.Lock()
         self._scratch = threading.local()
+        self.pace, self.pace_of_source = Pace(), Pace()
+        self.rest: Rest | None = None  # while the source is asked instead
+        self.blocked: dict[int, float] = {}  # threads that wait for the disk, and since when
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -91,6 +112,8 @@ class DiskTier:
 
     def spans(self, record: int, shown: versions.Version, offset: int, size: int) -> list[tuple[int, list[Found]]]:
         """A part of a file, cut into what is here and what is not: how long each span is, and the blocks it is in."""
+        if self.is_resting:
+            return [(size, [])]
         spans: list[tuple[int, list[Found]]] = []
         at, end = offset, offset + size
         while at < end:
@@ -133,10 +156,14 @@ class DiskTier:
         before_wait()
         if not hasattr(self._scratch, "room"):
             self._scratch.room = memoryview(pages.buffer(BLOCK))
+        thread = threading.get_ident()
+        self.blocked[thread] = time.monotonic()
         try:
             data = self.store.read(found, self._scratch.room)
         except OSError:
             data = None
+        finally:
+            self.pace.took(time.monotonic() - self.blocked.pop(thread))
         if data is None:
             self.writer.doubt(found)
             return None
@@ -145,10 +172,14 @@ class DiskTier:
         return data
 
     def _find(self, record: int, shown: versions.Version, block: int) -> Found | None:
+        path = self._catalog.path(record)
         try:
-            return self.store.find(self._catalog.path(record), Version(*shown[:3]), block)
+            return self.store.find(path, Version(*shown[:3]), block, waits=False)
+        except BlockingIOError:  # it is read from the source this time, and found the next time
+            self.writer.order(lambda: self.store.index.find(path, block))
         except OSError:
-            return None
+            pass
+        return None
 
     def _recently(self, found: Found) -> bytes | None:
         row, data = self._recent.get(found.number, (None, b""))
@@ -169,6 +200,24 @@ class DiskTier:
         self._counters.add("disk_reads")
         self._counters.add("disk_bytes", nbytes)
         return True
+
+    def leave_alone(self, why: str) -> None:
+        """Have the source read instead for a while."""
+        if self.rest is None or self.rest.is_over():
+            log.warning("the disk cache is left alone for %.0f s: %s", _RESTS, why)
+        self.rest = Rest(time.monotonic() + _RESTS, why)
+
+    def look_at_pace(self) -> None:
+        """See whether the disk is slower than the source. Called every so often."""
+        if self.pace.is_slower_than(self.pace_of_source):
+            theirs, ours = self.pace_of_source.mean * 1000, self.pace.mean * 1000
+            self.leave_alone(f"a read of it takes {ours:.0f} ms, and one of the source {theirs:.0f} ms")
+            self.pace = Pace()  # it is measured anew
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether the source is read instead of the disk."""
+        return self.rest is not None and not self.rest.is_over()
 
     # -- what is to be here -------------------------------------------------------------------------------------
 
@@ -223,6 +272,7 @@ class DiskTier:
             "is_ready": self.writer.is_ready,
             "is_direct": store.is_direct,
             "stopped": self.writer.stopped,
+            "resting": self.rest.why if self.rest is not None and self.is_resting else None,
             "bytes": c["disk_bytes"],
             "reads": c["disk_reads"],
             "read_bytes": c["disk_read_bytes"],

@@ -79,6 +79,8 @@ def _disk_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
     )
     if disk["stopped"]:
         yield "", f"nothing more is kept there: {disk['stopped']}"
+    if disk["resting"]:
+        yield "", f"the source is read instead for now: {disk['resting']}"
     if not disk["is_ready"]:
         yield "", "what it holds is being counted"
     yield "read from disk", f"{text(disk['bytes'])} in {disk['reads']} reads"

@@ -27,6 +27,7 @@ class Index:
     def __init__(self, fd: int, seed: int) -> None:
         self.fd = fd
         self._seed = seed
+        self._tells = True  # the file system tells whether a disk would have to be waited for
         self.count = self.room = max(0, (os.fstat(fd).st_size - HEADER) // ROW)  # rows ever used, be they erased
         self._free = array("I")  # numbers of rows that were erased
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
@@ -45,21 +46,34 @@ class Index:
 
     # -- finding: any thread ------------------------------------------------------------------------------------
 
-    def find(self, path: bytes, block: int) -> tuple[int, Row] | None:
-        """Number and row of a block of a file, of whatever version. Raises OSError if the index cannot be read."""
+    def find(self, path: bytes, block: int, *, waits: bool = True) -> tuple[int, Row] | None:
+        """Number and row of a block of a file, of whatever version. Raises OSError if the index cannot be read.
+
+        Unless it `waits`, BlockingIOError if a disk would have to be waited for.
+        """
         key = key_of(path, block)
         slots, mask = self.slots
         at = key & mask
         while number := slots[at]:
-            row = self.row(number - 1)
+            row = self.row(number - 1, waits=waits)
             if row is not None and row.key == key and row.block == block:
                 return number - 1, row
             at = (at + 1) & mask
         return None
 
-    def row(self, number: int) -> Row | None:
-        """A row by its number; None if it was erased, or is none."""
-        return parse_row(os.pread(self.fd, ROW, HEADER + number * ROW), self._seed)
+    def row(self, number: int, *, waits: bool = True) -> Row | None:
+        """A row by its number; None if it was erased, or is none. See `find`."""
+        if waits or not self._tells:
+            return parse_row(os.pread(self.fd, ROW, HEADER + number * ROW), self._seed)
+        raw = bytearray(ROW)
+        try:
+            os.preadv(self.fd, [raw], HEADER + number * ROW, os.RWF_NOWAIT)
+        except BlockingIOError:
+            raise
+        except OSError:  # the file system does not know the question
+            self._tells = False
+            return self.row(number)
+        return parse_row(memoryview(raw), self._seed)
 
     # -- changing: one thread at a time -------------------------------------------------------------------------
 

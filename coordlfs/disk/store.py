@@ -160,9 +160,9 @@ class Store:
 
     # -- finding and reading ------------------------------------------------------------------------------------
 
-    def find(self, path: bytes, version: Version, block: int) -> Found | None:
-        """A block of a file of that very version."""
-        found = self.index.find(path, block)
+    def find(self, path: bytes, version: Version, block: int, *, waits: bool = True) -> Found | None:
+        """A block of a file of that very version. See `Index.find`."""
+        found = self.index.find(path, block, waits=waits)
         return None if found is None or found[1].version != version else Found(*found)
 
     def read(self, found: Found, into: memoryview) -> memoryview | None:

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from coordlfs.cache import hints
+from coordlfs.cache.disk_tier import Stored
 from coordlfs.cache.fetch_ahead import FetchAhead
 from coordlfs.catalogue.catalog import DIRECTORY, REGULAR
 from coordlfs.catalogue.metrics import Counters
@@ -63,6 +64,7 @@ _NO_THREAD_FOR = 0.1  # seconds until a thread that was not to be had is tried a
 _THREADS = 1024  # so many may wait for a source, be it for ever
 _EARLY_FOR = 10.0  # seconds that an interrupt waits for its request to be seen to wait
 _GIVEN_UP_AFTER = 1.0  # seconds that a request waits before a caller who gave up is told so
+_TIER_WAITS = 2.0  # seconds that a READ waits for the disk tier before the source is asked
 _KEEPER_WAITS = 10.0  # seconds that a keeper waits for the source, since all of its pins wait with it
 _REFUSED = frozenset(
     {fuse.OPEN, fuse.OPENDIR, fuse.FLUSH, fuse.RELEASE, fuse.RELEASEDIR, fuse.ACCESS, fuse.FSYNC, fuse.FSYNCDIR}
@@ -435,6 +437,7 @@ class DataLoop:
         is_keepers = pid in self._reader.admission.keeper_threads
         interrupted = interrupted or unique in self._waits.early
         wait = self._waits.by_request[unique] = Wait(time.monotonic(), is_keepers, interrupted, holds_thread=True)
+        wait.thread, wait.asked = threading.get_ident(), reads
         if reads is not None:
             wait.bytes_of = Part.at(reads.node, reads.offset)
             wait.untold = reads.pid if reads.direct else 0
@@ -486,6 +489,7 @@ class DataLoop:
         The kernel takes no second answer: that of the source, should it come, goes nowhere.
         """
         now = time.monotonic()
+        self._look_at_tier(now)
         is_given_up = functools.cache(is_called_off)
         for requests in list(self._requests):
             self._wait_of(requests, requests.awaited)
@@ -504,6 +508,28 @@ class DataLoop:
                 wait.is_keepers = False
                 self._waits.hung.add(wait.bytes_of)
                 self._reply(fuse.error_reply(unique, errno.EIO))
+
+    def _look_at_tier(self, now: float) -> None:
+        """Have READs that wait for the disk tier for too long answered by the source, and the next ones as well."""
+        tier = self._reader.tier
+        if tier is None:
+            return
+        tier.look_at_pace()
+        late = now - _TIER_WAITS
+        hung = {thread for thread, since in list(tier.blocked.items()) if since < late}
+        given_away = self._fast_path.hung_in_tier(late)
+        for unique, wait in list(self._waits.by_request.items()):
+            if wait.thread in hung and wait.holds_thread and not wait.is_given_away and isinstance(wait.asked, Request):
+                wait.is_given_away = True
+                given_away.append((unique, wait.asked))
+        for unique, begun, wait in list(self._begun.values()):
+            if isinstance(begun.file, Stored) and wait.since < late and not wait.is_given_away:
+                wait.is_given_away = True
+                given_away.append((unique, begun.answer.request))
+        if given_away:
+            tier.leave_alone(f"it has not answered for {_TIER_WAITS:.0f} s")
+        for unique, asked in given_away:
+            self._return(unique, asked)
 
     def _give_up(self, unique: int) -> None:
         self._counters.add("interrupted")
@@ -615,6 +641,10 @@ class DataLoop:
         for slot, n in ended:
             unique, begun, wait = self._begun.pop(slot)
             self._end_wait(unique, wait)
+            if wait.is_given_away:
+                disk.give(slot)
+                continue
+            self._reader.took(begun, time.monotonic() - wait.since)
             try:
                 self._answer_begun(unique, begun, n, disk.buffers[slot], interrupted=wait.interrupted)
             except Exception as e:

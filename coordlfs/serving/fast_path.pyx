@@ -301,6 +301,10 @@ cdef class FastPath:
                 given_up.append((<Whole>whole)._unique)
         return given_up
 
+    def hung_in_tier(self, before):
+        """Numbers and requests of READs for which the disk tier was asked `before` then, and has not read; each once."""
+        return self._plain.hung_in_tier(before)
+
     cdef void _give_slot(self, int slot) noexcept:
         self._begun[slot] = None
         self._free[self._n_free] = slot

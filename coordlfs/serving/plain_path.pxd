@@ -20,7 +20,8 @@ cdef struct Left:  # a READ that is to be answered by somebody else
 
 cdef struct Tally:  # what one thread has answered since it last held the GIL
     int answered
-    uint64_t epoch, hits, hit_bytes, hit_units, misses, missed_bytes
+    uint64_t epoch, hits, hit_bytes, hit_units, misses, missed_bytes, flown_misses
+    double hit_seconds, missed_seconds
     int n_left
     Left left[MOST_LEFT]
 
@@ -33,7 +34,7 @@ cdef struct Flight:  # a READ that a disk works on
     Shown shown
     int fd  # of a file of the source, which is to be closed; -1: the disk tier's
     double since
-    bint is_interrupted, is_under_way
+    bint is_interrupted, is_under_way, is_given_away
 
 
 cdef enum Place:
@@ -79,5 +80,6 @@ cdef class PlainPath:
     cdef bint _is_good(self, Flight *flight, int64_t n, const unsigned char *data) noexcept nogil
     cdef bint _reply(self, const Flight *flight, unsigned char *data) noexcept nogil
     cdef void _leave(self, const Flight *flight, Tally *tally) noexcept nogil
+    cdef void _time(self, const Flight *flight, Tally *tally) noexcept nogil
     cdef void _count(self, const Flight *flight, Tally *tally) noexcept nogil
     cdef Place find(self, Seen seen, const char *path, size_t length, const Shown *shown, Flight *flight) noexcept nogil

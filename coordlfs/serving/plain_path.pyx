@@ -128,7 +128,8 @@ cdef class PlainPath:
         self._room = policy.capacity - policy.used
         self._epoch = self._epochs.current.number
         self._keeps = self.has_tier and not self._tier.writer.is_full
-        self._is_plain = self.is_possible and self._epoch and admission.is_at_rest and not admission.announced.wanted
+        rests = self.has_tier and self._tier.is_resting
+        self._is_plain = not rests and self.is_possible and self._epoch and admission.is_at_rest and not admission.announced.wanted
         if self.has_tier:
             slots = self._slots_of.slots
             if slots is not seen._source:
@@ -155,6 +156,10 @@ cdef class PlainPath:
                 epoch.bytes += tally.missed_bytes
                 epoch.disk_items += hits
                 epoch.disk_bytes += tally.hit_bytes
+            if self.has_tier:
+                self._tier.pace.took(tally.hit_seconds, hits)
+                self._tier.pace_of_source.took(tally.missed_seconds, tally.flown_misses)
+            tally.hit_seconds = tally.missed_seconds = tally.flown_misses = 0
             tally.hits = tally.hit_bytes = tally.hit_units = tally.misses = tally.missed_bytes = 0
         tally.answered = 0
         n_left, tally.n_left = tally.n_left, 0
@@ -180,6 +185,17 @@ cdef class PlainPath:
             if self._flights[slot].is_under_way and self._flights[slot].is_interrupted and self._flights[slot].since < before:
                 self._flights[slot].is_interrupted = False
                 found.append(self._flights[slot].unique)
+        return found
+
+    def hung_in_tier(self, before):
+        """As `FastPath.hung_in_tier`: whatever is read of them in the end comes too late for the kernel."""
+        cdef Flight *flight
+        found = []
+        for slot in range(SLOTS):
+            flight = &self._flights[slot]
+            if flight.is_under_way and flight.is_stored and not flight.is_given_away and flight.since < before:
+                flight.is_given_away = True
+                found.append((flight.unique, Request(flight.node, 0, min(flight.asked, _MAX_READ), flight.pid, False)))
         return found
 
     def is_reading(self, node):
@@ -288,7 +304,8 @@ cdef class PlainPath:
         if slot < 0:
             return False
         clock_gettime(CLOCK_MONOTONIC, &now)
-        flight.since, flight.is_interrupted, flight.is_under_way = now.tv_sec + now.tv_nsec * 1e-9, False, True
+        flight.since, flight.is_under_way = now.tv_sec + now.tv_nsec * 1e-9, True
+        flight.is_interrupted = flight.is_given_away = False
         self._flights[slot] = flight[0]
         if submit_at(self._disk, slot, fd, self._memory_of(slot), flight.units * _UNIT, flight.at, self._events) == 1:
             return True
@@ -306,8 +323,11 @@ cdef class PlainPath:
             return False
         cdef int slot = event.data
         cdef Flight *flight = &self._flights[slot]
-        if self._is_good(flight, event.res, self._memory_of(slot)) and self._reply(flight, self._memory_of(slot)):
+        if flight.is_given_away:
+            pass
+        elif self._is_good(flight, event.res, self._memory_of(slot)) and self._reply(flight, self._memory_of(slot)):
             self._count(flight, tally)
+            self._time(flight, tally)
         else:
             self._leave(flight, tally)
         flight.is_under_way = False
@@ -339,6 +359,16 @@ cdef class PlainPath:
         left.unique, left.node, left.asked, left.pid = flight.unique, flight.node, flight.asked, flight.pid
         left.is_interrupted = flight.is_interrupted
         tally.n_left += 1
+
+    cdef void _time(self, const Flight *flight, Tally *tally) noexcept nogil:
+        cdef timespec now
+        clock_gettime(CLOCK_MONOTONIC, &now)
+        cdef double seconds = now.tv_sec + now.tv_nsec * 1e-9 - flight.since
+        if flight.is_stored:
+            tally.hit_seconds += seconds
+        else:
+            tally.missed_seconds += seconds
+            tally.flown_misses += 1
 
     cdef void _count(self, const Flight *flight, Tally *tally) noexcept nogil:
         self._records.words_of(flight.record)[6] = flight.epoch << 32

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -217,6 +218,11 @@ class Reader:
         answer.data.append(data)
         return self._checked(answer, file.length)
 
+    def took(self, begun: Begun, seconds: float) -> None:
+        """A disk has read what was begun, in so many seconds."""
+        if self.tier is not None:
+            (self.tier.pace if isinstance(begun.file, Stored) else self.tier.pace_of_source).took(seconds)
+
     def failed(self, begun: Begun) -> None:
         """The disk did not read what was begun."""
         if isinstance(begun.file, Opened):
@@ -291,7 +297,10 @@ class Reader:
                 return n
         for attempt in range(_ATTEMPTS):
             try:
+                began = time.monotonic()
                 n, st = self.source.read(self._part(record, offset, size), into, before_wait)
+                if self.tier is not None:
+                    self.tier.pace_of_source.took(time.monotonic() - began)
             except OSError as e:
                 if e.errno == errno.ENOENT and self.use_other_name(record):
                     return self._fetch(answer, item, offset, size, into, before_wait)

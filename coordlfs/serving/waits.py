@@ -36,6 +36,9 @@ class Wait:
     is_over: bool = False
     bytes_of: Part | None = None
     unique: int = 0  # the request's number, of a wait on the fast path
+    thread: int = 0  # that waits, if it is held
+    asked: object = None  # of a READ, what it asks for
+    is_given_away: bool = False  # somebody else answers, as it has waited for the disk tier for too long
     untold: int = 0  # the thread that waits, if the kernel will not tell of its signals: it reads with O_DIRECT
 
 

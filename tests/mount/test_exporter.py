@@ -29,6 +29,7 @@ EXPLAINED = {
     "hits_known_by",
     "hints.jobs",
     "disk.stopped",
+    "disk.resting",
     "locked_memory.remedy",
     "umount_needs_coordlfs",
 }  # exported in a form of their own, or words

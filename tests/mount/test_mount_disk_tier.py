@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from coordlfs_tools.lab import cgroups
 from mounts import (
     MIB,
     MakeMount,
@@ -375,6 +377,87 @@ def test_a_file_system_that_others_fill_stops_the_growth_and_nothing_else(
         read_of_source = epoch(again, names, seed)
     assert read_of_source == 0
     again.end()
+
+
+@contextmanager
+def throttled(mounted: Mount, device: int, bytes_per_second: int) -> Iterator[None]:
+    """The processes of a mount read so little of a device meanwhile."""
+    with cgroups.cgroup(f"{os.major(device)}:{os.minor(device)}", bytes_per_second=bytes_per_second) as group:
+        for pid in mounted.pids:
+            group.add(pid)
+        try:
+            yield
+        finally:
+            parents = [directory.parent for directory in set(group.directories.values())]
+            for pid in mounted.pids:
+                for directory in parents:
+                    (directory / "cgroup.procs").write_text(str(pid))
+
+
+def test_a_disk_that_hangs_delays_nobody_for_long(
+    source: Path, mount: MakeMount, small_disk: Callable[[int], Path]
+) -> None:
+    names, disk = write_files(source, FILES, SIZE), small_disk(40 * MIB)
+    (source / "large").write_bytes(content := noise(3 * MIB, 9))
+    mounted = mount(source, "0", "--disk-cache", disk / "cache", "--disk-size", "24M")
+    for seed in (0, 1):
+        assert read(mounted.path / "large") == content
+        epoch(mounted, names, seed)
+    with throttled(mounted, os.stat(disk).st_dev, 100):  # so a block takes a quarter of an hour
+        began = time.monotonic()
+        assert read(mounted.path / "large") == content
+        epoch(mounted, names, 2)
+        assert time.monotonic() - began < 120
+        resting = mounted.stats()["disk"]["resting"]
+        assert resting is not None
+        assert "has not answered" in resting
+    assert mounted.stats()["source"]["errors"] == 0
+    assert "left alone" in mounted.log.read_text()
+    eventually(lambda: mounted.stats()["disk"]["resting"] is None)
+    epoch(mounted, names, 3)
+    assert epoch(mounted, names, 4) == 0, "the disk answers again, and is not asked"
+    mounted.end()
+
+
+def test_a_disk_that_is_slower_than_the_source_is_left_alone(
+    source: Path, mount: MakeMount, small_disk: Callable[[int], Path]
+) -> None:
+    names, disk = write_files(source, FILES, SIZE), small_disk(24 * MIB)
+    mounted = mount(source, "0", "--disk-cache", disk / "cache", "--disk-size", 60 * ROOM)
+    for seed in (0, 1):
+        epoch(mounted, names, seed)
+    with throttled(mounted, os.stat(disk).st_dev, 1_000_000):
+        for seed in (2, 3):
+            epoch(mounted, names, seed)
+        assert "takes" in mounted.stats()["disk"]["resting"]
+        assert "the source" in mounted.log.read_text()
+    mounted.end()
+
+
+def test_a_disk_that_fails_to_write_stops_the_disk_cache_and_nothing_else(
+    source: Path, place: Path, mount: MakeMount
+) -> None:
+    """A device of which only a part is there: writes to the rest of it are EIO."""
+    names, memory, disk = write_files(source, FILES, SIZE), place / "memory", place / "disk"
+    memory.mkdir()
+    disk.mkdir()
+    with ExitStack() as stack:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9M", "none", memory], check=True)
+        stack.callback(subprocess.run, ["umount", memory], check=True)
+        (memory / "image").touch()
+        os.truncate(memory / "image", 64 * MIB)
+        options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard"
+        subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", "-E", options, memory / "image"], check=True)
+        subprocess.run(["mount", "-o", "loop", memory / "image", disk], check=True)
+        stack.callback(subprocess.run, ["umount", disk], check=True)
+        mounted = mount(source, "0", "--disk-cache", disk / "cache", "--disk-size", "40M")
+        for seed in range(3):
+            epoch(mounted, names, seed)
+        figures = mounted.stats()
+        assert figures["disk"]["stopped"]
+        assert figures["source"]["errors"] == 0
+        assert mounted.log.read_text().count("nothing more is kept") == 1
+        mounted.end()
 
 
 def test_a_store_is_for_its_owner_only_and_for_one_mount(source: Path, mount: MakeMount, cache: Path) -> None:
