@@ -443,13 +443,13 @@ def test_a_disk_that_fails_to_write_stops_the_disk_cache_and_nothing_else(
     disk.mkdir()
     with ExitStack() as stack:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9M", "none", memory], check=True)
-        stack.callback(subprocess.run, ["umount", memory], check=True)
+        stack.callback(lambda: subprocess.run(["umount", memory], check=True))
         (memory / "image").touch()
         os.truncate(memory / "image", 64 * MIB)
         options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard"
         subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", "-E", options, memory / "image"], check=True)
         subprocess.run(["mount", "-o", "loop", memory / "image", disk], check=True)
-        stack.callback(subprocess.run, ["umount", disk], check=True)
+        stack.callback(lambda: subprocess.run(["umount", disk], check=True))
         mounted = mount(source, "0", "--disk-cache", disk / "cache", "--disk-size", "40M")
         for seed in range(3):
             epoch(mounted, names, seed)

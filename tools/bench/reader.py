@@ -50,14 +50,16 @@ def _program() -> str:
     return program
 
 
-def read(root: Path, paths: Sequence[str], threads: int, seed: int, group: Cgroup | None = None) -> Reading:
+def read(
+    root: Path, paths: Sequence[str], threads: int, seed: int, group: Cgroup | None = None, *, direct: bool = False
+) -> Reading:
     """Read the files `paths` below `root`, each once, in the order that `seed` gives, from within `group`.
 
-    Raises LabError if a file cannot be read, or the whole takes a quarter of an hour.
+    `direct`: with O_DIRECT. Raises LabError if a file cannot be read, or the whole takes a quarter of an hour.
     """
     try:
         done = subprocess.run(
-            [_program(), str(threads), str(seed), str(root)],
+            [_program(), str(threads), str(seed), str(root), *(["direct"] if direct else [])],
             input="\n".join(paths),
             capture_output=True,
             text=True,

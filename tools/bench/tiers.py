@@ -43,6 +43,7 @@ def run(context: Context) -> list[Figure]:
     """The law over two tiers, the first epoch, and a restart."""
     data = context.images().part(1_000 if context.quick else _FILES)
     figures = [figure for memory, disk in _SHARES for figure in _law(context, data, memory, disk)]
+    figures += _hits(context, data)
     figures += [figure for throttle in _THROTTLES for figure in _first_epoch(context, data, throttle)]
     return [*figures, *_restart(context, data)]
 
@@ -128,6 +129,83 @@ def _law(context: Context, data: Images, memory: float, disk: float) -> Iterator
     least = "÷ (D − memory − disk)" if places.nowhere else "which is all cached, bytes"
     yield Figure(f"{name}, read of the source {least}", of_source, Bound(1.02 if places.nowhere else 0))
     yield Figure(f"{name}, read of the disk tier ÷ what is there only", of_disk, Bound(1.05))
+
+
+# -- hits of the disk tier ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One pass over the files; of the mount also what its server did."""
+
+    rate: float  # files per second
+    microseconds: float = 0.0  # of the server's processors, for each file
+    turns: float = 0.0  # times that it took the GIL for 1,000 files
+
+    def __str__(self) -> str:
+        return f"{self.rate:,.0f} files/s, {self.microseconds:.0f} µs and {self.turns / 1000:.3f} turns a file"
+
+
+def _hits(context: Context, data: Images) -> Iterator[Figure]:
+    """Files that are on the disk tier only, against the same files on the same disk with O_DIRECT, and by bindfs."""
+    with (
+        _directory(context) as directory,
+        mounts.coordlfs(data.root, 0, options=_options(directory, data.allocated * 1.1)) as mount,
+        mounts.bindfs(data.root) as bindfs,
+    ):
+        reader.read(mount.point, data.paths, _READERS, 0)
+        if _settled(mount)["disk"]["held_bytes"] < sum(os.stat(data.root / path).st_size for path in data.paths):
+            mount.warm()
+
+        def hits(seed: int) -> _Pass:
+            _forget(mount.point, data)
+            before, cpu = mount.status(), _cpu(mount)
+            rate = reader.read(mount.point, data.paths, _READERS, 1 + seed).files_per_second
+            used, after = _cpu(mount) - cpu, mount.status()
+            reads = after["disk"]["reads"] - before["disk"]["reads"]
+            turns = after["requests"]["turns"] - before["requests"]["turns"]
+            return _Pass(rate, used / reads * 1e6, turns / reads * 1000)
+
+        def directly(seed: int) -> _Pass:
+            return _Pass(reader.read(data.root, data.paths, _READERS, 1 + seed, direct=True).files_per_second)
+
+        def by_bindfs(seed: int) -> _Pass:
+            _forget(bindfs, data)
+            _forget(data.root, data)
+            return _Pass(reader.read(bindfs, data.paths, _READERS, 1 + seed).files_per_second)
+
+        sides = {"disk tier": hits, "directly": directly, "bindfs": by_bindfs}
+        passes = alternate(context, context.rounds(_ROUNDS), sides)
+    ours = passes["disk tier"]
+    rates = {side: [each.rate for each in them] for side, them in passes.items()}
+    for side, bound in (("directly", 0.85), ("bindfs", 1.3)):
+        yield Figure(
+            f"hits of the disk tier, files/s: mount ÷ {'O_DIRECT' if side == 'directly' else 'bindfs'}",
+            ratios(rates["disk tier"], rates[side]),
+            Bound(bound, at_least=True),
+            f"{median(rates['disk tier']):,.0f} ÷ {median(rates[side]):,.0f}",
+        )
+    yield Figure("hits of the disk tier: µs of the server's processors for each", [each.microseconds for each in ours])
+    yield Figure(
+        "hits of the disk tier: times that the GIL is taken for 1,000", [each.turns for each in ours], Bound(5)
+    )
+
+
+def _forget(root: Path, data: Images) -> None:
+    """Have the kernel drop the pages of the files that nobody holds."""
+    for path in data.paths:
+        fd = os.open(root / path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def _cpu(mount: Mount) -> float:
+    """Seconds that the server has run so far."""
+    with open(f"/proc/{mount.status()['processes']['server']}/stat") as f:
+        fields = f.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # -- the first epoch ----------------------------------------------------------------------------------------------
