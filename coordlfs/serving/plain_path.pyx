@@ -11,6 +11,7 @@ A thread keeps a tally of what it answered, and settles it when it holds the GIL
 """
 
 import ctypes
+import itertools
 import sys
 
 import xxhash
@@ -74,9 +75,11 @@ cdef int _DISK_READ_BYTES = NAMES.index("disk_read_bytes")
 
 def _address_of_hash():
     """Where the C library's XXH3_64bits_withSeed is, to which the package xxhash offers no other way; 0 if nobody says."""
-    for name in (getattr(sys.modules.get("xxhash._xxhash"), "__file__", None), "libxxhash.so.0"):
+    places = (getattr(sys.modules.get("xxhash._xxhash"), "__file__", None), "libxxhash.so.0")
+    names = "XXH3_64bits_withSeed_dispatch", "XXH3_64bits_withSeed"  # the first makes use of all that the processor has
+    for place, name in itertools.product(places, names):
         try:
-            function = ctypes.CDLL(name).XXH3_64bits_withSeed
+            function = getattr(ctypes.CDLL(place), name)
         except (OSError, AttributeError, TypeError):
             continue
         function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint64], ctypes.c_uint64
