@@ -16,15 +16,13 @@ import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
-
-import numpy as np
 
 from coordlfs.disk import layout
 from coordlfs.disk.index import Index
 from coordlfs.disk.layout import BLOCK, FILES, HEADER, ROW, UNIT, Row, Version
 from coordlfs.disk.space import Space
+from coordlfs.disk.stock import Rows, Stock
 from coordlfs.kernel import pages
 
 log = logging.getLogger(__name__)
@@ -36,19 +34,6 @@ _SPARE = 8 * UNIT  # that the file system may need to know which parts of a piec
 _EXPECTED = 1 << 16  # bytes of a block, before there are any
 _WRITTEN, _AT_ONCE = 8 * layout.UNITS_OF_BLOCK, 1000  # units and blocks that are written by one call, about
 _REMEMBERED = 1 << 10  # files whose names were written last
-_ROWS = np.dtype(
-    [
-        ("key", "u8"),
-        ("name", "u8"),
-        ("size", "u8"),
-        ("mtime_ns", "i8"),
-        ("inode", "u8"),
-        ("block", "u4"),
-        ("unit", "u4"),
-        ("checksum", "u8"),
-        ("proof", "u8"),
-    ]
-)
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 _UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
@@ -84,16 +69,6 @@ class Found(NamedTuple):
         if len(data) >= length and layout.checksum_of(data[:length]) == self.row.checksum:
             return data[:length]
         return None
-
-
-@dataclass(slots=True)
-class Stock:
-    """What was found when a store was opened."""
-
-    rows: int = 0
-    bytes: int = 0
-    bad_rows: int = 0  # torn, flipped, or in the way of others
-    beyond: int = 0  # rows of blocks that lie behind the size that is wanted now
 
 
 class Store:
@@ -338,37 +313,17 @@ class Store:
 
         What can be found meanwhile is right as ever.
         """
-        stock, bad, kept, used = Stock(), [], [], 0
-        end = self._shrunk_end()
-        erased: list[int] = []
+        end, rows = self._shrunk_end(), Rows(self.seed)
         for first, raw in self.index.pieces():
-            rows = np.frombuffer(raw, _ROWS)
-            is_used = rows["key"] != 0
-            good = np.array([layout.is_row(raw[at : at + ROW], self.seed) for at in range(0, len(raw), ROW)])
-            numbers = np.arange(first, first + len(rows))
-            erased += numbers[~is_used & ~good].tolist()
-            bad += numbers[is_used & ~good].tolist()
-            kept.append(_places(rows, numbers, is_used & good))
-            if is_used.any():
-                used = int(numbers[is_used][-1]) + 1
+            rows.see(first, raw)
             pause()
-        places = np.concatenate(kept) if kept else np.empty((0, 5), np.int64)
-        places = places[np.argsort(places[:, 1], kind="stable")]
-        ends = np.maximum.accumulate(places[:, 1] + places[:, 2])
-        apart = np.ones(len(places), bool)
-        apart[1:] = places[1:, 1] >= ends[:-1]
-        inside = ends <= end
-        stock.beyond = int((apart & ~inside).sum())
-        stock.bad_rows = len(bad) + int((~apart).sum())
-        self.index.settle(used, (n for n in erased if n < used))
-        for number in [*bad, *places[~(apart & inside), 0].tolist()]:
+        stock, unwanted, free = rows.settle(end)
+        self.index.settle(rows.used, (number for number in rows.erased if number < rows.used))
+        for number in unwanted:
             self.index.erase(number)
-        places = places[apart & inside]
         os.ftruncate(self.data, end * UNIT)
-        self._space = Space(_gaps(places, end))
-        self.bytes, stock.rows = int(places[:, 3].sum()), len(places)
-        stock.bytes = self.bytes
-        self._names_end = self._end_of_names(int(places[:, 4].max())) if len(places) else 0
+        self._space, self.bytes = Space(free), stock.bytes
+        self._names_end = self._end_of_names(rows.last_name) if rows.last_name >= 0 else 0
         return stock
 
     def _shrunk_end(self) -> int:
@@ -413,21 +368,3 @@ def _runs(blocks: Sequence[tuple[int, Block]]) -> Iterator[tuple[int, list[memor
         end = first + len(block.room) // UNIT
     if parts:
         yield start, parts
-
-
-def _places(rows: np.ndarray, numbers: np.ndarray, which: np.ndarray) -> np.ndarray:
-    """Of some rows a line each: number, first unit, units, bytes, name."""
-    rows = rows[which]
-    sizes = rows["size"].astype(np.int64) - rows["block"].astype(np.int64) * BLOCK
-    lengths = np.minimum(BLOCK, sizes)
-    units = -(-lengths // UNIT)
-    return np.stack([numbers[which], rows["unit"].astype(np.int64), units, lengths, rows["name"].astype(np.int64)], 1)
-
-
-def _gaps(places: np.ndarray, end: int) -> Iterator[tuple[int, int]]:
-    """The ranges between places, which are in order and apart, up to `end`."""
-    firsts = places[:, 1]
-    ends = np.concatenate([[0], firsts + places[:, 2]])
-    lengths = np.concatenate([firsts, [end]]) - ends
-    for at in np.flatnonzero(lengths > 0):
-        yield int(ends[at]), int(lengths[at])
