@@ -247,6 +247,10 @@ class DiskTier:
         record = items.record_of(item)
         return self.writer.is_settled(item, self._catalog.path(record), self._catalog.size(record))
 
+    def keeps(self, record: int, offset: int) -> bool:
+        """Whether a byte of a file is here, or would be kept if it were read."""
+        return not self.writer.is_full or bool(self.spans(record, self._catalog.version(record), offset, 1)[0][1])
+
     def holds(self, item: int) -> bool:
         """Whether all of an item is here."""
         record, shown = items.record_of(item), self._catalog.version(items.record_of(item))

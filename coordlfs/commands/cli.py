@@ -177,6 +177,7 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
     doctor.add_argument("source", metavar="BUCKET", nargs="?", help="examine a bucket as well: s3://BUCKET/PREFIX, …")
     add_source_option(doctor)
     doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument("--disk-cache", metavar="DIR", help="whether that is a good place for a disk cache, too")
 
     run = commands.add_parser(
         "run",
@@ -352,13 +353,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     options = address.options(arguments.source_option)
     if arguments.source is None:
-        return 0 if doctor.show(as_json=arguments.json) else 1
+        return 0 if doctor.show(as_json=arguments.json, disk_cache=arguments.disk_cache) else 1
     bucket = address.parse(arguments.source)
     if bucket is None:
         raise UserError(f"doctor examines a bucket, as s3://BUCKET/PREFIX: {arguments.source} is a path", 2)
     from coordlfs.commands import doctor_bucket
 
-    return 0 if doctor.show(as_json=arguments.json, more=doctor_bucket.examine(bucket, options)) else 1
+    more = doctor_bucket.examine(bucket, options)
+    return 0 if doctor.show(as_json=arguments.json, disk_cache=arguments.disk_cache, more=more) else 1
 
 
 def _groups(arguments: argparse.Namespace) -> int:

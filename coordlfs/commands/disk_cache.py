@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from coordlfs import sizes
+from coordlfs.commands.disk_doctor import LEAST
 from coordlfs.disk import places
 from coordlfs.errors import UserError
 from coordlfs.kernel.paths import shown
 from coordlfs.sources.directory import lies_elsewhere
 
-LEAST = 2 << 20  # bytes
 _IN_USE = "the disk cache must lie beside the dataset and the mount"
 
 

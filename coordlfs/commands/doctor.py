@@ -15,13 +15,14 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from dataclasses import asdict
 from importlib import metadata
 
 from coordlfs import sizes
 from coordlfs.cache import residence
 from coordlfs.cache.residence import Residence
+from coordlfs.commands import disk_doctor
+from coordlfs.commands.check import Check, State, good, reason
 from coordlfs.commands.choice import FITS
 from coordlfs.kernel import fuse, fusermount, limits, memory, mounts, pages, paths, process
 from coordlfs.kernel.charges import Charges
@@ -33,34 +34,6 @@ _WATCHES_LEAST = 65536
 _IN_MEMORY = f"the cache is in {Residence.PRIVATE_MEMORY}, and {residence.COST}"
 
 
-class State(StrEnum):
-    """What a check says; `missing` of something that coordlfs cannot do without is `required` as well."""
-
-    OK = "ok"
-    WARNING = "warning"
-    MISSING = "missing"
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing of the machine: what was found, and if it is not all right what that costs and how to mend it."""
-
-    name: str
-    state: State
-    found: str
-    cost: str = ""
-    remedy: str = ""
-    required: bool = False  # without it coordlfs cannot work at all
-
-
-def _good(name: str, found: str) -> Check:
-    return Check(name, State.OK, found)
-
-
-def _reason(e: OSError) -> str:
-    return e.strerror or errno.errorcode.get(e.errno or 0, "unknown error")
-
-
 # -- FUSE ---------------------------------------------------------------------------------------------------------
 
 
@@ -70,14 +43,14 @@ def _device() -> Check:
     except OSError as e:
         remedy = "chmod 666 /dev/fuse, or run as root" if e.errno == errno.EACCES else "modprobe fuse"
         remedy += "; a container needs the device (docker: --device /dev/fuse)"
-        return Check("/dev/fuse", State.MISSING, _reason(e), "nothing can be mounted", remedy, True)
-    return _good("/dev/fuse", "can be opened")
+        return Check("/dev/fuse", State.MISSING, reason(e), "nothing can be mounted", remedy, True)
+    return good("/dev/fuse", "can be opened")
 
 
 def _mounting() -> Check:
     name = "right to mount"
     if attachment.is_privileged():
-        return _good(name, "CAP_SYS_ADMIN")
+        return good(name, "CAP_SYS_ADMIN")
     if problem := fusermount.problem():
         what, remedy = problem
         found, remedy = f"no CAP_SYS_ADMIN, and {what}", f"{remedy}; a container needs --cap-add SYS_ADMIN"
@@ -98,9 +71,9 @@ def _mounting() -> Check:
 def _allow_other() -> Check:
     name = "user_allow_other"
     if fusermount.allows_others():
-        return _good(name, "in /etc/fuse.conf")
+        return good(name, "in /etc/fuse.conf")
     if attachment.is_privileged():
-        return _good(name, "not in /etc/fuse.conf; root does not need it")
+        return good(name, "not in /etc/fuse.conf; root does not need it")
     return Check(
         name,
         State.WARNING,
@@ -116,13 +89,13 @@ def _features() -> Iterator[Check]:
         offered = _in_child(_ask_init)
     except OSError as e:
         yield Check(
-            "FUSE features", State.WARNING, f"cannot be asked ({_reason(e)})", "not known", "run the doctor as root"
+            "FUSE features", State.WARNING, f"cannot be asked ({reason(e)})", "not known", "run the doctor as root"
         )
         return
     minor, flags, flags2 = struct.unpack("=III", offered)
     protocol = f"protocol 7.{minor}"
     if flags & fuse.NO_OPEN_SUPPORT and flags & fuse.NO_OPENDIR_SUPPORT:
-        yield _good("opening without a request", protocol)
+        yield good("opening without a request", protocol)
     else:
         yield Check(
             "opening without a request",
@@ -133,7 +106,7 @@ def _features() -> Iterator[Check]:
             True,
         )
     if flags2 & fuse.HAS_RESEND:
-        yield _good("FUSE_NOTIFY_RESEND", protocol)
+        yield good("FUSE_NOTIFY_RESEND", protocol)
     else:
         yield Check(
             "FUSE_NOTIFY_RESEND",
@@ -164,16 +137,16 @@ def _namespaces() -> Check:
         _in_child(unshare)
     except OSError as e:
         if attachment.is_privileged():
-            return _good(name, f"forbidden ({_reason(e)}); root does not need them")
+            return good(name, f"forbidden ({reason(e)}); root does not need them")
         return Check(
             name,
             State.WARNING,
-            f"forbidden ({_reason(e)})",
+            f"forbidden ({reason(e)})",
             "no `coordlfs run`; a mount is busy for umount and fusermount3 -u, but not for `coordlfs umount`",
             "sysctl user.max_user_namespaces=10000; on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0, on Debian"
             " kernel.unprivileged_userns_clone=1; containers: allow unshare in seccomp",
         )
-    return _good(name, "allowed")
+    return good(name, "allowed")
 
 
 def _ask_init() -> bytes:
@@ -223,9 +196,9 @@ def _kernel() -> Check:
         finally:
             os.close(root)
     except OSError as e:
-        found = f"Linux {release}: openat2 fails ({_reason(e)})"
+        found = f"Linux {release}: openat2 fails ({reason(e)})"
         return Check("kernel", State.MISSING, found, "files cannot be opened safely", "Linux 5.14 or newer", True)
-    return _good("kernel", f"Linux {release}")
+    return good("kernel", f"Linux {release}")
 
 
 @contextmanager
@@ -244,14 +217,14 @@ def _detached_copies() -> Check:
         os.close(mounts.detached_copy(b"/"))
     except OSError as e:
         if e.errno == errno.EPERM and not attachment.is_privileged():
-            return _good("open_tree", "in a user namespace, where these are allowed")
+            return good("open_tree", "in a user namespace, where these are allowed")
         if e.errno == errno.EPERM:
             cost, remedy = "nothing can be mounted", "containers: allow open_tree in seccomp"
             return Check("open_tree", State.MISSING, "not permitted", cost, remedy, True)
         return Check(
-            "open_tree", State.MISSING, _reason(e), "a mount would be busy for ever", "Linux 5.2 or newer", True
+            "open_tree", State.MISSING, reason(e), "a mount would be busy for ever", "Linux 5.2 or newer", True
         )
-    return _good("open_tree", "works")
+    return good("open_tree", "works")
 
 
 def _populate() -> Check:
@@ -264,16 +237,16 @@ def _populate() -> Check:
                 pages.unmap(address, pages.PAGE)
     except OSError as e:
         if e.errno in (errno.ENOMEM, errno.EPERM):
-            found = f"no memory may be locked ({_reason(e)})"
+            found = f"no memory may be locked ({reason(e)})"
             return Check("pinning a page", State.MISSING, found, _IN_MEMORY, residence.REMEDY)
         return Check(
             "pinning a page",
             State.MISSING,
-            f"MADV_POPULATE_READ: {_reason(e)}",
+            f"MADV_POPULATE_READ: {reason(e)}",
             "nothing can be cached",
             "Linux 5.14 or newer",
         )
-    return _good("pinning a page", "mmap, mlock2 and MADV_POPULATE_READ work")
+    return good("pinning a page", "mmap, mlock2 and MADV_POPULATE_READ work")
 
 
 def _watches() -> Check:
@@ -281,7 +254,7 @@ def _watches() -> Check:
     with open("/proc/sys/fs/inotify/max_user_watches") as f:
         most = int(f.read())
     if most >= _WATCHES_LEAST:
-        return _good(name, f"{most} a user: one for each directory that is pinned")
+        return good(name, f"{most} a user: one for each directory that is pinned")
     return Check(
         name,
         State.WARNING,
@@ -299,11 +272,11 @@ def _charges() -> Check:
         return Check(
             name,
             State.WARNING,
-            f"cannot be seen ({_reason(e)})",
+            f"cannot be seen ({reason(e)})",
             "`coordlfs pin` reads what others have in memory already once more, as it may be charged to them",
             "run it as root, with CAP_SYS_ADMIN",
         )
-    return _good(name, "can be seen: what is charged where `coordlfs pin` runs is pinned as it is")
+    return good(name, "can be seen: what is charged where `coordlfs pin` runs is pinned as it is")
 
 
 def _cachestat() -> Check:
@@ -318,7 +291,7 @@ def _cachestat() -> Check:
             "Linux 6.5 or newer; containers: allow cachestat in seccomp",
         )
     limited = not process.has_capability(process.CAP_FOWNER)
-    return _good("cachestat", "works, for files that this user may write to" if limited else "works")
+    return good("cachestat", "works, for files that this user may write to" if limited else "works")
 
 
 def _pressure() -> Check:
@@ -329,11 +302,11 @@ def _pressure() -> Check:
         return Check(
             "pressure stall information",
             State.WARNING,
-            _reason(e),
+            reason(e),
             "memory that gets tight is told from what is available alone",
             "boot with psi=1, on a kernel with CONFIG_PSI",
         )
-    return _good("pressure stall information", f"memory {line[1]}" if len(line) > 1 else "there")
+    return good("pressure stall information", f"memory {line[1]}" if len(line) > 1 else "there")
 
 
 # -- limits and memory --------------------------------------------------------------------------------------------
@@ -342,17 +315,17 @@ def _pressure() -> Check:
 def _lockable() -> Check:
     most = process.lockable()
     if most is None:
-        return _good("locked memory", "no limit")
+        return good("locked memory", "no limit")
     found = f"at most {sizes.text(most)}"
     if residence.choose(int(memory.memory().available * sizes.AUTO_SHARE), most) is Residence.PAGE_CACHE:
-        return _good("locked memory", f"{found} a process: enough for --cache-size auto")
+        return good("locked memory", f"{found} a process: enough for --cache-size auto")
     return Check("locked memory", State.WARNING, found, f"for a larger cache: {_IN_MEMORY}", residence.REMEDY)
 
 
 def _open_files() -> Check:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most == resource.RLIM_INFINITY or most >= _FILES_LEAST:
-        return _good("open files", "no limit" if most == resource.RLIM_INFINITY else f"at most {most}")
+        return good("open files", "no limit" if most == resource.RLIM_INFINITY else f"at most {most}")
     return Check(
         "open files",
         State.WARNING,
@@ -365,7 +338,7 @@ def _open_files() -> Check:
 def _limits() -> Iterator[Check]:
     found = [limit for limit in limits.tight() if limit.name != "ulimit -n"]
     if not found:
-        yield _good("limits", "of processes, threads, memory and file sizes: wide enough")
+        yield good("limits", "of processes, threads, memory and file sizes: wide enough")
     for limit in found:
         yield Check(limit.name, State.WARNING, limit.found, limit.cost, limit.remedy)
 
@@ -374,7 +347,7 @@ def _mappings() -> Check:
     with open("/proc/sys/vm/max_map_count") as f:
         most = int(f.read())
     if most >= _MAPPINGS_USUAL:
-        return _good("vm.max_map_count", f"{most}: one keeper for so many cached items, less 1000")
+        return good("vm.max_map_count", f"{most}: one keeper for so many cached items, less 1000")
     return Check(
         "vm.max_map_count",
         State.WARNING,
@@ -392,7 +365,7 @@ def _cgroup() -> Check:
     )
     groups = memory.limits()
     if not groups:
-        return _good("memory cgroup", f"{version}, no limit")
+        return good("memory cgroup", f"{version}, no limit")
     directory, limit = min(groups, key=lambda group: group[1])
     return Check(
         "memory cgroup",
@@ -410,7 +383,7 @@ def _available() -> Check:
         return Check(
             "memory", State.WARNING, found, "next to nothing can be cached", "end what takes it, or add memory"
         )
-    return _good("memory", f"{found}: --cache-size auto takes {sizes.text(have.available * sizes.AUTO_SHARE)}")
+    return good("memory", f"{found}: --cache-size auto takes {sizes.text(have.available * sizes.AUTO_SHARE)}")
 
 
 # -- libraries ----------------------------------------------------------------------------------------------------
@@ -422,7 +395,7 @@ def _pyfuse3() -> Check:
     except ImportError as e:
         remedy = "apt-get install libfuse3-3, pip install pyfuse3"
         return Check("pyfuse3", State.MISSING, str(e), "links and extended attributes cannot be answered", remedy, True)
-    return _good("pyfuse3", str(pyfuse3.__version__))
+    return good("pyfuse3", str(pyfuse3.__version__))
 
 
 def _compiled() -> Check:
@@ -432,12 +405,12 @@ def _compiled() -> Check:
     except ImportError as e:
         remedy = "install coordlfs again, with a C compiler"
         return Check("compiled code", State.MISSING, str(e), "nothing can be served", remedy, True)
-    return _good("compiled code", "coordlfs.catalogue.records, entries, fast_path")
+    return good("compiled code", "coordlfs.catalogue.records, entries, fast_path")
 
 
 def _prometheus() -> Check:
     try:
-        return _good("prometheus-client", metadata.version("prometheus-client"))
+        return good("prometheus-client", metadata.version("prometheus-client"))
     except metadata.PackageNotFoundError:
         return Check(
             "prometheus-client", State.WARNING, "not installed", "no --metrics", "pip install 'coordlfs[metrics]'"
@@ -464,9 +437,10 @@ CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
 )
 
 
-def examine() -> list[Check]:
-    """Every check."""
-    return [found for check in CHECKS for found in check()]
+def examine(disk_cache: str | None = None) -> list[Check]:
+    """Every check; of the directory for a disk cache as well, if one is given."""
+    found = [found for check in CHECKS for found in check()]
+    return found if disk_cache is None else [*found, *disk_doctor.examine(disk_cache)]
 
 
 # What `coordlfs pin` cannot do without.
@@ -484,9 +458,9 @@ def pins(checks: list[Check]) -> bool:
     return all(check.state is State.OK for check in needed.values())
 
 
-def show(*, as_json: bool, more: Iterable[Check] = ()) -> bool:
-    """Print what was found, and `more`; whether coordlfs can work here."""
-    checks = [*examine(), *more]
+def show(*, as_json: bool, disk_cache: str | None = None, more: Iterable[Check] = ()) -> bool:
+    """Print what was found, and `more`; whether coordlfs can work here, with the disk cache that is given."""
+    checks = [*examine(disk_cache), *more]
     if as_json:
         found = {"works": works(checks), "pins": pins(checks), "checks": [asdict(check) for check in checks]}
         print(json.dumps(found, indent=2))

@@ -16,6 +16,7 @@ from typing import Any
 
 from coordlfs.cache import items
 from coordlfs.cache.admission import Admission
+from coordlfs.cache.disk_tier import DiskTier
 from coordlfs.cache.minio import State
 from coordlfs.catalogue.catalog import Catalog
 from coordlfs.catalogue.metrics import Counters
@@ -41,13 +42,20 @@ class Sharing:
     """What the server of one mount knows of the others. Every method may be called from any thread."""
 
     def __init__(
-        self, config: dict[str, Any], catalog: Catalog, placement: Placement, admission: Admission, counters: Counters
+        self,
+        config: dict[str, Any],
+        catalog: Catalog,
+        placement: Placement,
+        admission: Admission,
+        counters: Counters,
+        tier: DiskTier | None = None,
     ) -> None:
         """`config` is what `coordlfs.peers.settings` made of the options."""
         self._own = placement.own
         self._catalog = catalog
         self._placement = placement
         self._admission = admission
+        self._tier = tier
         self._counters = counters
         # Whether the peer server's READs are always marked (O_NOATIME), which takes the rights of a file's owner.
         self.marks = process.has_capability(process.CAP_FOWNER) and process.in_initial_user_namespace()
@@ -135,7 +143,9 @@ class Sharing:
             return True
         if not self._placement.owns(item):
             return False
-        return self._admission.has_room(pages.count(items.length(item, self._catalog.size(record))))
+        if self._admission.has_room(pages.count(items.length(item, self._catalog.size(record)))):
+            return True
+        return self._tier is not None and self._tier.keeps(record, offset)
 
     # -- the peer server ----------------------------------------------------------------------------------------
 

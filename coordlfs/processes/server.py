@@ -39,6 +39,7 @@ from coordlfs.kernel import fuse, mounts, pages, process, threads
 from coordlfs.kernel.notifier import Notifier
 from coordlfs.processes import attachment, exporter
 from coordlfs.processes.control import Control
+from coordlfs.processes.disk import size as disk_size
 from coordlfs.processes.stats import Stats
 from coordlfs.processes.supervisor_link import SupervisorLink
 from coordlfs.serving.data_loop import DataLoop
@@ -115,7 +116,7 @@ def serve(config: dict[str, Any]) -> None:
         owners=placement,
         disk=tier,
     )
-    sharing = None if placement is None else _share(config, catalog, placement, admission, counters)
+    sharing = None if placement is None else _share(config, catalog, placement, admission, counters, tier)
     reader = Reader(catalog, source, admission, counters, notifier, sharing, tier)
     memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
     expect = _expect(catalog, source, tier) if sharing is None else None  # else others are asked first
@@ -237,7 +238,7 @@ def _placement(config: dict[str, Any], catalog: Catalog, policy: MinIO) -> Place
     from coordlfs.peers.ownership import Node  # here, since a node that stands alone needs none of it
     from coordlfs.peers.placement import Placement
 
-    return Placement(Node(config["peers"]["name"], config["capacity"]), catalog, policy)
+    return Placement(Node(config["peers"]["name"], config["capacity"] + disk_size(config)), catalog, policy)
 
 
 def _tier(
@@ -262,11 +263,16 @@ def _tier(
 
 
 def _share(
-    config: dict[str, Any], catalog: Catalog, placement: Placement, admission: Admission, counters: Counters
+    config: dict[str, Any],
+    catalog: Catalog,
+    placement: Placement,
+    admission: Admission,
+    counters: Counters,
+    tier: DiskTier | None,
 ) -> Sharing:
     from coordlfs.peers.sharing import Sharing  # as above
 
-    sharing = Sharing(config["peers"], catalog, placement, admission, counters)
+    sharing = Sharing(config["peers"], catalog, placement, admission, counters, tier)
     sharing.attach(config["peer_server"]["pid"], socket.socket(fileno=config["peer_server"]["socket"]))
     return sharing
 

@@ -28,7 +28,7 @@ from coordlfs.cache import keeper_protocol
 from coordlfs.cache.residence import Residence
 from coordlfs.catalogue import memfds
 from coordlfs.kernel import fuse, mounts, process
-from coordlfs.processes import attachment, holders, interpreter
+from coordlfs.processes import attachment, disk, holders, interpreter
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ class Supervisor:
         with theirs:
             config = self.config["peers"] | {
                 "parent": os.getpid(),
-                "capacity": self.config["capacity"],
+                "capacity": self.config["capacity"] + disk.size(self.config),
                 "log": self.config["log"],
                 "socket": theirs.fileno(),
                 "tree": self.tree,

@@ -260,6 +260,10 @@ class Reader:
             return False
         if (request.marked or not sharing.marks) and sharing.is_peer_server(request.pid):
             return False
+        if self.tier is not None and self.tier.spans(record, self.catalog.version(record), offset, size) != [
+            (size, [])
+        ]:
+            return False  # it is on this node's disk, which may have changed hands since
         return sharing.ask(item, offset, size, done, before_wait)
 
     def account_shared(self, request: Request, nbytes: int) -> None:

@@ -179,6 +179,33 @@ def test_what_is_cached_somewhere_is_read_from_no_source(source: Path, nodes: Ca
     assert all(f["peers"]["failures"] == f["peers"]["bad_payloads"] == 0 for f in figures)
 
 
+def test_disks_of_nodes_add_up_with_their_memory(source: Path, place: Path, mount: MakeMount) -> None:
+    """What an owner has on its disk only is given to others as well."""
+    names = write_files(source, 120, 100_000)
+    ports = free_ports(2)
+    made = [
+        mount(source, "1M", *_options(port, ports, "--disk-cache", place / f"disk{port}", "--disk-size", "12M"))
+        for port in ports
+    ]
+    _alive(*made, count=1)
+    for seed in range(3):
+        for node in made:
+            _check(node, names, seed)
+        for node in made:
+            node.settle()
+            eventually(lambda node=node: node.stats()["disk"]["waiting_blocks"] == 0)  # type: ignore[misc]
+        _forget(*made)
+    before = [node.source_bytes() for node in made]
+    unanswered = [_unanswered(node) for node in made]
+    for node in made:
+        _check(node, names, 9)
+    _check_storage(made, before, unanswered)
+    figures = [node.stats() for node in made]
+    assert all(20 < f["disk"]["held_blocks"] < 110 and f["peers"]["bytes"] > 0 for f in figures)
+    assert sum(f["disk"]["held_blocks"] for f in figures) >= 120
+    assert all(f["peers"]["failures"] == f["peers"]["bad_payloads"] == 0 for f in figures)
+
+
 def test_an_owner_without_room_says_no(source: Path, nodes: Callable[..., list[Mount]]) -> None:
     names = write_files(source, 80, 100_000)
     made = nodes(2, "2M")

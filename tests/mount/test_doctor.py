@@ -13,7 +13,7 @@ from mounts import COORDLFS, NOBODY, PATIENCE, coordlfs
 from users import open_device
 
 from coordlfs.commands import doctor
-from coordlfs.commands.doctor import Check, State
+from coordlfs.commands.check import Check, State
 from coordlfs.kernel import memory, mounts, pages
 
 
@@ -134,3 +134,18 @@ def test_only_what_is_required_makes_it_fail() -> None:
 def test_the_documentation_lists_it() -> None:
     text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
     assert "coordlfs doctor" in text
+
+
+def test_a_directory_for_a_disk_cache_is_examined(tmp_path: Path) -> None:
+    def of_disk(directory: object, status: int = 0) -> dict[str, str]:
+        command = [*COORDLFS, "doctor", "--json", "--disk-cache", str(directory)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == status, done.stdout + done.stderr
+        checks = json.loads(done.stdout)["checks"]
+        return {check["name"]: check["state"] for check in checks if check["name"].startswith("disk cache")}
+
+    assert set(of_disk("/var/tmp/none").values()) == {"ok"}
+    assert of_disk("/dev/shm")["disk cache: disk"] == "warning"
+    assert of_disk(tmp_path / "none" / "neither", status=1) == {"disk cache": "missing"}
+    assert of_disk("/proc/1", status=1)["disk cache: files"] == "missing"
+    assert list(tmp_path.iterdir()) == []

@@ -460,6 +460,18 @@ def test_a_disk_that_fails_to_write_stops_the_disk_cache_and_nothing_else(
         mounted.end()
 
 
+def test_a_file_system_in_memory_works_as_well(source: Path, in_memory: Path, mount: MakeMount) -> None:
+    """And one on which rows cannot be asked for without waiting."""
+    names = write_files(source, FILES, SIZE)
+    mounted = mount(source, "0", "--disk-cache", in_memory / "cache", "--disk-size", 60 * ROOM)
+    for seed in range(3):
+        read_of_source = epoch(mounted, names, seed)
+    held = mounted.stats()["disk"]["held_blocks"]
+    assert held >= 55
+    assert read_of_source == (FILES - held) * SIZE
+    mounted.end()
+
+
 def test_a_store_is_for_its_owner_only_and_for_one_mount(source: Path, mount: MakeMount, cache: Path) -> None:
     write_files(source, 3, SIZE)
     mounted = mount(source, "0", "--disk-cache", cache, "--disk-size", "8M")

@@ -120,6 +120,25 @@ def test_the_tree_is_the_sources(user: User, source: Path, mount_as: MakeUserMou
     assert is_mounted(mounted.path)
 
 
+def test_a_disk_cache_is_the_users_own(user: User, source: Path, home: Path, mount_as: MakeUserMount) -> None:
+    """In whatever residence memory is, and over a restart."""
+    names = write_files(source, 60, 100_000)
+    options = ("1M", "--disk-cache", home / "disk", "--disk-size", "8M")
+    mounted = mount_as(user, *options)
+    for _ in range(2):
+        assert mounted.read(*names) == [noise(100_000, number) for number in range(60)]
+        eventually(lambda: mounted.settle()["disk"]["waiting_blocks"] == 0)
+    before = mounted.source_bytes()
+    assert mounted.read(*names) == [noise(100_000, number) for number in range(60)]
+    assert mounted.source_bytes() == before
+    [store] = (home / "disk").iterdir()
+    assert {store.stat().st_uid, *(f.stat().st_uid for f in store.iterdir())} == {user.uid}
+    mounted.end()
+    again = mount_as(user, *options)
+    assert again.read(*names) == [noise(100_000, number) for number in range(60)]
+    assert again.source_bytes() <= (60 - 58) * 100_000  # but for a copy that gave way, perhaps
+
+
 def test_each_epoch_reads_what_is_not_cached(user: User, source: Path, mount_as: MakeUserMount) -> None:
     names = write_files(source, 60, 100_000)  # 25 pages each: 40 files fill 4 MiB but for 24 pages
     mounted = mount_as(user)

@@ -1,7 +1,7 @@
 """Memory and disk as one cache: what a steady epoch reads, what the first one costs, and what a reset leaves.
 
 The disk tier lies on the disk that the source is on. The mount's own figures tell one from the other; the kernel's, of
-what its processes read, are shown beside them.
+what its processes read, are shown beside them. Only pages of the data that is read are dropped, not the machine's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratio
 from coordlfs_tools.lab import mounts
 from coordlfs_tools.lab.cgroups import cgroup
 from coordlfs_tools.lab.errors import LabError
-from coordlfs_tools.lab.machine import drop_caches
 from coordlfs_tools.lab.mounts import Mount
 
 _SHARES = (0.20, 0.30), (0.35, 0.35), (0.10, 0.90), (0.50, 0.50)  # of the dataset: memory, disk
@@ -201,6 +200,15 @@ def _forget(root: Path, data: Images) -> None:
             os.close(fd)
 
 
+def _drop(directory: Path) -> None:
+    """Have the kernel drop the pages of every file below a directory."""
+    os.sync()
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with open(path) as f:
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _cpu(mount: Mount) -> float:
     """Seconds that the server has run so far."""
     with open(f"/proc/{mount.status()['processes']['server']}/stat") as f:
@@ -214,7 +222,7 @@ def _cpu(mount: Mount) -> float:
 def _first_epoch(context: Context, data: Images, throttle: int) -> Iterator[Figure]:
     def directly(seed: int) -> float:
         with cgroup(context.disk, bytes_per_second=throttle) as group:
-            drop_caches()
+            _forget(data.root, data)
             return reader.read(data.root, data.paths, _READERS, seed, group).seconds
 
     kept: dict[str, list[float]] = {}
@@ -228,7 +236,7 @@ def _first_epoch(context: Context, data: Images, throttle: int) -> Iterator[Figu
                     data.root, int(data.allocated * 0.3), group, options=_options(directory, data.allocated * 1.1)
                 ) as mount,
             ):
-                drop_caches()
+                _forget(data.root, data)
                 seconds = reader.read(mount.point, data.paths, _READERS, seed, group).seconds
                 kept.setdefault(side, []).append(mount.status()["disk"]["written_bytes"] / data.allocated)
                 return seconds
@@ -263,7 +271,8 @@ def _restart(context: Context, data: Images) -> Iterator[Figure]:
         options = _options(directory, data.allocated * 0.6)
         held, on_disk = _killed(data, size, options)
         for seed in range(context.rounds(_ROUNDS)):
-            drop_caches()
+            _forget(data.root, data)
+            _drop(directory)
             began = time.monotonic()
             with mounts.coordlfs(data.root, size, options=options) as mount:
                 (mount.point / on_disk).read_bytes()
