@@ -81,7 +81,7 @@ class DiskWriter:
         self._wake = threading.Event()
         self._closing = False
         self._is_busy = True  # counting
-        self._is_full = False  # nothing that memory does not hold finds room any more
+        self._is_full = False  # what memory does not hold found no room, unless a copy has come to be since
         self._grows_at = 0.0  # when the file system is asked for more room again
 
     # -- from any thread ----------------------------------------------------------------------------------------
@@ -165,12 +165,11 @@ class DiskWriter:
     @property
     def is_full(self) -> bool:
         """Whether nothing more finds room, or nothing more is kept."""
-        return self._is_full or self.stopped is not None
+        return self.stopped is not None or (self._is_full and self._tiers.is_settled)
 
     def pinned(self, item: int) -> None:
         """An item is in memory now."""
         self._tiers.pinned(item)
-        self._is_full = False  # what is there of it on the disk may give way
 
     def release(self, path: bytes, size: int) -> None:
         """Give back the room of all that is there of a file, which had `size` bytes; soon."""
@@ -294,7 +293,7 @@ class DiskWriter:
                 del self._parts[waiting.path, waiting.block]
                 self._queued.add((waiting.path, waiting.block))
         for waiting in idle:
-            is_read = not self._closing and not self._is_full and self._read_whole(waiting)
+            is_read = not self._closing and not self.is_full and self._read_whole(waiting)
             with self._lock:
                 if is_read:
                     waiting.room[waiting.length :] = bytes(len(waiting.room) - waiting.length)

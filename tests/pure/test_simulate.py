@@ -149,3 +149,12 @@ def test_only_a_line_feed_ends_a_line_of_a_trace(tmp_path: Path) -> None:
     trace = read(path)
     assert trace.sizes == list(range(1, len(names) + 1))
     assert trace.epochs == [list(range(len(names)))] * 2
+
+
+@given(st.integers(1, 60), st.integers(0, 80), st.integers(1, 80), st.integers(0, 1000))
+def test_two_tiers_read_what_fits_into_neither(n: int, memory: int, disk: int, seed: int) -> None:
+    trace, unit = random_epochs(n, 100, 4, spread=0, seed=seed), 100
+    outcome = run(trace, "minio", memory * unit, disk=disk * unit)
+    for epoch in outcome.epochs[1:]:
+        assert epoch.storage_bytes == max(0, n - memory - disk) * unit
+        assert epoch.disk_bytes == min(disk, max(0, n - memory)) * unit

@@ -118,7 +118,7 @@ def _law(context: Context, data: Images, memory: float, disk: float) -> Iterator
             from_disk = after["disk"]["read_bytes"] - before["disk"]["read_bytes"]
             counted = servers.disk_bytes() - counted
             of_source.append(source / places.nowhere if places.nowhere else source)
-            of_disk.append(from_disk / places.disk)
+            of_disk.append(from_disk / max(1, places.disk))
             context.say(
                 f"  memory {memory:.0%}, disk {disk:.0%}: source {source / 1e6:,.1f} MB of {places.nowhere / 1e6:,.1f},"
                 f" disk {from_disk / 1e6:,.1f} MB of {places.disk / 1e6:,.1f}; the kernel counts {counted / 1e6:,.1f}"

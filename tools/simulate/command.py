@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "%,", "%%,"
         ).replace("%)", "%%)"),
     )
+    parser.add_argument(
+        "--disk-cache", metavar="SIZE", help="a second tier of each node on a disk, of that size or share"
+    )
     parser.add_argument("--policy", action="append", choices=policies.NAMES, help="only these (may be repeated)")
     parser.add_argument("--seed", type=int, default=0, help="of the random orders")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures; - prints them instead of a table")
@@ -58,15 +61,17 @@ def command(arguments: argparse.Namespace) -> int:
     capacities = [_capacity(word, trace.dataset) for word in arguments.cache.split(",")]
     console = Console(stderr=arguments.json == Path("-"))
     chosen = [name for name in policies.NAMES if not arguments.policy or name in arguments.policy]
+    disk = _capacity(arguments.disk_cache, trace.dataset, "--disk-cache") if arguments.disk_cache else 0
     cases = [
-        (name, capacity, partitioned)
+        (name, capacity, partitioned, on_disk)
         for capacity in capacities
         for name in chosen
         for partitioned in ([False, True] if arguments.nodes > 1 and name == "minio" else [False])
+        for on_disk in ([0, disk] if disk and name == "minio" else [0])
     ]
     outcomes = [
-        (partitioned, run(trace, name, capacity, arguments.nodes, partitioned=partitioned))
-        for name, capacity, partitioned in track(cases, "simulating", console=console, transient=True)
+        (partitioned, run(trace, name, capacity, arguments.nodes, partitioned=partitioned, disk=on_disk))
+        for name, capacity, partitioned, on_disk in track(cases, "simulating", console=console, transient=True)
     ]
     figures = [_figures(outcome, partitioned, trace) for partitioned, outcome in outcomes]
     result = {"version": 1, "dataset_bytes": trace.dataset, "items": len(trace.sizes), "results": figures}
@@ -93,15 +98,16 @@ def _trace(arguments: argparse.Namespace) -> traces.Trace:
     return traces.random_epochs(arguments.items, mean, arguments.epochs, jobs=arguments.jobs, seed=arguments.seed)
 
 
-def _capacity(word: str, dataset: int) -> int:
+def _capacity(word: str, dataset: int, option: str = "--cache") -> int:
     try:
         return cache_size(word, Memory(dataset, dataset) if word.strip().endswith("%") else Memory(1 << 62, 1 << 62))[0]
     except UserError:
-        raise UserError(f"--cache {word!r} is not a size: write 20% (of the dataset) or 200G", 2) from None
+        raise UserError(f"{option} {word!r} is not a size: write 20% (of the dataset) or 200G", 2) from None
 
 
-def _name(policy: str, partitioned: bool) -> str:
-    return _LABELS[policy] + (", partitioned" if partitioned else "")
+def _name(outcome: Outcome, partitioned: bool) -> str:
+    on_disk = f", {text(outcome.disk)} on disk" if outcome.disk else ""
+    return _LABELS[outcome.policy] + (", partitioned" if partitioned else "") + on_disk
 
 
 def _figures(outcome: Outcome, partitioned: bool, trace: traces.Trace) -> dict[str, object]:
@@ -109,12 +115,19 @@ def _figures(outcome: Outcome, partitioned: bool, trace: traces.Trace) -> dict[s
         "policy": outcome.policy,
         "partitioned": partitioned,
         "cache_bytes": outcome.capacity,
+        "disk_cache_bytes": outcome.disk,
         "cache_share": outcome.capacity / trace.dataset,
         "hit_rate": outcome.hit_rate,
         "storage_bytes": outcome.storage_bytes,
         "remote_bytes": outcome.remote_bytes,
+        "disk_bytes": outcome.disk_bytes,
         "epochs": [
-            {"hit_rate": e.hit_rate, "storage_bytes": e.storage_bytes, "remote_bytes": e.remote_bytes}
+            {
+                "hit_rate": e.hit_rate,
+                "storage_bytes": e.storage_bytes,
+                "remote_bytes": e.remote_bytes,
+                "disk_bytes": e.disk_bytes,
+            }
             for e in outcome.epochs
         ],
     }
@@ -132,6 +145,8 @@ def _table(trace: traces.Trace, outcomes: Sequence[tuple[bool, Outcome]], argume
         table.add_column(column, justify="left" if column == "policy" else "right")
     if cluster:
         table.add_column("from other nodes", justify="right")
+    if arguments.disk_cache:
+        table.add_column("from disk", justify="right")
     last = None
     for partitioned, outcome in outcomes:
         if outcome.capacity != last:
@@ -139,12 +154,14 @@ def _table(trace: traces.Trace, outcomes: Sequence[tuple[bool, Outcome]], argume
         best = min(o.storage_bytes for _, o in outcomes if o.capacity == outcome.capacity)
         cells = [
             f"{text(outcome.capacity)} ({outcome.capacity / trace.dataset:.0%})" if outcome.capacity != last else "",
-            _name(outcome.policy, partitioned),
+            _name(outcome, partitioned),
             f"{outcome.hit_rate:.1%}",
             text(outcome.storage_bytes),
             f"{outcome.storage_bytes / best:.2f}" if best else "–" if outcome.storage_bytes else "1.00",
         ]
-        table.add_row(*cells, *([text(outcome.remote_bytes)] if cluster else []))
+        cells += [text(outcome.remote_bytes)] if cluster else []
+        cells += [text(outcome.disk_bytes)] if arguments.disk_cache else []
+        table.add_row(*cells)
         last = outcome.capacity
     return table
 
@@ -157,7 +174,7 @@ def _plot(path: Path, trace: traces.Trace, outcomes: Sequence[tuple[bool, Outcom
     lines: dict[str, list[tuple[float, float]]] = {}
     for partitioned, outcome in outcomes:
         point = (100 * outcome.capacity / trace.dataset, 100 * outcome.storage_bytes / trace.dataset)
-        lines.setdefault(_name(outcome.policy, partitioned), []).append(point)
+        lines.setdefault(_name(outcome, partitioned), []).append(point)
     # Lines on each other, as those of MinIO and the optimal policy are, must all be seen: the first on top, thinnest.
     for rank, ((name, points), marker) in enumerate(zip(lines.items(), "osD^v", strict=False)):
         width = 1.5 + 0.8 * rank

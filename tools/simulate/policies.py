@@ -12,6 +12,7 @@ from math import isqrt
 from typing import Protocol
 
 from coordlfs.cache.minio import MinIO
+from coordlfs.cache.tiers import Tiers
 
 Item = int
 _NEVER = 1 << 62  # when an item is used next that is not used again
@@ -45,6 +46,61 @@ class NeverEvict:
             return True
         self._cache.admit(item, size)
         return False
+
+
+class TwoTiers:
+    """MinIO over memory and a disk, as the file system has it (`coordlfs.cache.tiers`)."""
+
+    def __init__(self, capacity: int, disk: int) -> None:
+        self.disk_bytes = 0  # that were found there
+        self._memory = MinIO(capacity)
+        self._disk = _Disk(disk)
+        self._tiers: Tiers[int] = Tiers(self._memory, self._disk)
+
+    @property
+    def used(self) -> int:
+        """The size of what memory holds."""
+        return self._memory.used
+
+    @property
+    def used_on_disk(self) -> int:
+        """The size of what the disk holds."""
+        return self._disk.used
+
+    def access(self, item: Item, size: int) -> bool:
+        """Ask for an item; whether it was there."""
+        if self._memory.pages(item):
+            return True
+        is_on_disk = item in self._disk.sizes
+        if self._memory.admit(item, size):
+            self._memory.pin(item, 0)
+            self._tiers.pinned(item)
+        if is_on_disk:
+            self.disk_bytes += size
+        elif self._tiers.place(item, size) is not None:
+            self._disk.sizes[item] = size
+            self._disk.used += size
+            self._tiers.stored(item)
+        return is_on_disk
+
+
+class _Disk:
+    """Room, and what of it each item takes."""
+
+    def __init__(self, capacity: int) -> None:
+        self.sizes: dict[Item, int] = {}
+        self.used = 0
+        self._capacity = capacity
+
+    def take(self, block: int) -> int | None:
+        """Whether there is room for an item of that size: 0 or None."""
+        return 0 if self.used + block <= self._capacity else None
+
+    def remove_item(self, item: int) -> int:
+        """Forget an item; its size."""
+        size = self.sizes.pop(item, 0)
+        self.used -= size
+        return size
 
 
 class LRU:
@@ -175,6 +231,11 @@ NAMES = ("minio", "lru", "kernel", "optimal")
 _SIMPLE: dict[str, Callable[[int], Policy]] = {"minio": NeverEvict, "lru": LRU, "kernel": TwoLists}
 
 
-def make(name: str, capacity: int, trace: Sequence[Item]) -> Policy:
-    """The policy called `name` (one of NAMES); `trace` is all that it will be asked for."""
+def make(name: str, capacity: int, trace: Sequence[Item], disk: int = 0) -> Policy:
+    """The policy called `name` (one of NAMES); `trace` is all that it will be asked for.
+
+    `disk`: the size of a second tier, which only minio has.
+    """
+    if disk:
+        return TwoTiers(capacity, disk)
     return Optimal(capacity, trace) if name == "optimal" else _SIMPLE[name](capacity)

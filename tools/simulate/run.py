@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coordlfs_tools.simulate.policies import make
+from coordlfs_tools.simulate.policies import Policy, TwoTiers, make
 from coordlfs_tools.simulate.traces import Trace
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """One epoch on all nodes: items asked for and found, in any cache; bytes read from storage and from other nodes."""
+    """One epoch on all nodes: items asked for and found, in any cache; bytes by where they came from."""
 
     accesses: int
     hits: int
     storage_bytes: int
     remote_bytes: int
+    disk_bytes: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -31,6 +32,7 @@ class Outcome:
     policy: str
     capacity: int
     epochs: list[Epoch]
+    disk: int = 0  # bytes of a second tier on each node
 
     @property
     def steady(self) -> Sequence[Epoch]:
@@ -52,30 +54,42 @@ class Outcome:
         """Read from other nodes' caches in a steady epoch."""
         return sum(e.remote_bytes for e in self.steady) / len(self.steady)
 
+    @property
+    def disk_bytes(self) -> float:
+        """Read from local disks in a steady epoch."""
+        return sum(e.disk_bytes for e in self.steady) / len(self.steady)
 
-def run(trace: Trace, policy: str, capacity: int, nodes: int = 1, *, partitioned: bool = False) -> Outcome:
+
+def run(
+    trace: Trace, policy: str, capacity: int, nodes: int = 1, *, partitioned: bool = False, disk: int = 0
+) -> Outcome:
     """Go through `trace` with a cache of `capacity` bytes on each of `nodes`, which share every epoch's items.
 
     With `partitioned` each item has one node that may cache it and that the others ask for it; else every node caches
-    what it reads itself.
+    what it reads itself. `disk`: bytes of a second tier on each node, which only minio has.
     """
     where = [
         [(item, item % nodes if partitioned else asker) for asker, item in _shared(order, nodes)]
         for order in trace.epochs
     ]
     asked = [[item for order in where for item, node in order if node == at] for at in range(nodes)]
-    caches = [make(policy, capacity, own) for own in asked]
+    caches = [make(policy, capacity, own, disk) for own in asked]
     epochs = []
     for order, places in zip(trace.epochs, where, strict=True):
         hits = storage = remote = 0
+        before = _from_disk(caches)
         for (asker, _), (item, node) in zip(_shared(order, nodes), places, strict=True):
             if caches[node].access(item, trace.sizes[item]):
                 hits += 1
                 remote += trace.sizes[item] if node != asker else 0
             else:
                 storage += trace.sizes[item]
-        epochs.append(Epoch(len(order), hits, storage, remote))
-    return Outcome(policy, capacity, epochs)
+        epochs.append(Epoch(len(order), hits, storage, remote, _from_disk(caches) - before))
+    return Outcome(policy, capacity, epochs, disk)
+
+
+def _from_disk(caches: Sequence[Policy]) -> int:
+    return sum(cache.disk_bytes for cache in caches if isinstance(cache, TwoTiers))
 
 
 def _shared(order: Sequence[int], nodes: int) -> list[tuple[int, int]]:
