@@ -95,6 +95,7 @@ class Store:
         self._space = Space()
         self._erased: list[tuple[int, int]] = []  # units of rows that were erased, maybe not durably
         self._names_end, self._names_room = 0, os.fstat(self._names_fd).st_size
+        self._promised_names = self._promised_rows = 0  # bytes, and how many, for which room was taken
         self._names: OrderedDict[bytes, int] = OrderedDict()
 
     def _begin(self, identity: bytes) -> int:
@@ -159,8 +160,12 @@ class Store:
         return self._beside + sum(os.fstat(fd).st_blocks for fd in self._fds) * 512
 
     def take(self, block: Block) -> int | None:
-        """Take room for a block: its first unit; None if there is none. Raises OSError if the file system has none."""
-        if not self._grow_names(block.path) or not self._grow_index():
+        """Take room for a block: its first unit; None if there is none. Raises OSError if the file system has none.
+
+        All that is taken is for the next call of `add`.
+        """
+        name = len(layout.pack_name(block.path))
+        if not self._grow_names(self._promised_names + name) or not self._grow_index(self._promised_rows + 1):
             return None
         units = layout.units_of(block.length)
         first = self._space.take(units)
@@ -169,6 +174,8 @@ class Store:
             first = self._space.take(units)
         if first is None and self._grow_data():
             first = self._space.take(units)
+        if first is not None:
+            self._promised_names, self._promised_rows = self._promised_names + name, self._promised_rows + 1
         return first
 
     def settle(self) -> None:
@@ -178,26 +185,26 @@ class Store:
             self._space.give(first, units)
         self._erased.clear()
 
-    def _grow_names(self, path: bytes) -> bool:
-        needed = self._names_end + len(layout.pack_name(path)) - self._names_room
+    def _grow_names(self, length: int) -> bool:
+        """See to it that there is room for so many more bytes of names; whether there is."""
+        needed = self._names_end + length - self._names_room
         if needed > 0 and self._grow(self._names_fd, -(-needed // _SMALL_PIECE) * _SMALL_PIECE):
             self._names_room = os.fstat(self._names_fd).st_size
-            needed = self._names_end + len(layout.pack_name(path)) - self._names_room
-        return needed <= 0
+        return self._names_end + length <= self._names_room
 
-    def _grow_index(self, rows: int = 1) -> bool:
-        """See to it that there is room for as many more rows; whether there is any."""
+    def _grow_index(self, rows: int) -> bool:
+        """See to it that there is room for as many more rows; whether there is."""
         needed = self.index.missing(rows)
         if needed and self._grow(self._index_fd, -(-needed * ROW // _SMALL_PIECE) * _SMALL_PIECE):
             self.index.room = (os.fstat(self._index_fd).st_size - HEADER) // ROW
-        return not self.index.missing(1)
+        return not self.index.missing(rows)
 
     def _grow_data(self) -> bool:
         """Have the data grow by a piece, and the index by as many rows as that will take; False if there is no room."""
         piece = min(_LARGEST_PIECE, max(_LEAST_PIECE, self.size // _PIECES // UNIT * UNIT))
         piece = min(piece, max(0, self.size - self.taken - _SPARE))
         average = max(UNIT, self.bytes // len(self.index)) if len(self.index) else _EXPECTED
-        self._grow_index(piece // average)
+        self._grow_index(self._promised_rows + piece // average)
         before = os.fstat(self.data).st_size // UNIT
         if not self._grow(self.data, piece):
             return False
@@ -238,6 +245,7 @@ class Store:
         A block of another version of the same file gives way. If OSError is raised none of them may be there, and
         their room is lost until the store is opened again.
         """
+        self._promised_names = self._promised_rows = 0
         before = self._names_end
         rows = [(block, _row(block, self._name(block), first)) for first, block in blocks]
         for start, parts in _runs(blocks):

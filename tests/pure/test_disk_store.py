@@ -160,6 +160,31 @@ def test_all_of_the_size_is_used(directory: Path) -> None:
     store.close()
 
 
+def test_many_blocks_with_long_names_are_kept_together(directory: Path) -> None:
+    """More rows and names than a piece of their files has room for, in one batch; again and again until all is full."""
+    store = opened(directory, 24 * MIB)
+    store.take_stock()
+    held = 0
+    for batch in range(8):
+        blocks = [
+            block_of(b"%d" % n + b"n" * 400, Version(3000, 0, n), 0) for n in range(batch * 1200, batch * 1200 + 1200)
+        ]
+        kept = add(store, *blocks)
+        held += len(kept)
+        assert len(store.index) == held
+        assert store.taken <= 24 * MIB
+        for block in kept[::100]:
+            assert got(store, *block[:3]) == content(*block[:3])
+    assert held < 9600
+    assert store.bytes > 0.85 * (24 * MIB / (4096 + 64 + 404)) * 3000
+    store.close()
+    again = opened(directory, 24 * MIB)
+    stock = again.take_stock()
+    assert (stock.rows, stock.bad_rows) == (held, 0)
+    assert all(again.name(found.row) is not None for found in again.all())
+    again.close()
+
+
 def filled(directory: Path, seed: int) -> dict[bytes, Version]:
     """A store with some files of several sizes; their versions."""
     store, rng = opened(directory, 16 * MIB), random.Random(seed)
