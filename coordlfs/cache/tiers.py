@@ -15,6 +15,8 @@ from typing import Generic, Protocol, TypeVar
 
 from coordlfs.cache.minio import State
 
+_MOST = 256  # copies that give way for one block: of pages that are scattered, more would not do either
+
 Block = TypeVar("Block", contravariant=True)
 
 
@@ -60,10 +62,12 @@ class Tiers(Generic[Block]):
 
     def place(self, item: int, block: Block) -> int | None:
         """Take room for a block of an item that was read from the source; None if it is not to be kept."""
-        while (place := self._disk.take(block)) is None:
+        for _ in range(_MOST):
+            if (place := self._disk.take(block)) is not None:
+                return place
             if self._memory.state(item) is not State.ABSENT or not self._give_way():
                 return None
-        return place
+        return None
 
     def _give_way(self) -> bool:
         """Give back the room that a copy takes; False if there is none."""

@@ -96,6 +96,8 @@ class Store:
         self._erased: list[tuple[int, int]] = []  # units of rows that were erased, maybe not durably
         self._names_end, self._names_room = 0, os.fstat(self._names_fd).st_size
         self._promised_names = self._promised_rows = 0  # bytes, and how many, for which room was taken
+        self._are_names_new = False
+        self._free_names: dict[int, list[int]] = {}  # by length, places of names of files that are here no more
         self._names: OrderedDict[bytes, int] = OrderedDict()
 
     def _begin(self, identity: bytes) -> int:
@@ -164,7 +166,7 @@ class Store:
 
         All that is taken is for the next call of `add`.
         """
-        name = len(layout.pack_name(block.path))
+        name = 0 if self._has_name(block) else len(layout.pack_name(block.path))
         if not self._grow_names(self._promised_names + name) or not self._grow_index(self._promised_rows + 1):
             return None
         units = layout.units_of(block.length)
@@ -185,6 +187,13 @@ class Store:
             self._space.give(first, units)
         self._erased.clear()
 
+    def _has_name(self, block: Block) -> bool:
+        """Whether the name of a block's file is there, or can be written to where one is that nobody needs any more."""
+        length = len(layout.pack_name(block.path))
+        if block.path in self._names or len(self._free_names.get(length, ())) > self._promised_rows:
+            return True
+        return self.index.find(block.path, block.block) is not None
+
     def _grow_names(self, length: int) -> bool:
         """See to it that there is room for so many more bytes of names; whether there is."""
         needed = self._names_end + length - self._names_room
@@ -204,7 +213,11 @@ class Store:
         piece = min(_LARGEST_PIECE, max(_LEAST_PIECE, self.size // _PIECES // UNIT * UNIT))
         piece = min(piece, max(0, self.size - self.taken - _SPARE))
         average = max(UNIT, self.bytes // len(self.index)) if len(self.index) else _EXPECTED
-        self._grow_index(self._promised_rows + piece // average)
+        rows = piece // average
+        self._grow_index(self._promised_rows + rows)
+        if len(self.index):
+            self._grow_names(self._promised_names + rows * -(-self._names_end // len(self.index)))
+        piece = min(piece, max(0, self.size - self.taken - _SPARE))
         before = os.fstat(self.data).st_size // UNIT
         if not self._grow(self.data, piece):
             return False
@@ -246,12 +259,12 @@ class Store:
         their room is lost until the store is opened again.
         """
         self._promised_names = self._promised_rows = 0
-        before = self._names_end
         rows = [(block, _row(block, self._name(block), first)) for first, block in blocks]
         for start, parts in _runs(blocks):
             self._write(start, parts)
-        if self._names_end > before:
+        if self._are_names_new:
             os.fdatasync(self._names_fd)
+            self._are_names_new = False
         os.fdatasync(self.data)
         for block, row in rows:
             found = self.index.find(block.path, block.block)
@@ -277,10 +290,14 @@ class Store:
             known = found[1].name  # of an earlier version
         if known is None:
             raw = layout.pack_name(block.path)
-            if self._names_end + len(raw) > self._names_room:
+            if free := self._free_names.get(len(raw)):
+                known = free.pop()
+            elif self._names_end + len(raw) > self._names_room:
                 raise OSError(errno.ENOSPC, "no room for a name")
-            known, self._names_end = self._names_end, self._names_end + len(raw)
+            else:
+                known, self._names_end = self._names_end, self._names_end + len(raw)
             os.pwrite(self._names_fd, raw, known)
+            self._are_names_new = True
         self._names[block.path] = known
         if len(self._names) > _REMEMBERED:
             self._names.popitem(last=False)
@@ -304,11 +321,19 @@ class Store:
     def clear(self) -> None:
         """Remove everything."""
         for found in self.all():
-            self._erase(*found)
+            self.index.erase(found.number)
+            self._released(found.row)
+        self._names.clear()
+        self._free_names.clear()
+        self._names_end = 0
 
     def _erase(self, number: int, row: Row) -> None:
         self.index.erase(number)
         self._released(row)
+        path = self.name(row) if row.version.size <= BLOCK else None  # of larger files others may need it
+        if path is not None:
+            self._names.pop(path, None)
+            self._free_names.setdefault(len(layout.pack_name(path)), []).append(row.name)
 
     def _released(self, row: Row) -> None:
         self._erased.append((row.unit, row.units))
