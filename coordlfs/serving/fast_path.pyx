@@ -89,8 +89,8 @@ cdef enum:
     _HALF = 1 << 20
     _SLOTS = 64  # for READs that the disk works on
     _AT_ONCE = 8  # requests that may be refused before the GIL is taken again
-    _PLAIN_AT_ONCE = 256  # and answered on the plain path
-    _MOMENT = 2  # milliseconds
+    _PLAIN_AT_ONCE = 512  # and answered on the plain path
+    _MOMENT = 10  # milliseconds
     _RESTS = 32  # READs that are left to the others after one that went wrong here: more of those will come
 
 
@@ -241,7 +241,7 @@ cdef class FastPath:
     cdef readonly bint answers_reads
     cdef public int is_watched
     cdef int _watch
-    cdef bint _answers_names
+    cdef bint _answers_names, _answers_plainly
     cdef int _rests, _turn
     cdef Records _records
     cdef PlainPath _plain
@@ -261,21 +261,23 @@ cdef class FastPath:
         self._tier = reader.tier
         self.fd, self._disk, self._n_free, self._begun = -1, 0, 0, waits.disk
         self._begun.extend([None] * _SLOTS)
-        if self.answers_reads and not set_up(_SLOTS, &self._disk):
+        self._answers_plainly = reader.sharing is None and (self.answers_reads or self._tier is not None)
+        if self._answers_plainly:
             self.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if self.fd >= 0:
+        if self.answers_reads and self.fd >= 0 and not set_up(_SLOTS, &self._disk):
             self._memory = pages.buffer(_SLOTS * fuse.MAX_READ)
             self._slots_memory = self._memory
             for slot in range(_SLOTS):
                 self._give_slot(slot)
         self._plain = PlainPath(device, records, reader, read_anew, self.fd)
+        self._plain.reads_source = self.answers_reads
         waits.is_reading = self._plain.is_reading
         if self._tier is not None and not self._plain.is_possible:
             self.answers_reads = False  # what is on disk would not be found
 
     def leave_to_others(self):
         """Begin nothing any more: what is looked at with the GIL held may wait for a file system that asks others."""
-        self._answers_names = self.answers_reads = False
+        self._answers_names = self.answers_reads = self._plain.reads_source = False
 
     # -- READs that the disk works on, as the data loop asks for them -----------------------------------------------
 
@@ -401,7 +403,7 @@ cdef class FastPath:
         """A thread has something else to do, which may take its time."""
         cdef uint64_t one = 1
         end_turn(&self._turn)
-        if (self._n_free < _SLOTS and self.fd >= 0 and has_ended(self._disk)) or self._plain.has_ended():
+        if (self._disk and self._n_free < _SLOTS and has_ended(self._disk)) or self._plain.has_ended():
             write(self.fd, &one, sizeof(one))  # for others to hear
 
     cdef int _update(self, Requests requests) except -1:
@@ -505,7 +507,7 @@ cdef class FastPath:
     cdef bint _is_plain(self, const fuse_in_header *header, ssize_t length, Requests requests) noexcept nogil:
         """Whether a request is answered on the plain path, or is about to be."""
         cdef int i
-        if length != _READ_SIZE or header.len != length or header.opcode != FUSE_READ or not self.answers_reads:
+        if length != _READ_SIZE or header.len != length or header.opcode != FUSE_READ or not self._answers_plainly:
             return False
         for i in range(requests._n_keeper_threads):
             if header.pid == requests._keeper_threads[i]:
@@ -569,7 +571,7 @@ cdef class FastPath:
     cdef bint _look_at_disk(self, Requests requests) noexcept nogil:
         """Whether the disk has read something."""
         cdef io_event event
-        if self._n_free == _SLOTS or self.fd < 0 or take_ended(self._disk, &event) != 1:
+        if not self._disk or self._n_free == _SLOTS or take_ended(self._disk, &event) != 1:
             return False
         cdef Found *found = &requests._found
         cdef int fd = self._fds[event.data]

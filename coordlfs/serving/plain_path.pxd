@@ -51,6 +51,7 @@ cdef class Seen:
 
 cdef class PlainPath:
     cdef readonly bint is_possible, has_tier
+    cdef bint reads_source
     cdef int _device, _root, _data, _index, _events
     cdef uint64_t _seed
     cdef uint64_t (*_hash)(const void *, size_t, uint64_t) noexcept nogil

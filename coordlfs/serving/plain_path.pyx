@@ -107,7 +107,7 @@ cdef class PlainPath:
         self._counts, self._marks = reader.counters.words, reader.ends.marks
         self._read_anew, self._events = read_anew, events
         self._tier = reader.tier
-        self.has_tier = self._tier is not None
+        self.has_tier, self.reads_source = self._tier is not None, False
         self._is_plain, self._free, self._disk = False, 0, 0
         address = _address_of_hash() if self.has_tier else 0
         cdef uint64_t pointer = address
@@ -251,7 +251,7 @@ cdef class PlainPath:
             if place == STORED:
                 flight.is_stored = True
                 return self._begin(&flight, self._data)
-        if place == UNKNOWN or self._keeps:
+        if place == UNKNOWN or self._keeps or not self.reads_source:
             return False
         return self._take_of_source(&text[path], &flight, into, tally)
 

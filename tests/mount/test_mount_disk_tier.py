@@ -460,6 +460,22 @@ def test_a_disk_that_fails_to_write_stops_the_disk_cache_and_nothing_else(
         mounted.end()
 
 
+def test_a_source_that_may_hang_is_not_asked_for_what_is_on_disk(
+    in_memory: Path, mount: MakeMount, cache: Path
+) -> None:
+    """As one on a network: what has no block device of its own."""
+    names = write_files(in_memory, FILES, SIZE)
+    mounted = mount(in_memory, "0", "--disk-cache", cache, "--disk-size", "24M")
+    for seed in range(2):
+        epoch(mounted, names, seed)
+    before = mounted.stats()
+    assert epoch(mounted, names, 2) == 0
+    after = mounted.stats()
+    assert after["disk"]["reads"] - before["disk"]["reads"] == FILES
+    assert after["epoch"]["disk_items"] == FILES
+    mounted.end()
+
+
 def test_a_file_system_in_memory_works_as_well(source: Path, in_memory: Path, mount: MakeMount) -> None:
     """And one on which rows cannot be asked for without waiting."""
     names = write_files(source, FILES, SIZE)

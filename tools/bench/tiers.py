@@ -29,6 +29,7 @@ from coordlfs_tools.lab.mounts import Mount
 _SHARES = (0.20, 0.30), (0.35, 0.35), (0.10, 0.90), (0.50, 0.50)  # of the dataset: memory, disk
 _READERS = 8
 _FILES = 8_000
+_UNTIL_STEADY = 10  # epochs, at most
 _EPOCHS = 2  # that are measured, after the first
 _JOB_MEMORY, _QUICK_JOB_MEMORY = 150_000_000, 24_000_000  # bytes
 _ROUNDS = 3
@@ -91,6 +92,17 @@ def _places(mount: Mount, data: Images) -> _Places:
     return _Places(found["pinned"], found["disk"], found["no"])
 
 
+def _fill(mount: Mount, read: Callable[[int], object]) -> dict[str, Any]:
+    """Read all of it until an epoch adds nothing to the disk, which may not keep up with a fast source; the figures."""
+    figures = _settled(mount)
+    for seed in range(_UNTIL_STEADY):
+        read(seed)
+        before, figures = figures, _settled(mount)
+        if seed and figures["disk"]["written_bytes"] == before["disk"]["written_bytes"]:
+            break
+    return figures
+
+
 def _law(context: Context, data: Images, memory: float, disk: float) -> Iterator[Figure]:
     of_source: list[float] = []
     of_disk: list[float] = []
@@ -106,11 +118,8 @@ def _law(context: Context, data: Images, memory: float, disk: float) -> Iterator
             options=_options(directory, data.allocated * disk * _OVERHEAD),
         ) as mount,
     ):
-        reader.read(mount.point, data.paths, _READERS, 0, job)
-        before = _settled(mount)
-        reader.read(mount.point, data.paths, _READERS, 1, job)  # what came first may have kept others out
-        before = _settled(mount)
-        for seed in range(2, 2 + context.rounds(_EPOCHS)):
+        before = _fill(mount, lambda seed: reader.read(mount.point, data.paths, _READERS, seed, job))
+        for seed in range(_UNTIL_STEADY, _UNTIL_STEADY + context.rounds(_EPOCHS)):
             places, counted = _places(mount, data), servers.disk_bytes()
             reader.read(mount.point, data.paths, _READERS, seed, job)
             after = _settled(mount)
