@@ -12,7 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from coordlfs.commands import buckets
-from coordlfs.commands.doctor import Check, State
+from coordlfs.commands.check import Check, State
 from coordlfs.errors import UserError
 from coordlfs.sources.address import Address, Options
 
