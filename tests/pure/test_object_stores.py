@@ -22,6 +22,7 @@ from moto.server import ThreadedMotoServer
 from coordlfs.kernel import pages
 from coordlfs.sources.address import Address, Options
 from coordlfs.sources.contract import Part
+from coordlfs.sources.objects.profiles import Profile
 from coordlfs.sources.objects.source import ObjectSource
 
 MIB = 1 << 20
@@ -90,6 +91,22 @@ def test_a_bucket_of_s3(endpoint: str, client: Any) -> None:
     client.delete_object(Bucket="set", Key="a")
     with pytest.raises(FileNotFoundError):
         source.lstat(b"a")
+
+
+def test_keys_of_a_profile(client: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    client.put_object(Bucket="set", Key="f", Body=b"f")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws/credentials").write_text("[job]\naws_access_key_id = AKID\naws_secret_access_key = a%b\n")
+    (tmp_path / ".aws/config").write_text("[profile job]\nregion = eu-central-1\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_PROFILE", "job")
+    profile = Profile()
+    assert (profile.has_keys, profile.region, profile()["secret_access_key"]) == (True, "eu-central-1", "a%b")
+    assert read(open_bucket(endpoint), b"f") == b"f"
+    monkeypatch.setenv("AWS_PROFILE", "none")
+    assert not Profile().has_keys
 
 
 def test_a_bucket_that_is_not_there(endpoint: str, client: Any) -> None:

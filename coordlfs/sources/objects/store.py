@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import random
 import threading
 import time
@@ -26,6 +27,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 from coordlfs.sources.address import Address, Options
 from coordlfs.sources.objects.failures import Failure, Meaning, failure
 from coordlfs.sources.objects.names import Entry, Found, bare
+from coordlfs.sources.objects.profiles import Profile
 from coordlfs.sources.objects.window import Window
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ TRIED_FOR = 30.0  # seconds after which what fails is not tried again
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # between attempts, of which each waits a random part
 _CONNECTS_WITHIN = 5.0  # seconds
 _LASTS_AT_MOST = 300.0  # seconds, of a request that brings bytes all the time
+_KEYS = frozenset({"AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"})
+_REGIONS = frozenset({"AWS_REGION", "AWS_DEFAULT_REGION"})
 _AGAIN = frozenset({Meaning.THROTTLED, Meaning.PASSING, Meaning.CREDENTIALS})
 _DENIED = frozenset({Meaning.DENIED, Meaning.CREDENTIALS})
 
@@ -85,8 +89,13 @@ def _opened(address: Address, options: Options) -> S3Store | GCSStore | AzureSto
         return GCSStore(address.bucket, **config, **common)
     if address.scheme == "az":
         return AzureStore(address.bucket, **config, **common)
+    profile = Profile()
+    if not options.anonymous and not _KEYS & os.environ.keys() and profile.has_keys:
+        common["credential_provider"] = profile
     if options.region is not None:
         config["region"] = options.region
+    elif not _REGIONS & os.environ.keys() and profile.region is not None:
+        config["region"] = profile.region
     if options.requester_pays:
         config["request_payer"] = True
     if options.path_style is not None:
