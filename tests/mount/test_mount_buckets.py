@@ -282,7 +282,7 @@ def _free_port() -> int:
         ("s3://bucket/set", ["endpoint=http://127.0.0.1:{free}"], "does not answer at http"),
         ("s3://bucket/set", ["endpoint=http://host.invalid"], "does not answer at http"),
         ("s3://bucket/denied", [], "may not be listed with these credentials (status 403"),
-        ("s3://bucket/bad", [], "'bad//x' cannot be named"),
+        ("s3://bucket/bad", [], "a key at 'bad//' cannot be named"),
         ("ftp://bucket/set", [], "no kind of source"),
         ("s3://AKID:hunter@bucket/set", [], "credentials come from the environment"),
         ("s3://bucket/set", ["secret_access_key=hunter"], "every user can read a command line"),

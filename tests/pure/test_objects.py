@@ -335,6 +335,7 @@ def test_a_key_that_obstore_refuses_is_named(bucket: Bucket, key: str) -> None:
         bucket.put("d/" + good, b"")
     bucket.put("d/" + key, b"")
     source = open_bucket(bucket)
+    assert not source.is_empty()
     assert source.listing(b"").names == [b"s", b"t"]
     assert source.listing(b"t").names == [b"b"]
     with pytest.raises(OSError, match="rename it") as caught:

@@ -55,7 +55,7 @@ def meaning_of(kind: str, text: str) -> Failure:
     said = " ".join(filter(None, (f"status {status}" if status else None, code)))
     if kind == "InvalidPathError":
         key = found[1][:200] if (found := _BAD_KEY.search(text)) else "?"
-        return Failure(Meaning.BAD_KEY, f"the key {key!r} cannot be named, and hides those beside it: rename it")
+        return Failure(Meaning.BAD_KEY, f"a key at {key!r} cannot be named, and hides those beside it: rename it")
     if code == "NoSuchBucket" or "ContainerNotFound" in text:
         return Failure(Meaning.NO_BUCKET, said)
     if code in _EXPIRED or any(sign in text for sign in _ASKS_FOR_CREDENTIALS):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
@@ -102,8 +102,8 @@ class Directory:
 class Found(NamedTuple):
     """What a store listed of one directory: keys with all that they begin with."""
 
-    prefixes: Iterable[str]
-    objects: Iterable[tuple[str, Entry]]
+    prefixes: Sequence[str]
+    objects: Sequence[tuple[str, Entry]]
 
 
 def shown(prefix: str, found: Found) -> tuple[dict[bytes, Entry], int]:

@@ -132,7 +132,13 @@ class Store:
         def ask() -> bool:
             return next(iter(obstore.list(self._store, prefix or None, chunk_size=1)), None) is not None
 
-        return self._persistently("list", prefix, ask)
+        try:
+            return self._persistently("list", prefix, ask)
+        except StoreError as e:
+            if e.failure.meaning is not Meaning.BAD_KEY:
+                raise
+        found = self.list_below(prefix)  # the key may lie deeper, and hide nothing here
+        return bool(found.objects or found.prefixes)
 
     def get(self, key: str, entry: Entry, first: int, end: int) -> memoryview:
         """The bytes of an object from `first` to before `end`. Raises OSError; ChangedError if it is not `entry`."""
