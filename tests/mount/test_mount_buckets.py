@@ -335,3 +335,18 @@ def test_doctor_says_of_a_bucket_what_a_request_takes(bucket: Bucket) -> None:
     assert "give these credentials the right to get objects" in said
     said = " ".join(coordlfs("doctor", "s3://none/set", *options(bucket), status=1).stdout.split())
     assert "does not exist at" in said
+
+
+def test_what_is_on_disk_is_not_fetched_again_after_a_remount(bucket: Bucket, mount: MakeMount, source: Path) -> None:
+    files = fill(bucket, 40)
+    words = [*options(bucket), "--disk-cache", source, "--disk-size", "64M"]
+    first = mount("s3://bucket/set", "1M", *words)
+    for name, data in files.items():
+        assert read(first.path / name) == data
+    eventually(lambda: first.stats()["disk"]["held_blocks"] == len(files))
+    first.end()
+    gets = bucket.count("GET")
+    second = mount("s3://bucket/set", "1M", *words)
+    for name, data in files.items():
+        assert read(second.path / name) == data
+    assert bucket.count("GET") == gets == len(files)
