@@ -51,6 +51,9 @@ log = logging.getLogger(__name__)
 # processor for each while the job has another, or they are mostly without it, as on the fast path.
 _RUNNING = 1 if len(os.sched_getaffinity(0)) <= 2 else 2
 _RUNNING_ON_FAST_PATH = 2
+_RUNNING_WITH_TIER = (
+    4  # hits of which take no GIL: 1.08 of bindfs's files/s with four, and 0.73 with two (2 processors)
+)
 _DISK_READS = 64  # under way; more of them are blocking calls
 # Threads that are woken up for what other nodes and keepers answer; the others look for it every so many seconds. The
 # kernel allows for 500 ways to wake somebody, and those of servers that cannot end, since the source hangs, count too.
@@ -160,6 +163,8 @@ class DataLoop:
         self._requests: list[Requests] = []  # of the threads
         is_fast = self._fast_path.answers_reads and reader.admission.hits_ask_nobody
         self._running = _RUNNING_ON_FAST_PATH if is_fast else _RUNNING
+        if reader.tier is not None:
+            self._running = _RUNNING_WITH_TIER if is_fast else _RUNNING_ON_FAST_PATH
         self._begun: dict[int, tuple[int, Begun, Wait]] = {}  # READs that the disk works on, by slot
         # What to call when a descriptor is readable: READs that nobody waits for can be answered, or a keeper has.
         self._finishers: dict[int, Callable[[], None]] = {

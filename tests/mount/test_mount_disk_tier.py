@@ -74,7 +74,8 @@ def test_a_steady_epoch_reads_what_fits_into_neither(
     size = disk * ROOM + MIB // 2
     mounted = mount(source, str(memory * ROOM), "--disk-cache", cache, "--disk-size", size)
     assert epoch(mounted, names, 0) == FILES * SIZE
-    for seed in (1, 2):
+    epoch(mounted, names, 1)  # what came while its copies were on their way into memory finds room now
+    for seed in (2, 3):
         before = mounted.stats()
         read_of_source = epoch(mounted, names, seed)
         figures = mounted.stats()
