@@ -208,6 +208,8 @@ class Catalog:
         """The record that a directory's entry leads to; None if none is known, or its file has several names."""
         directory, seed = self.directory_path(parent), 0
         path = directory + b"/" + name if directory else name
+        if (later := self._latest.get(path)) is not None and not self.flags(later) & SUPERSEDED:
+            return later
         while (record := self.find(max(_node(path, seed) & self.id_mask, 2))) is not None:
             if not self.flags(record) & (LINKED | SUPERSEDED) and self.entry(record) == (parent, name):
                 return record

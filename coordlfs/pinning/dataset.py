@@ -188,11 +188,14 @@ class Dataset:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _lose(self, parent: int, name: bytes) -> None:
-        """A name leads to no file that is to be pinned, or to another one."""
+        """A name leads to nothing that is to be pinned."""
         record = self.record_at(parent, name)
         self._linked.pop((parent, name), None)
-        if record is None:
-            return
+        if record is not None:
+            self._part(record, parent, name)
+
+    def _part(self, record: int, parent: int, name: bytes) -> None:
+        """A name does not lead to the file of a record any more; another name may."""
         is_linked = self._catalog.flags(record) & LINKED
         if not is_linked or (self._catalog.entry(record) == (parent, name) and not self.use_other_name(record)):
             self.vanished(record)
@@ -213,8 +216,9 @@ class Dataset:
                 self.vanished(before)
             self._catalog.settle_entry(parent, name, st)
             record, has_changed, _ = self._catalog.enter(parent, name, st)
-            if before not in (None, record):  # it goes by its name now and went by its inode before, or vice versa
-                self._lose(parent, name)
+            if before is not None and before != record:  # another kind, or it went by its inode and not by its name
+                self._linked.pop((parent, name), None)
+                self._part(before, parent, name)
             if stat.S_ISREG(st.st_mode):
                 if self._catalog.flags(record) & LINKED:
                     self._linked[parent, name] = record

@@ -218,7 +218,7 @@ def test_what_jobs_read_meanwhile_is_not_read_again(source: Path, place: Path) -
         subprocess.run(command, preexec_fn=enter, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE)
         pinned = Pinned(source, log)
         try:
-            read_in(None, *paths)
+            read_in(None, *reversed(paths))  # from the other end
             figures = pinned.full()
         finally:
             pinned.end()
