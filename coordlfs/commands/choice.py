@@ -7,7 +7,7 @@ from __future__ import annotations
 
 FITS = (
     "`coordlfs pin` is for data on this machine or on NFS, with memory to spare; `coordlfs mount` for caches that nodes"
-    " share, data in object stores, hints, private memory, and epochs that are counted"
+    " share, a second tier on a disk, data in object stores, hints, private memory, and epochs that are counted"
 )
 
 
