@@ -273,8 +273,8 @@ def mount(
                 print(f"{shown(source)} is mounted on {shown(mountpoint)} with {cache}", file=said, flush=True)
                 is_alone = not node and disk is None and kind is Residence.PAGE_CACHE
                 fits = is_alone and root is not None and fits_pin(mounts.fstype(root))
-                if fits and sys.stdout.isatty():
-                    print(f"`coordlfs pin {shown(source)}` would do without a mount: {FITS}")
+                if fits and said.isatty():
+                    print(f"`coordlfs pin {shown(source)}` would do without a mount: {FITS}", file=said)
                 if root is not None and numbering.are_made_up(mounts.fstype(root)):
                     print(f"coordlfs: {shown(source)} ({config['fstype']}) {numbering.TEXT}", file=sys.stderr)
                 if metrics is not None:

@@ -167,6 +167,9 @@ sys.exit(7)
     assert f"{source}: 1000.0 KiB of 8.0 MiB (12.2%) pinned" in done.stderr
     assert "is not pinned" in coordlfs("unpin", source, status=1).stderr
     assert not done.stdout
+    for option in ("--disk-cache", "--peers"):
+        refused = coordlfs("run", "--pin", source, option, source, "--", "true", status=2).stderr
+        assert refused == f"coordlfs: run --pin mounts nothing: leave out {option}\n"
 
 
 def test_metrics(source: Path, pin: MakePin) -> None:
