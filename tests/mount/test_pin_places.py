@@ -212,17 +212,19 @@ def test_what_jobs_read_meanwhile_is_not_read_again(source: Path, place: Path) -
     names = write_files(source, 100, SIZE)
     paths = [source / name for name in names]
     drop(*paths)
-    log = place / "log"
-    with cgroups.cgroup(disk_of(source), bytes_per_second=500_000) as slow:
+    log, disk_ = place / "log", disk_of(source)
+    with cgroups.cgroup(disk_, bytes_per_second=500_000) as slow, cgroups.cgroup(disk_) as fast:
         if slow.unified:
             pytest.skip("version 2 of cgroups has no group of a disk alone")
-        enter = Cgroup({"io": slow.directories["io"]}, False, slow.disk).enter
+        slow, fast = (Cgroup({"io": group.directories["io"]}, False, disk_) for group in (slow, fast))
         command = [*COORDLFS, "pin", str(source), "--cache-size", "64M", "--log-file", str(log)]
-        subprocess.run(command, preexec_fn=enter, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE)
+        subprocess.run(command, preexec_fn=slow.enter, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE)
         pinned = Pinned(source, log)
         try:
-            read_in(None, *reversed(paths))  # from the other end
-            figures = pinned.full()
+            read_in(fast.enter, *reversed(paths))  # from the other end
+            pinned.full()
+            assert len(held(pinned.keepers, source)) == 100
         finally:
             pinned.end()
-    assert figures["source"]["bytes"] < 60 * SIZE
+        assert fast.disk_bytes() > 10 * SIZE
+        assert slow.disk_bytes() + fast.disk_bytes() < 115 * SIZE  # and blocks of the directory
