@@ -22,6 +22,7 @@ def examine(*prefix: object, status: int = 0) -> dict[str, dict[str, Any]]:
     command = [*map(str, prefix), *COORDLFS, "doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == status, done.stdout + done.stderr
+    assert done.stdout, done.stderr
     report = json.loads(done.stdout)
     assert report["works"] is (status == 0)
     return {check["name"]: check for check in report["checks"]}
