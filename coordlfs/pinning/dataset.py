@@ -238,13 +238,14 @@ class Dataset:
         return bool(was)
 
     def _renew(self, record: int, st: os.stat_result) -> None:
-        before = self._catalog.version(record)
-        if before.size != st.st_size or before.inode != st.st_ino or self._source.is_remote:
+        before, now = self._catalog.version(record), Version.of(st)
+        if before[:3] != now[:3]:
+            # Though it is the same file: whatever truncates it, writes around the page cache or makes a hole takes
+            # pages away from under the locked mapping, which never has the new ones.
             self._let_go(record)
-        # Else it was written to in place: what is pinned are its own pages, whatever is in them.
         if before != _NOTHING:
             self._admission.counters.add("changed_files")
-        self._catalog.set_version(record, Version.of(st))
+        self._catalog.set_version(record, now)
 
     def _know(self, record: int) -> bool:
         """Count a file as part of the dataset; whether it was not yet."""

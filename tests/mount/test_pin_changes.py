@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from coordlfs_tools.lab import faulty_fs
-from mounts import MIB, PAGE, coordlfs, eventually, locked, noise, page_count, raises, read, write_files
+from mounts import MIB, PAGE, PATIENCE, coordlfs, eventually, locked, noise, page_count, raises, read, write_files
 from pins import MakePin, Pinned, drop, held, resident
 
 SIZE = 100_000
@@ -89,6 +92,43 @@ def test_a_file_that_is_written_to_in_place(pinned: Pinned) -> None:
     drop(pinned.directory / "item-00003")
     assert resident(pinned.directory / "item-00003") == PAGES
     assert read(pinned.directory / "item-00003")[:11] == b"other bytes"
+
+
+def _truncate_and_write(path: Path) -> None:
+    path.write_bytes(noise(SIZE, 1))
+
+
+def _write_around_the_page_cache(path: Path) -> None:
+    block = mmap.mmap(-1, 8 * PAGE)
+    block[:] = noise(8 * PAGE, 1)
+    fd = os.open(path, os.O_WRONLY | os.O_DIRECT)
+    try:
+        assert os.pwrite(fd, block, 0) == len(block)
+    finally:
+        os.close(fd)
+
+
+def _make_a_hole_and_fill_it(path: Path) -> None:
+    subprocess.run(["fallocate", "-p", "-o", "0", "-l", "40960", path], check=True, timeout=PATIENCE)
+    with path.open("r+b") as f:
+        f.write(noise(40_960, 1))
+
+
+@pytest.mark.parametrize("change", [_truncate_and_write, _write_around_the_page_cache, _make_a_hole_and_fill_it])
+def test_a_file_that_loses_its_pages_and_keeps_its_size(pinned: Pinned, change: Callable[[Path], None]) -> None:
+    paths = [pinned.directory / f"item-{number:05}" for number in range(10)]
+    for path in paths:
+        change(path)
+    wanted = [path.read_bytes() for path in paths]
+
+    def are_locked() -> bool:
+        pinned.full()
+        drop(*paths)
+        return all(resident(path) == PAGES for path in paths)
+
+    eventually(are_locked)
+    assert [read(path) for path in paths] == wanted
+    until_held(pinned, "item-00003", PAGES)
 
 
 def test_a_file_that_is_new(pinned: Pinned) -> None:
