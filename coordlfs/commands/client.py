@@ -74,11 +74,11 @@ class Connection:
             line = b""
         if not line:
             raise UserError(self._broken())
-        try:
-            reply: dict[str, Any] = json.loads(line)
-        except ValueError:
-            raise UserError(f"{self.place} answers what is no answer: is it coordlfs that listens there?") from None
-        return reply
+        with suppress(ValueError, RecursionError):
+            reply = json.loads(line)
+            if isinstance(reply, dict):
+                return reply
+        raise UserError(f"{self.place} answers what is no answer: is it coordlfs that listens there?")
 
     def _broken(self) -> str:
         return f"{self.place} broke off: it has ended, or is another user's; only root and who started it may do this"

@@ -33,7 +33,7 @@ from coordlfs.errors import UserError
 from coordlfs.kernel import limits, mounts, pages, paths, process
 from coordlfs.kernel.memory import memory
 from coordlfs.kernel.paths import shown
-from coordlfs.pinning.dataset import IN_MEMORY
+from coordlfs.pinning.dataset import IN_MEMORY, MADE_UP
 from coordlfs.processes import exporter
 from coordlfs.sources import layout
 from coordlfs.sources.directory import DirectorySource, lies_elsewhere
@@ -127,6 +127,8 @@ def _check_kind(directory: str, root: int, kind: bytes | None) -> None:
         raise UserError(
             f"{directory} is a mount of coordlfs, which keeps in memory what it caches: give it a larger --cache-size"
         )
+    if kind in MADE_UP:
+        raise UserError(f"{directory} holds no data: the kernel makes its files up ({os.fsdecode(kind)})")
     if kind in IN_MEMORY:
         raise UserError(f"{directory} is in memory already (it is {os.fsdecode(kind)}): there is nothing to pin")
     if kind is not None and kind.startswith(b"fuse") and not _keeps_pages(root):

@@ -21,7 +21,7 @@ from coordlfs.kernel import paths as kernel_paths
 from coordlfs.kernel import process
 
 _PREFIX = b"coordlfs-pin-"
-_ANSWER = 120.0  # seconds that a pinner may take
+_ANSWER, _ANSWER_UNASKED = 120.0, 5.0  # seconds that a pinner may take, and one that the user did not name
 
 
 def _name(directory: str, user: int) -> bytes:
@@ -42,9 +42,14 @@ def listen(directory: str) -> socket.socket:
         sock.bind(b"\0" + _name(directory, os.geteuid()))
     except OSError as e:
         sock.close()
-        if e.errno == errno.EADDRINUSE:
-            raise UserError(f"{directory} is pinned already: `coordlfs unpin {directory}` first") from None
-        raise
+        if e.errno != errno.EADDRINUSE:
+            raise
+        if find(directory) is None:  # anybody may give a socket that name
+            raise UserError(
+                f"{directory} cannot be pinned: a process that is no pinner of this user's has the name of its control"
+                f" socket, {os.fsdecode(_name(directory, os.geteuid()))}: `ss -xlp` shows which, end it"
+            ) from None
+        raise UserError(f"{directory} is pinned already: `coordlfs unpin {directory}` first") from None
     sock.listen(16)
     return sock
 
@@ -52,16 +57,18 @@ def listen(directory: str) -> socket.socket:
 class Pin(Connection):
     """A connection to a pinner that is root's or this user's; of root's, to anybody's. Raises OSError."""
 
-    def __init__(self, name: bytes, directory: str) -> None:
+    def __init__(self, name: bytes, directory: str, patience: float = _ANSWER) -> None:
+        """`patience`: seconds that each answer may take."""
         super().__init__(name, directory)
+        self._patience = patience
         if _user(name) != self.user or (self.user not in (0, os.geteuid()) and os.geteuid()):
             self.close()
             raise ConnectionRefusedError(errno.ECONNREFUSED, "it is another user's")
 
     def _await(self) -> None:
         """Wait for a reply. Who made the socket is gone, and while a pinner is replaced the next one answers."""
-        if not process.is_readable(self._sock.fileno(), _ANSWER):
-            raise UserError(f"{self.place} has not answered within {_ANSWER:.0f} s: see its log")
+        if not process.is_readable(self._sock.fileno(), self._patience):
+            raise UserError(f"{self.place} has not answered within {self._patience:.0f} s: see its log")
 
     def figures(self) -> dict[str, Any]:
         """The figures (docs/reference/status.md)."""
@@ -125,7 +132,7 @@ def everything() -> list[Callable[[], dict[str, Any]]]:
 
 def _figures(name: bytes) -> dict[str, Any]:
     try:
-        pin = Pin(name, "what is pinned")
+        pin = Pin(name, f"what user {_user(name)} pins", _ANSWER_UNASKED)
     except OSError as e:
         raise UserError(f"a directory that is pinned does not say more: {e.strerror}") from None
     try:

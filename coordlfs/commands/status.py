@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -230,7 +230,7 @@ def show(places: list[str], *, as_json: bool, watch: bool) -> None:
         console = Console()
         for ask in chosen:
             try:
-                console.print(table(ask()))
+                console.print(_table(ask()))
             except UserError as e:
                 if places:
                     raise
@@ -240,8 +240,25 @@ def show(places: list[str], *, as_json: bool, watch: bool) -> None:
 
     with Live(refresh_per_second=4) as live:
         while True:
-            live.update(Group(*map(table, _answers(chosen, named=bool(places)))))
+            live.update(Group(*_tables(_answers(chosen, named=bool(places)), named=bool(places))))
             time.sleep(_INTERVAL)
+
+
+def _table(figures: dict[str, Any]) -> Table:
+    """`table` of what somebody answered who may be no pinner, or one of another version. Raises UserError."""
+    try:
+        return table(figures)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise UserError("a control socket answers what are no figures: `ss -xlp` shows whose it is") from None
+
+
+def _tables(answers: Iterable[dict[str, Any]], *, named: bool) -> Iterator[Table]:
+    for figures in answers:
+        try:
+            yield _table(figures)
+        except UserError:
+            if named:
+                raise
 
 
 def _stats(place: str) -> dict[str, Any]:

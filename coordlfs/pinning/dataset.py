@@ -27,6 +27,11 @@ from coordlfs.sources.versions import Version, is_young
 log = logging.getLogger(__name__)
 
 IN_MEMORY = frozenset({b"tmpfs", b"ramfs", b"hugetlbfs", b"devtmpfs"})  # types of file systems that are memory already
+MADE_UP = frozenset(  # whose files are the kernel's words, or its devices' registers
+    b"proc sysfs cgroup cgroup2 debugfs tracefs configfs securityfs pstore efivarfs fusectl bpf devpts mqueue"
+    b" binfmt_misc nsfs selinuxfs smackfs rpc_pipefs nfsd".split()
+)
+_OURS = frozenset({b"fuse.coordlfs"})  # what these cache is in memory already
 _PLACED_AT_ONCE = 200_000  # files whose place on the disk is asked for before the first of them is pinned
 _LISTED_AT_ONCE = 1 << 16
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV})
@@ -205,7 +210,7 @@ class Dataset:
         directory = self._catalog.directory_path(parent)
         path = directory + b"/" + name if directory else name
         if stat.S_ISDIR(st.st_mode):
-            if not self._wanted.leads_to(path) or self._is_memory(st.st_dev):
+            if not self._wanted.leads_to(path) or self._is_left_out(st.st_dev):
                 return None
         elif not stat.S_ISREG(st.st_mode) or not self._wanted.covers(path):
             self._lose(parent, name)
@@ -260,6 +265,9 @@ class Dataset:
             self._admission.drop_file(record, size)
             self._admission.accounts.forget(record, size)
 
-    def _is_memory(self, device: int) -> bool:
-        """Whether a directory lies on another file system, which is memory."""
-        return device != self._device and any(m.device == device and m.fstype in IN_MEMORY for m in mounts.table())
+    def _is_left_out(self, device: int) -> bool:
+        """Whether a directory lies on another file system, of which nothing is to be pinned."""
+        if device == self._device:
+            return False
+        kinds = {mount.fstype for mount in mounts.table() if mount.device == device}
+        return bool(kinds & (IN_MEMORY | MADE_UP | _OURS))

@@ -162,6 +162,8 @@ def test_what_cannot_be_pinned_is_said(source: Path, in_memory: Path, place: Pat
     (source / "file").write_bytes(b"x")
     assert "is not a directory" in refused(source / "file")
     assert "is in memory already (it is tmpfs)" in refused(in_memory)
+    assert "the kernel makes its files up (proc)" in refused(Path("/proc"))
+    assert "the kernel makes its files up (sysfs)" in refused(Path("/sys/kernel"))
     assert "cannot be written" in refused(source, "--log-file", place / "absent" / "log")
     assert "does not lie in" in coordlfs("pin", source, place, status=2).stderr
     assert "does not exist" in refused(source, source / "absent")

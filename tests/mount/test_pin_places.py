@@ -6,6 +6,9 @@ import json
 import os
 import pty
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from coordlfs_tools.lab.machine import disk_of
 from mounts import (
     COORDLFS,
     MIB,
+    NOBODY,
     PAGE,
     PATIENCE,
     Cgroup,
@@ -97,6 +101,71 @@ def test_a_file_system_beneath_that_is_memory_is_left_out(source: Path, pin: Mak
         coordlfs("unpin", source)
     finally:
         unmount_lazily(source / "memory")
+
+
+def test_file_systems_beneath_that_hold_no_data_or_are_ours_are_left_out(
+    source: Path, pin: MakePin, mount: MakeMount, in_memory: Path
+) -> None:
+    write_files(source, 2, SIZE)
+    write_files(in_memory, 2, SIZE)
+    mounted = mount(in_memory)
+    for name in ("proc", "mounted"):
+        (source / name).mkdir()
+    subprocess.run(["mount", "-t", "proc", "none", source / "proc"], check=True)
+    subprocess.run(["mount", "--bind", mounted.path, source / "mounted"], check=True)
+    try:
+        assert pin(source).full()["dataset"]["items"] == 2
+        coordlfs("unpin", source)
+    finally:
+        for name in ("proc", "mounted"):
+            unmount_lazily(source / name)
+
+
+_LISTEN = """
+import socket, sys, time
+answer = sys.argv[2].encode()
+sock = socket.socket(socket.AF_UNIX)
+sock.bind(chr(0) + sys.argv[1])
+sock.listen()
+print(flush=True)
+while True:
+    asked, _ = sock.accept()
+    if not answer:
+        time.sleep(1000)
+    asked.sendall(answer + b"\\n")
+"""
+
+
+@contextmanager
+def _listening(name: str, answer: str) -> Iterator[None]:
+    """Another user listens where a pinner would, and answers so; not at all if that is empty."""
+    command = ["setpriv", f"--reuid={NOBODY}", "--clear-groups", sys.executable, "-c", _LISTEN, name, answer]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as listener:
+        assert listener.stdout is not None
+        assert listener.stdout.readline()
+        try:
+            yield
+        finally:
+            listener.kill()
+
+
+@pytest.mark.parametrize("answer", ["", "{}", "[1]", '{"mode": "pin"}', "[" * 100_000])
+def test_who_pretends_to_be_a_pinner_holds_up_no_status(source: Path, pin: MakePin, answer: str) -> None:
+    write_files(source, 2, SIZE)
+    pinned = pin(source)
+    with _listening(f"coordlfs-pin-{NOBODY}-1-{os.getpid():x}", answer):
+        said = coordlfs("status")
+    assert str(source) in said.stdout
+    assert "Traceback" not in said.stderr
+    assert pinned.full()["pinned_items"] == 2
+
+
+def test_who_takes_the_name_of_the_control_socket_is_found_out(source: Path) -> None:
+    st = source.stat()
+    with _listening(f"coordlfs-pin-0-{st.st_dev:x}-{st.st_ino:x}", ""):
+        said = coordlfs("pin", source, status=1).stderr
+    assert "cannot be pinned" in said
+    assert "ss -xlp" in said
 
 
 def test_a_mount_of_coordlfs(source: Path, mount: MakeMount) -> None:
