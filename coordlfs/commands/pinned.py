@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any
 
@@ -87,6 +87,16 @@ def find(directory: str) -> Pin | None:
             for name in _names():
                 if name.endswith(b"-" + place):
                     return Pin(name, real)
+    return None if os.path.lexists(real) else _by_name(real)
+
+
+def _by_name(directory: str) -> Pin | None:
+    """The pinner, of this user, of a directory that had this name when it was pinned, and was renamed."""
+    for name in _names():
+        if _user(name) == os.geteuid():
+            with suppress(OSError, UserError), closing(Pin(name, directory, _LISTED)) as pin:
+                if pin.figures()["source_path"] == directory:
+                    return Pin(name, directory)
     return None
 
 

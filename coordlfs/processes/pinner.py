@@ -7,6 +7,7 @@ it puts together.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import socket
 import sys
 import threading
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import trio
@@ -47,6 +49,7 @@ from coordlfs.sources.directory import DirectorySource
 log = logging.getLogger(__name__)
 
 _TICK = 0.5  # seconds
+_LOOK_EVERY = 2.0  # seconds between looks whether the directory is there still
 
 
 def serve(config: dict[str, Any]) -> None:
@@ -96,7 +99,7 @@ def serve(config: dict[str, Any]) -> None:
         if config["metrics"] is not None:
             exporter.serve(config["metrics"], stats.collect)
         control = ControlSocket(socket.socket(fileno=config["control"]), _verbs(stats, revalidation))
-        background = [memory_watch.run, filling.run, watching.run, control.run, tick]
+        background = [memory_watch.run, filling.run, watching.run, control.run, tick, partial(_end_with, source.root)]
         if config["revalidate"]:
             background.append(lambda: revalidation.run(config["revalidate"]))
         trio.run(_tasks, link, admission, background)
@@ -113,10 +116,30 @@ def _verbs(stats: PinStats, revalidation: Revalidation) -> dict[str, Verb]:
         return {"checked": checked, "changed": changed}
 
     async def end(request: dict[str, Any]) -> dict[str, Any]:
-        os.kill(os.getppid(), signal.SIGTERM)
+        _end()
         return {}
 
     return {"stats": figures, "refresh": refresh, "end": end}
+
+
+def _end() -> None:
+    """Have the supervisor end, and all with it."""
+    os.kill(os.getppid(), signal.SIGTERM)
+
+
+async def _end_with(root: int) -> None:
+    """Wait until a directory is removed, as nobody could name it to unpin it any more, and end."""
+    while await threads.run(partial(_is_linked, root), abandon_on_cancel=True):
+        await trio.sleep(_LOOK_EVERY)
+    log.info("the directory was removed: nothing stays pinned")
+    _end()
+
+
+def _is_linked(root: int) -> bool:
+    try:
+        return os.fstat(root).st_nlink > 0
+    except OSError as e:
+        return e.errno != errno.ESTALE
 
 
 async def _tasks(link: SupervisorLink, admission: PinAdmission, background: list[Any]) -> None:

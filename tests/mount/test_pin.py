@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -216,3 +217,28 @@ def test_keepers_end_with_their_supervisor(source: Path, pin: MakePin) -> None:
     os.kill(pinned.supervisor, signal.SIGKILL)
     eventually(lambda: not any(map(is_alive, pids)))
     assert "is not pinned" in coordlfs("unpin", source, status=1).stderr
+
+
+def test_it_ends_when_the_directory_is_removed(source: Path, pin: MakePin) -> None:
+    (directory := source / "data").mkdir()
+    write_files(directory, 2, SIZE)
+    pinned = pin(directory)
+    pinned.full()
+    pids = pinned.pids
+    shutil.rmtree(directory)
+    eventually(lambda: not any(map(is_alive, pids)))
+
+
+def test_a_directory_that_was_renamed_is_found_by_its_old_name(source: Path, pin: MakePin) -> None:
+    write_files(source, 2, SIZE)
+    pinned = pin(source)
+    pinned.full()
+    pids = pinned.pids
+    source.rename(renamed := source.with_name(f"{source.name}-renamed"))
+    try:
+        assert json.loads(coordlfs("status", "--json", renamed).stdout)["pinned_items"] == 2
+        assert json.loads(coordlfs("status", "--json", source).stdout)["pinned_items"] == 2
+        coordlfs("unpin", source)
+        assert not any(map(is_alive, pids))
+    finally:
+        renamed.rename(source)
