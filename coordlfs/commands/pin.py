@@ -16,6 +16,7 @@ from typing import Any
 
 from coordlfs import sizes
 from coordlfs.cache import residence
+from coordlfs.cache.items import CHUNK
 from coordlfs.commands import pinned
 from coordlfs.commands.client import relative
 from coordlfs.commands.mount import Options
@@ -106,12 +107,8 @@ def pin(
             file=said,
             flush=True,
         )
-        if most_of_all < capacity:
-            print(
-                f"coordlfs: a process may lock only {sizes.text(lockable or 0)}, so that no more than"
-                f" {sizes.text(most_of_all)} of {sizes.text(capacity)} are pinned: {residence.REMEDY}",
-                file=sys.stderr,
-            )
+        if limited := _limited(capacity, lockable):
+            print(f"coordlfs: {limited}", file=sys.stderr)
         if options.metrics is not None:
             print(f"metrics: {exporter.url(sockets[1])}", file=said, flush=True)
         return supervisor
@@ -119,6 +116,16 @@ def pin(
         os.close(root)
         for sock in sockets:
             sock.close()
+
+
+def _limited(capacity: int, lockable: int | None) -> str:
+    """What is not pinned because a process may lock only `lockable` bytes; empty if all can be."""
+    most_of_all, most = residence.pinnable(capacity, lockable)
+    less = [f"no more than {sizes.text(most_of_all)} of {sizes.text(capacity)} are pinned"] * (most_of_all < capacity)
+    less += [f"files and chunks above {sizes.text(most)} are left out"] * (most < CHUNK)
+    if not less:
+        return ""
+    return f"a process may lock only {sizes.text(lockable or 0)}, so that {', and '.join(less)}: {residence.REMEDY}"
 
 
 def _check_kind(directory: str, root: int, kind: bytes | None) -> None:

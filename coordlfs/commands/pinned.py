@@ -94,7 +94,7 @@ def _by_name(directory: str) -> Pin | None:
     """The pinner, of this user, of a directory that had this name when it was pinned, and was renamed."""
     for name in _names():
         if _user(name) == os.geteuid():
-            with suppress(OSError, UserError), closing(Pin(name, directory, _LISTED)) as pin:
+            with suppress(OSError, UserError), closing(Pin(name, directory, _ANSWER_UNASKED)) as pin:
                 if pin.figures()["source_path"] == directory:
                     return Pin(name, directory)
     return None

@@ -159,7 +159,10 @@ def test_an_ordinary_user_with_little_memory_to_lock(source: Path, place: Path, 
     user = replace(somebody, memlock=MIB)
     done = user.call("pin", source, "--cache-size", "64M", "--log-file", place / "log")
     assert done.stderr.count("\n") == 1
-    expected = r"coordlfs: a process may lock only 1\.0 MiB, so that no more than 6\.0 MiB .*ulimit -l"
+    expected = (
+        r"coordlfs: a process may lock only 1\.0 MiB, so that no more than 6\.0 MiB "
+        r".*above 256\.0 KiB are left out: .*ulimit -l"
+    )
     assert re.match(expected, done.stderr)
     pinned = Pinned(source, place / "log")
     try:
@@ -168,6 +171,22 @@ def test_an_ordinary_user_with_little_memory_to_lock(source: Path, place: Path, 
         assert locked(pinned.keepers) == figures["pinned_bytes"] <= 6 * MIB
         assert len(held(pinned.keepers, source)) == figures["pinned_items"]
         assert f"{source} pinned" in " ".join(user.call("status").stdout.split())
+        user.call("unpin", source)
+    finally:
+        pinned.end()
+
+
+def test_what_is_too_large_to_be_locked_is_said(source: Path, place: Path, somebody: User) -> None:
+    write_files(source, 2, SIZE)
+    (source / "large").write_bytes(bytes(3 * MIB))
+    os.chown(place, somebody.uid, somebody.gid)
+    user = replace(somebody, memlock=8 * MIB)
+    done = user.call("pin", source, "--cache-size", "16M", "--log-file", place / "log")
+    pinned = Pinned(source, place / "log")
+    try:
+        assert "so that files and chunks above 2.0 MiB are left out: `ulimit -l" in done.stderr
+        pinned.settle(lambda figures: figures["pinned_items"] == 2)
+        assert "large" not in held(pinned.keepers, source)
         user.call("unpin", source)
     finally:
         pinned.end()
