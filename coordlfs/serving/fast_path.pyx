@@ -90,7 +90,7 @@ cdef enum:
     _SLOTS = 64  # for READs that the disk works on
     _AT_ONCE = 8  # requests that may be refused before the GIL is taken again
     _PLAIN_AT_ONCE = 512  # and answered on the plain path
-    _MOMENT = 10  # milliseconds
+    _MOMENT = 1  # milliseconds, for which figures may lack what was answered last
     _RESTS = 32  # READs that are left to the others after one that went wrong here: more of those will come
 
 
