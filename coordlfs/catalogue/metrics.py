@@ -6,6 +6,7 @@ It does not know who counts: what becomes of them is decided in `coordlfs.proces
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 NAMES = (
     "source_bytes",  # read from the source, for whomever
@@ -60,7 +61,10 @@ _MOST = (1 << 64) - 1
 
 
 class Counters:
-    """Named 64-bit counters in `words`."""
+    """Named 64-bit counters in `words`.
+
+    Whoever counts in tallies of its own, as what does without the GIL must, adds to `tallies` what accounts for them.
+    """
 
     def __init__(self, words: memoryview) -> None:
         if len(words) < len(NAMES):
@@ -68,6 +72,12 @@ class Counters:
         self.words = words
         self._at = {name: index for index, name in enumerate(NAMES)}
         self.lock = threading.Lock()
+        self.tallies: list[Callable[[], None]] = []
+
+    def settle(self) -> None:
+        """Have everything counted that was done before: called before figures are shown."""
+        for account in self.tallies:
+            account()
 
     def add(self, name: str, amount: int = 1) -> None:
         """Add to a counter."""

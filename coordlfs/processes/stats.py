@@ -91,6 +91,7 @@ class Stats:
     def collect(self) -> dict[str, Any]:
         """All figures, as plain values."""
         c, policy = self._counters, self._admission.policy
+        c.settle()
         # The keepers first: of one that is lost meanwhile nothing may be told that only held with it.
         keepers = sorted(self._admission.keeper_pids)
         states = self._admission.outcomes()

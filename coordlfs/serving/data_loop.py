@@ -161,6 +161,7 @@ class DataLoop:
             *(device, records, reader, self._refuse, self._return, self._end_fast_wait), self._watch, waits
         )
         self._requests: list[Requests] = []  # of the threads
+        counters.tallies.append(self._account)
         is_fast = self._fast_path.answers_reads and reader.admission.hits_ask_nobody
         self._running = _RUNNING_ON_FAST_PATH if is_fast else _RUNNING
         if reader.tier is not None:
@@ -266,6 +267,10 @@ class DataLoop:
                     rests_at = now + _RESTS_AFTER
                 for wait in long:
                     self._replace(wait)
+
+    def _account(self) -> None:
+        for requests in list(self._requests):
+            self._fast_path.account(requests)
 
     def _have_watched(self) -> None:
         if not self._fast_path.is_watched:

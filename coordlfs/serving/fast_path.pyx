@@ -90,7 +90,7 @@ cdef enum:
     _SLOTS = 64  # for READs that the disk works on
     _AT_ONCE = 8  # requests that may be refused before the GIL is taken again
     _PLAIN_AT_ONCE = 512  # and answered on the plain path
-    _MOMENT = 1  # milliseconds, for which figures may lack what was answered last
+    _MOMENT = 10  # milliseconds
     _RESTS = 32  # READs that are left to the others after one that went wrong here: more of those will come
 
 
@@ -398,6 +398,10 @@ cdef class FastPath:
                 return False
             has_more = True
         return has_more
+
+    def account(self, Requests requests not None):
+        """Account for what a thread has answered so far, whatever it is at."""
+        self._plain.account(&requests._tally)
 
     cdef void _turn_away(self) noexcept:
         """A thread has something else to do, which may take its time."""

@@ -23,7 +23,6 @@ from coordlfs.sources.contract import Source
 
 log = logging.getLogger(__name__)
 
-_ACCOUNTED = 0.02  # seconds until threads have accounted for what they answered last, see `plain_path`
 TASKS = 500  # questions about names that may wait for the source at a time
 XATTR_PREFIX = b"user.coordl."
 _ACL_PREFIX = b"system.posix_acl_"
@@ -107,8 +106,6 @@ class NamespaceLoop(pyfuse3.Operations):
         """The source's, and those of coordlfs itself beneath `user.coordl.`."""
         record = self._namespace.record_of(inode)
         if name.startswith(XATTR_PREFIX):
-            if name == XATTR_PREFIX + b"stats":
-                await trio.sleep(_ACCOUNTED)
             return self._own_xattr(record, name[len(XATTR_PREFIX) :])
         path = self._catalog.path(record)
         try:

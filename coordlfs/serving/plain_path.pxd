@@ -18,10 +18,16 @@ cdef struct Left:  # a READ that is to be answered by somebody else
     bint is_interrupted
 
 
-cdef struct Tally:  # what one thread has answered since it last held the GIL
-    int answered
-    uint64_t epoch, hits, hit_bytes, hit_units, misses, missed_bytes, flown_misses
+cdef struct Answered:
+    int64_t hits, hit_bytes, hit_units, misses, missed_bytes, flown_misses
     double hit_seconds, missed_seconds
+
+
+cdef struct Tally:  # of one thread, which alone changes it, but for what is settled
+    int answered  # since it last held the GIL
+    uint64_t epoch
+    Answered made  # in all; never less than before, but for a moment
+    Answered settled  # of it, what is accounted for
     int n_left
     Left left[MOST_LEFT]
 
@@ -69,6 +75,7 @@ cdef class PlainPath:
     cdef uint64_t _epoch
 
     cdef int look(self, Seen seen) except -1
+    cdef int account(self, Tally *tally) except -1
     cdef int settle(self, Tally *tally) except -1
     cdef bint take(
         self, const fuse_in_header *header, Index index, Seen seen, char *text, unsigned char *into, Tally *tally
@@ -79,8 +86,8 @@ cdef class PlainPath:
     cdef bint _begin(self, Flight *flight, int fd) noexcept nogil
     cdef unsigned char *_memory_of(self, int slot) noexcept nogil
     cdef bint _is_good(self, Flight *flight, int64_t n, const unsigned char *data) noexcept nogil
-    cdef bint _reply(self, const Flight *flight, unsigned char *data) noexcept nogil
+    cdef bint _reply(self, const Flight *flight, unsigned char *data, Tally *tally) noexcept nogil
     cdef void _leave(self, const Flight *flight, Tally *tally) noexcept nogil
     cdef void _time(self, const Flight *flight, Tally *tally) noexcept nogil
-    cdef void _count(self, const Flight *flight, Tally *tally) noexcept nogil
+    cdef void _count(self, const Flight *flight, Tally *tally, int times) noexcept nogil
     cdef Place find(self, Seen seen, const char *path, size_t length, const Shown *shown, Flight *flight) noexcept nogil

@@ -7,7 +7,8 @@ file. It is on this node's disk; or the source is local, and the disk has no roo
 some milliseconds old: then a chance to cache an item is missed, and no byte is wrong. Everything else, and whatever
 goes wrong, is left to `fast_path` and to Python, which begin anew.
 
-A thread keeps a tally of what it answered, and settles it when it holds the GIL again.
+A thread keeps a tally of what it answered, and settles it when it holds the GIL again; whoever wants the figures before
+accounts for it in its place.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ import sys
 import xxhash
 
 from libc.errno cimport ENODEV, ENOENT, errno
-from libc.string cimport memset
+from libc.string cimport memcmp, memset
 from posix.fcntl cimport O_NOCTTY, O_NONBLOCK, O_RDONLY, F_SETFL, fcntl
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close
@@ -140,30 +141,40 @@ cdef class PlainPath:
                 seen._slots, seen._mask = slots
         return 0
 
+    cdef int account(self, Tally *tally) except -1:
+        """Account for what any thread has answered, be it without the GIL at this moment."""
+        cdef Answered made = tally.made, before = tally.settled
+        if not memcmp(&made, &before, sizeof(Answered)):
+            return 0
+        tally.settled = made  # before anything here gives up the GIL
+        cdef int64_t hits = made.hits - before.hits, misses = made.misses - before.misses
+        cdef int64_t hit_bytes = made.hit_bytes - before.hit_bytes, missed_bytes = made.missed_bytes - before.missed_bytes
+        cdef int64_t hit_units = made.hit_units - before.hit_units, flown_misses = made.flown_misses - before.flown_misses
+        cdef double hit_seconds = made.hit_seconds - before.hit_seconds
+        cdef double missed_seconds = made.missed_seconds - before.missed_seconds
+        with self._counters.lock:
+            self._counts[_READS] += hits + misses
+            self._counts[_DISK_READS] += hits
+            self._counts[_DISK_BYTES] += hit_bytes
+            self._counts[_DISK_READ_BYTES] += hit_units * _UNIT
+            self._counts[_SOURCE_READS] += misses
+            self._counts[_SOURCE_FILES] += misses
+            self._counts[_SOURCE_BYTES] += missed_bytes
+        with self._admission.lock:
+            epoch = self._epochs.numbered(tally.epoch)
+            epoch.misses += hits + misses
+            epoch.bytes += missed_bytes
+            epoch.disk_items += hits
+            epoch.disk_bytes += hit_bytes
+        if self.has_tier:
+            self._tier.pace.took(hit_seconds, hits)
+            self._tier.pace_of_source.took(missed_seconds, flown_misses)
+        return 0
+
     cdef int settle(self, Tally *tally) except -1:
-        """Account for what a thread has answered."""
-        cdef uint64_t hits = tally.hits, misses = tally.misses
+        """Account for what this thread has answered, and have others answer what it left to them."""
         cdef int i
-        if hits or misses:
-            with self._counters.lock:
-                self._counts[_READS] += hits + misses
-                self._counts[_DISK_READS] += hits
-                self._counts[_DISK_BYTES] += tally.hit_bytes
-                self._counts[_DISK_READ_BYTES] += tally.hit_units * _UNIT
-                self._counts[_SOURCE_READS] += misses
-                self._counts[_SOURCE_FILES] += misses
-                self._counts[_SOURCE_BYTES] += tally.missed_bytes
-            with self._admission.lock:
-                epoch = self._epochs.numbered(tally.epoch)
-                epoch.misses += hits + misses
-                epoch.bytes += tally.missed_bytes
-                epoch.disk_items += hits
-                epoch.disk_bytes += tally.hit_bytes
-            if self.has_tier:
-                self._tier.pace.took(tally.hit_seconds, hits)
-                self._tier.pace_of_source.took(tally.missed_seconds, tally.flown_misses)
-            tally.hit_seconds = tally.missed_seconds = tally.flown_misses = 0
-            tally.hits = tally.hit_bytes = tally.hit_units = tally.misses = tally.missed_bytes = 0
+        self.account(tally)
         tally.answered = 0
         n_left, tally.n_left = tally.n_left, 0
         for i in range(n_left):
@@ -290,9 +301,7 @@ cdef class PlainPath:
             part.iov_base, part.iov_len = into, flight.length
             # Should a page be on its way from the disk still, or gone by now, this ends there.
             if preadv2(fd, &part, 1, 0, RWF_NOWAIT) == <ssize_t>flight.length and not attributes(fd, &st):
-                is_taken = self._records.is_of(&st, flight.shown) and self._reply(flight, into)
-                if is_taken:
-                    self._count(flight, tally)
+                is_taken = self._records.is_of(&st, flight.shown) and self._reply(flight, into, tally)
         elif not attributes(fd, &st) and self._records.is_of(&st, flight.shown) and not fcntl(fd, F_SETFL, O_DIRECT):
             flight.fd, flight.at = fd, 0
             if self._begin(flight, fd):
@@ -328,8 +337,7 @@ cdef class PlainPath:
         cdef Flight *flight = &self._flights[slot]
         if flight.is_given_away:
             pass
-        elif self._is_good(flight, event.res, self._memory_of(slot)) and self._reply(flight, self._memory_of(slot)):
-            self._count(flight, tally)
+        elif self._is_good(flight, event.res, self._memory_of(slot)) and self._reply(flight, self._memory_of(slot), tally):
             self._time(flight, tally)
         else:
             self._leave(flight, tally)
@@ -349,13 +357,19 @@ cdef class PlainPath:
         cdef uint64_t flags = self._records.words_of(flight.record)[1]
         return is_good and flags & _USUAL == _USUAL and are_same(flight.shown, self._records.shown(flight.record))
 
-    cdef bint _reply(self, const Flight *flight, unsigned char *data) noexcept nogil:
+    cdef bint _reply(self, const Flight *flight, unsigned char *data, Tally *tally) noexcept nogil:
+        """Answer, and count it: before, so that who has the bytes finds them in the figures."""
         cdef fuse_out_header header
         cdef iovec parts[2]
         header.len, header.error, header.unique = sizeof(header) + flight.length, 0, flight.unique
         parts[0].iov_base, parts[0].iov_len = &header, sizeof(header)
         parts[1].iov_base, parts[1].iov_len = data, flight.length
-        return writev(self._device, parts, 2) >= 0 or errno in (ENOENT, ENODEV)  # the caller gave up; unmounted
+        self._count(flight, tally, 1)
+        if writev(self._device, parts, 2) < 0 and errno not in (ENOENT, ENODEV):  # the caller gave up; unmounted
+            self._count(flight, tally, -1)
+            return False
+        self._records.words_of(flight.record)[6] = flight.epoch << 32
+        return True
 
     cdef void _leave(self, const Flight *flight, Tally *tally) noexcept nogil:
         cdef Left *left = &tally.left[tally.n_left]
@@ -368,18 +382,17 @@ cdef class PlainPath:
         clock_gettime(CLOCK_MONOTONIC, &now)
         cdef double seconds = now.tv_sec + now.tv_nsec * 1e-9 - flight.since
         if flight.is_stored:
-            tally.hit_seconds += seconds
+            tally.made.hit_seconds += seconds
         else:
-            tally.missed_seconds += seconds
-            tally.flown_misses += 1
+            tally.made.missed_seconds += seconds
+            tally.made.flown_misses += 1
 
-    cdef void _count(self, const Flight *flight, Tally *tally) noexcept nogil:
-        self._records.words_of(flight.record)[6] = flight.epoch << 32
+    cdef void _count(self, const Flight *flight, Tally *tally, int times) noexcept nogil:
         tally.epoch = flight.epoch
         if flight.is_stored:
-            tally.hits += 1
-            tally.hit_bytes += flight.length
-            tally.hit_units += flight.units
+            tally.made.hits += times
+            tally.made.hit_bytes += times * <int64_t>flight.length
+            tally.made.hit_units += times * <int64_t>flight.units
         else:
-            tally.misses += 1
-            tally.missed_bytes += flight.length
+            tally.made.misses += times
+            tally.made.missed_bytes += times * <int64_t>flight.length

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,23 @@ def test_no_cache(source: Path, mount: MakeMount) -> None:
         assert (figures["pinned_items"], figures["processes"]["keepers"]) == (0, [])
         assert (figures["epochs"], figures["hit_rate"]) == (epoch, 0.0)
     assert sum(resident(mounted.path / name) for name in names) == 0
+
+
+def test_figures_have_what_was_read_just_before(source: Path, mount: MakeMount) -> None:
+    """Also where several threads answer without the GIL, and so without the counters."""
+    names = write_files(source, 40, 50_000)
+    mounted = mount(source, "0")
+    expected = 0
+    with ThreadPoolExecutor(8) as readers:
+        for _ in range(20):
+            for first in range(0, len(names), 8):
+                some = names[first : first + 8]
+                for name in some:
+                    forget(mounted.path / name)
+                for name, data in zip(some, readers.map(lambda name: read(mounted.path / name), some), strict=True):
+                    assert data == (source / name).read_bytes()
+                expected += 50_000 * len(some)
+                assert mounted.source_bytes() == expected
 
 
 def test_four_readers_of_the_same_files_read_the_source_once(source: Path, mount: MakeMount) -> None:
