@@ -14,6 +14,7 @@ from coordlfs.disk.places import Place
 from coordlfs.errors import UserError
 from coordlfs.kernel.paths import shown
 from coordlfs.sizes import text
+from coordlfs.sources import address
 
 
 def show(directory: str) -> None:
@@ -58,7 +59,7 @@ def _stores(directory: str, source: str | None) -> list[Place]:
     """The stores in a directory, or that of a source. Raises UserError if there is none."""
     found = places.stores(directory)
     if source is not None:
-        wanted = os.fsencode(os.path.realpath(source))
+        wanted = os.fsencode(address.canonical(source))
         found = [place for place in found if place.source == wanted]
     if not found:
         of_it = f" of {source}" if source is not None else ""

@@ -216,8 +216,7 @@ def mount(
     if not source or not mountpoint:
         raise UserError("an empty path names no directory", 2)
     bucket, how_to_ask = address.parse(source), address.options(options.source_options)
-    source = str(bucket) if bucket is not None else os.path.realpath(source)
-    mountpoint = os.path.realpath(mountpoint)
+    source, mountpoint = address.canonical(source), os.path.realpath(mountpoint)
     have = memory()
     capacity, how = sizes.cache_size(options.cache_size, have)
     lockable = process.lockable()

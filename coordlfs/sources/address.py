@@ -6,6 +6,7 @@ names of things and opens none of them.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -85,6 +86,15 @@ def parse(source: str) -> Address | None:
     if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
         raise UserError(f"'{prefix}' is no prefix of files: its parts must not be empty, '.' or '..'", 2)
     return Address(scheme, bucket, prefix)
+
+
+def canonical(source: str) -> str:
+    """A source's one name, by which it is found again: a bucket's address, or the path without links.
+
+    Raises UserError, as `parse`.
+    """
+    bucket = parse(source)
+    return os.path.realpath(source) if bucket is None else str(bucket)
 
 
 def options(given: Iterable[str]) -> Options:

@@ -350,3 +350,6 @@ def test_what_is_on_disk_is_not_fetched_again_after_a_remount(bucket: Bucket, mo
     for name, data in files.items():
         assert read(second.path / name) == data
     assert bucket.count("GET") == gets == len(files)
+    second.end()
+    assert "all good" in coordlfs("cache", "verify", source, "--source", "s3://bucket/set/").stdout
+    assert "is removed" in coordlfs("cache", "clear", source, "--source", "s3://bucket/set/").stdout
