@@ -29,6 +29,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import xxhash
 
+from coordlfs.kernel import paths
 from coordlfs.kernel.fuse import ROOT_NODE
 from coordlfs.sources.numbering import Numbering
 from coordlfs.sources.versions import Version, access
@@ -207,7 +208,7 @@ class Catalog:
     def named(self, parent: int, name: bytes) -> int | None:
         """The record that a directory's entry leads to; None if none is known, or its file has several names."""
         directory, seed = self.directory_path(parent), 0
-        path = directory + b"/" + name if directory else name
+        path = paths.join(directory, name)
         if (later := self._latest.get(path)) is not None and not self.flags(later) & SUPERSEDED:
             return later
         while (record := self.find(max(_node(path, seed) & self.id_mask, 2))) is not None:
@@ -287,7 +288,7 @@ class Catalog:
             key = struct.pack("=cQQ", b"\0", st.st_dev & _MASK, st.st_ino)  # no path begins with a NUL
         else:
             directory = self.directory_path(parent)
-            key = directory + b"/" + name if directory else name
+            key = paths.join(directory, name)
         record, changed, superseded = self._enter(key, parent, name, st, linked)
         is_later = self.flags(record) & LATER
         if self._latest or is_later:

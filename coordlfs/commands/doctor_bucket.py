@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from coordlfs.commands import buckets
 from coordlfs.commands.check import Check, State
 from coordlfs.errors import UserError
+from coordlfs.kernel import paths
 from coordlfs.sources.address import Address, Options
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _first_object(source: ObjectSource) -> tuple[bytes, Entry] | None:
         for name in directory.names:
             entry = directory.find(name)
             assert entry is not None
-            inside = path + b"/" + name if path else name
+            inside = paths.join(path, name)
             if entry.size > 0:
                 return inside, entry
             if entry.is_directory:

@@ -87,6 +87,11 @@ def attributes(fd: int) -> Attributes:
     return mode, uid, gid, inode, size, seconds * 10**9 + ns
 
 
+def join(directory: bytes, name: bytes) -> bytes:
+    """The path of a directory's entry, both relative to the root, whose path is empty."""
+    return directory + b"/" + name if directory else name
+
+
 def to_text(path: bytes) -> str:
     """A path for a message in JSON: UTF-8, and what is not as surrogates, whatever this process's locale is."""
     return path.decode("utf-8", "surrogateescape")

@@ -18,7 +18,7 @@ from contextlib import closing, suppress
 
 from coordlfs.cache.admission import Admission
 from coordlfs.catalogue.catalog import DIRECTORY, LINKED, REGULAR, Catalog
-from coordlfs.kernel import mounts
+from coordlfs.kernel import mounts, paths
 from coordlfs.serving.links import use_other_name
 from coordlfs.sources import layout
 from coordlfs.sources.directory import DirectorySource
@@ -133,7 +133,7 @@ class Dataset:
     def look(self, parent: int, name: bytes) -> bool:
         """See what a name leads to now. False if that is being written to: it is to be looked at again in a while."""
         directory = self._catalog.directory_path(parent)
-        path = directory + b"/" + name if directory else name
+        path = paths.join(directory, name)
         if not self._wanted.leads_to(path):
             return True
         try:
@@ -208,7 +208,7 @@ class Dataset:
     def _enter(self, parent: int, name: bytes, st: os.stat_result) -> int | None:
         """The record of a name that has the attributes `st`; None if it is nothing to be pinned or looked into."""
         directory = self._catalog.directory_path(parent)
-        path = directory + b"/" + name if directory else name
+        path = paths.join(directory, name)
         if stat.S_ISDIR(st.st_mode):
             if not self._wanted.leads_to(path) or self._is_left_out(st.st_dev):
                 return None

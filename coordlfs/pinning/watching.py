@@ -17,7 +17,7 @@ from functools import partial
 import trio
 
 from coordlfs.catalogue.catalog import Catalog
-from coordlfs.kernel import threads
+from coordlfs.kernel import paths, threads
 from coordlfs.kernel.inotify import READS, DirectoryWatch
 from coordlfs.pinning.dataset import Dataset
 from coordlfs.pinning.filling import Filling
@@ -133,7 +133,7 @@ class Watching:
 
     def _path(self, place: Place) -> bytes:
         directory, name = self._catalog.directory_path(place[0]), place[1]
-        return directory + b"/" + name if directory else name
+        return paths.join(directory, name)
 
     def _was_directory(self, place: Place) -> bool:
         """Whether something that was known is gone, or is no directory any more."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from coordlfs.catalogue.catalog import Catalog
+from coordlfs.kernel import paths
 from coordlfs.sources.contract import Source
 
 
@@ -14,7 +15,7 @@ def use_other_name(catalog: Catalog, source: Source, record: int) -> bool:
     for parent, name in catalog.other_names(record):
         directory = catalog.directory_path(parent)
         with suppress(OSError):
-            if source.lstat(directory + b"/" + name if directory else name).st_ino == inode:
+            if source.lstat(paths.join(directory, name)).st_ino == inode:
                 catalog.move(record, parent, name)
                 return True
     return False

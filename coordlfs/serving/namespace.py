@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from coordlfs.catalogue.catalog import DIRECTORY, REGULAR, Catalog
 from coordlfs.catalogue.metrics import Counters
+from coordlfs.kernel import paths
 from coordlfs.serving.reading import Reader
 from coordlfs.sources.contract import Listing, Source
 from coordlfs.sources.versions import Version
@@ -56,7 +57,7 @@ class Namespace:
         if name in _NO_NAMES or b"/" in name or b"\0" in name:
             raise OSError(errno.EINVAL, "no name of a directory's entry")
         directory = self._catalog.directory_path(parent)
-        st = self._lstat(directory + b"/" + name if directory else name, before_wait)
+        st = self._lstat(paths.join(directory, name), before_wait)
         return self.enter(parent, name, st, announce=announce), st
 
     def resolve(self, path: bytes, directories: dict[bytes, int]) -> int | None:

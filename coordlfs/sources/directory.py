@@ -107,7 +107,7 @@ class _Neighbours:
         if self._fd >= 0:
             with suppress(OSError):
                 return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
-        path = directory + b"/" + name if directory else name
+        path = paths.join(directory, name)
         if not self._is_patient:
             return self._source.lstat_once(path)
         try:

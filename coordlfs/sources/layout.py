@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 
-from coordlfs.kernel import fiemap
+from coordlfs.kernel import fiemap, paths
 from coordlfs.sources.contract import Source
 from coordlfs.sources.directory import DirectorySource
 
@@ -24,7 +24,7 @@ def walk(source: Source, path: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
             if stat.S_ISDIR(st.st_mode):
                 listing = source.listing(path)
                 listing.close()
-                waiting += [path + b"/" + name if path else name for name in reversed(listing.names)]
+                waiting += [paths.join(path, name) for name in reversed(listing.names)]
 
 
 def place(source: DirectorySource, path: bytes) -> int:

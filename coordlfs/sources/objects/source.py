@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import xxhash
 
+from coordlfs.kernel import paths
 from coordlfs.sources.address import Address, Options
 from coordlfs.sources.contract import Listing, Neighbours, Opened, Part
 from coordlfs.sources.numbering import Numbering
@@ -182,7 +183,7 @@ class _Listing(Listing):
 
     def lstat(self, name: bytes) -> os.stat_result:
         """See `contract.Listing`."""
-        path = self._path + b"/" + name if self._path else name
+        path = paths.join(self._path, name)
         entry = self._directory.find(name)
         if entry is None:  # a name of an earlier listing, see `keep_positions`
             raise FileNotFoundError(errno.ENOENT, "no such name")
@@ -201,7 +202,7 @@ class _Neighbours:
 
     def lstat(self, directory: bytes, name: bytes) -> os.stat_result:
         """See `contract.Neighbours`."""
-        tree, path = self._source.tree, directory + b"/" + name if directory else name
+        tree, path = self._source.tree, paths.join(directory, name)
         entry = tree.find(path, self._oldest)
         if entry.is_directory and tree.known(path) is not None:
             tree.directory(path, self._oldest)  # what it holds tells when it changed
