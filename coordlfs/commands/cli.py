@@ -232,15 +232,14 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 def _mount(arguments: argparse.Namespace) -> int:
     from coordlfs.commands import mount, mounted
-    from coordlfs.commands.starting import stay
+    from coordlfs.commands.starting import leave, stay
 
     place = arguments.mountpoint
     supervisor = mount.mount(arguments.source, place, _options(arguments), foreground=arguments.foreground)
-    if arguments.foreground:
-        says = {"serves": f"serves {place}", "ends": f"unmounting {place}", "ended": f"{place} is unmounted"}
-        return stay(supervisor, lambda: mounted.stats(place), **says)
-    supervisor.returncode = 0  # it lives on: do not let Popen warn of it
-    return 0
+    if not arguments.foreground:
+        return leave(supervisor)
+    says = {"serves": f"serves {place}", "ends": f"unmounting {place}", "ended": f"{place} is unmounted"}
+    return stay(supervisor, lambda: mounted.stats(place), **says)
 
 
 def _umount(arguments: argparse.Namespace) -> int:
@@ -252,15 +251,14 @@ def _umount(arguments: argparse.Namespace) -> int:
 
 def _pin(arguments: argparse.Namespace) -> int:
     from coordlfs.commands import pin, pinned
-    from coordlfs.commands.starting import stay
+    from coordlfs.commands.starting import leave, stay
 
     place = arguments.directory
     supervisor = pin.pin(place, arguments.paths, _options(arguments), foreground=arguments.foreground)
-    if arguments.foreground:
-        says = {"serves": f"pins {place}", "ends": f"letting go of {place}", "ended": f"{place} is not pinned"}
-        return stay(supervisor, lambda: pinned.stats(place), **says)
-    supervisor.returncode = 0  # it lives on: do not let Popen warn of it
-    return 0
+    if not arguments.foreground:
+        return leave(supervisor)
+    says = {"serves": f"pins {place}", "ends": f"letting go of {place}", "ended": f"{place} is not pinned"}
+    return stay(supervisor, lambda: pinned.stats(place), **says)
 
 
 def _unpin(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ mounted: `coordlfs status` does.
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import resource
@@ -24,6 +25,7 @@ from coordlfs.cache.residence import Residence
 from coordlfs.commands import disk_doctor
 from coordlfs.commands.check import Check, State, good, reason
 from coordlfs.commands.choice import FITS
+from coordlfs.commands.starting import COMPILED
 from coordlfs.kernel import fuse, fusermount, limits, memory, mounts, pages, paths, process
 from coordlfs.kernel.charges import Charges
 from coordlfs.processes import attachment
@@ -400,12 +402,12 @@ def _pyfuse3() -> Check:
 
 def _compiled() -> Check:
     try:
-        import coordlfs.serving.entries
-        import coordlfs.serving.fast_path  # noqa: F401
+        for name in COMPILED:
+            importlib.import_module(name)
     except ImportError as e:
         remedy = "install coordlfs again, with a C compiler"
         return Check("compiled code", State.MISSING, str(e), "nothing can be served", remedy, True)
-    return good("compiled code", "coordlfs.catalogue.records, entries, fast_path")
+    return good("compiled code", ", ".join(COMPILED))
 
 
 def _prometheus() -> Check:

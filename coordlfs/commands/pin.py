@@ -107,7 +107,7 @@ def pin(
             file=said,
             flush=True,
         )
-        if limited := _limited(capacity, lockable):
+        if limited := _limited(capacity, lockable, most_of_all, most):
             print(f"coordlfs: {limited}", file=sys.stderr)
         if options.metrics is not None:
             print(f"metrics: {exporter.url(sockets[1])}", file=said, flush=True)
@@ -118,9 +118,8 @@ def pin(
             sock.close()
 
 
-def _limited(capacity: int, lockable: int | None) -> str:
-    """What is not pinned because a process may lock only `lockable` bytes; empty if all can be."""
-    most_of_all, most = residence.pinnable(capacity, lockable)
+def _limited(capacity: int, lockable: int | None, most_of_all: int, most: int) -> str:
+    """What is not pinned because a process may lock only `lockable` bytes (see `residence.pinnable`); else nothing."""
     less = [f"no more than {sizes.text(most_of_all)} of {sizes.text(capacity)} are pinned"] * (most_of_all < capacity)
     less += [f"files and chunks above {sizes.text(most)} are left out"] * (most < CHUNK)
     if not less:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from mounts import PATIENCE, script
 
+from coordlfs.commands.starting import COMPILED
+
 ROOT = Path(__file__).parents[2]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 
@@ -75,6 +77,10 @@ print(*sys.modules)
     loaded = set(script(program, cwd=ROOT).split())
     assert not loaded & {"asyncio", "httpx", "numpy", "pyfuse3", "rich", "trio", "xxhash"}
     assert len(loaded) < 150  # Python itself has 60 at its start, and argparse needs 50
+
+
+def test_all_that_is_compiled_is_looked_for() -> None:
+    assert {module["name"] for module in SETUPTOOLS["ext-modules"]} == {*COMPILED}
 
 
 def test_without_what_is_compiled_one_line_says_so(tmp_path: Path) -> None:
