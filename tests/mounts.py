@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,26 @@ class Mount:
             assert time.monotonic() < deadline, f"the cache does not settle: {figures}"
             time.sleep(0.03)
         return figures
+
+    def read_all(self, names: Sequence[str], seed: int = 0, readers: int = 4) -> float:
+        """Read every file once, in random order, with several threads, and compare it with the source.
+
+        How long a read took at most, in seconds.
+        """
+        order = list(names)
+        random.Random(seed).shuffle(order)
+
+        def work(part: list[str]) -> float:
+            longest = 0.0
+            for name in part:
+                began = time.monotonic()
+                data = read(self.path / name)
+                longest = max(longest, time.monotonic() - began)
+                assert data == read(self.source / name), name
+            return longest
+
+        with ThreadPoolExecutor(readers) as pool:
+            return max(pool.map(work, [order[i::readers] for i in range(readers)]))
 
     def forget(self) -> None:
         """Have the kernel drop the pages of the files of the mount and of its source, but for what is pinned.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -96,29 +95,9 @@ def _forget(*nodes: Mount) -> None:
 
 def _check(mount: Mount, names: list[str], seed: int = 0, readers: int = 4) -> float:
     """Read every file in random order and compare it with the source; the longest that a read took."""
-    order = list(names)
-    random.Random(seed).shuffle(order)
-    failed: list[BaseException] = []
-    took = [0.0]
-
-    def work(part: list[str]) -> None:
-        try:
-            for name in part:
-                began = time.monotonic()
-                data = read(mount.path / name)
-                took.append(time.monotonic() - began)
-                assert data == read(mount.source / name), name
-        except BaseException as e:
-            failed.append(e)
-
-    threads = [threading.Thread(target=work, args=(order[i::readers],)) for i in range(readers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed, failed
-    assert max(took) < _STALL
-    return max(took)
+    longest = mount.read_all(names, seed, readers)
+    assert longest < _STALL
+    return longest
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -56,23 +55,7 @@ for thread in threads:
 
 def _epoch(mounted: Mount, names: list[str], seed: int, readers: int = 4) -> None:
     """Read every file once, in random order, with several threads; then drop what is not pinned."""
-    order = list(names)
-    random.Random(seed).shuffle(order)
-    failed: list[BaseException] = []
-
-    def work(part: list[str]) -> None:
-        try:
-            for name in part:
-                assert read(mounted.path / name) == read(mounted.source / name)
-        except BaseException as e:
-            failed.append(e)
-
-    threads = [threading.Thread(target=work, args=(order[i::readers],)) for i in range(readers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed, failed
+    mounted.read_all(names, seed, readers)
     mounted.settle()
     mounted.forget()
 

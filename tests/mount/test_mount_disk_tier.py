@@ -45,22 +45,8 @@ def settle(mount: Mount) -> dict[str, int]:
 
 def epoch(mount: Mount, names: list[str], seed: int, readers: int = 4) -> int:
     """Read every file once, in random order, compare it with the source, and forget it; bytes read of the source."""
-    order, before, failed = list(names), mount.source_bytes(), []
-    random.Random(seed).shuffle(order)
-
-    def work(part: list[str]) -> None:
-        try:
-            for name in part:
-                assert read(mount.path / name) == read(mount.source / name)
-        except BaseException as e:
-            failed.append(e)
-
-    threads = [threading.Thread(target=work, args=(order[i::readers],)) for i in range(readers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed, failed
+    before = mount.source_bytes()
+    mount.read_all(names, seed, readers)
     settle(mount)
     mount.forget()
     return mount.source_bytes() - before
