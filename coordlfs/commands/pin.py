@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any
 
 from coordlfs import sizes
@@ -41,6 +41,7 @@ from coordlfs.sources.directory import DirectorySource, lies_elsewhere
 
 _SUPERVISOR = "coordlfs.processes.pin_supervisor"
 _END_TIMEOUT, _LOOK_AGAIN = 30.0, 0.02  # seconds
+_ASKED = 6  # times, within that timeout
 _PROBED = 1000  # names that are looked at for a file to try
 
 
@@ -186,18 +187,38 @@ def end(supervisor: subprocess.Popen[bytes]) -> None:
 
 def unpin(directory: str) -> None:
     """Let go of what is pinned, and return when every process of it has ended. Raises UserError."""
-    pin = pinned.of(directory)
-    try:
-        processes = pin.figures()["processes"]
-        pin.ask("end")
-    finally:
-        pin.close()
+    processes = _processes(directory)
     pids = [processes["server"], *processes["keepers"], processes["supervisor"]]
-    deadline = time.monotonic() + _END_TIMEOUT
-    if process.wait_gone(pids, _END_TIMEOUT):
-        while (left := pinned.find(directory)) is not None and time.monotonic() < deadline:
-            left.close()
-            time.sleep(_LOOK_AGAIN)
+    if _ask_to_end(directory, pids):
+        _wait_until_found_no_more(directory)
         return
     still = ", ".join(str(pid) for pid in pids if process.exit_status(pid) is None)
     raise UserError(f"{directory} is let go of, but its processes {still} still run: see its log")
+
+
+def _processes(directory: str) -> dict[str, Any]:
+    """Which processes have a directory pinned. Raises UserError."""
+    try:
+        figures = pinned.stats(directory)
+    except UserError:  # a pinner that dies may take the question along, and the next one answers
+        figures = pinned.stats(directory)
+    processes: dict[str, Any] = figures["processes"]
+    return processes
+
+
+def _ask_to_end(directory: str, pids: list[int]) -> bool:
+    """Ask until all of these processes have ended; whether they did. One that dies may take the question along."""
+    for _ in range(_ASKED):
+        if (pin := pinned.find(directory)) is not None:
+            with closing(pin), suppress(UserError):
+                pin.ask("end")
+        if process.wait_gone(pids, _END_TIMEOUT / _ASKED):
+            return True
+    return False
+
+
+def _wait_until_found_no_more(directory: str) -> None:
+    deadline = time.monotonic() + _END_TIMEOUT
+    while (left := pinned.find(directory)) is not None and time.monotonic() < deadline:
+        left.close()
+        time.sleep(_LOOK_AGAIN)

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -98,14 +99,16 @@ def serve(config: dict[str, Any]) -> None:
         stack.callback(admission.close)
         if config["metrics"] is not None:
             exporter.serve(config["metrics"], stats.collect)
-        control = ControlSocket(socket.socket(fileno=config["control"]), _verbs(stats, revalidation))
-        background = [memory_watch.run, filling.run, watching.run, control.run, tick, partial(_end_with, source.root)]
+        end = partial(_end, config["parent"])
+        control = ControlSocket(socket.socket(fileno=config["control"]), _verbs(stats, revalidation, end))
+        background = [memory_watch.run, filling.run, watching.run, control.run, tick]
+        background.append(partial(_end_with, source.root, end))
         if config["revalidate"]:
             background.append(lambda: revalidation.run(config["revalidate"]))
         trio.run(_tasks, link, admission, background)
 
 
-def _verbs(stats: PinStats, revalidation: Revalidation) -> dict[str, Verb]:
+def _verbs(stats: PinStats, revalidation: Revalidation, end_all: Callable[[], None]) -> dict[str, Verb]:
     """What may be asked for at the control socket."""
 
     async def figures(request: dict[str, Any]) -> dict[str, Any]:
@@ -116,23 +119,24 @@ def _verbs(stats: PinStats, revalidation: Revalidation) -> dict[str, Verb]:
         return {"checked": checked, "changed": changed}
 
     async def end(request: dict[str, Any]) -> dict[str, Any]:
-        _end()
+        end_all()
         return {}
 
     return {"stats": figures, "refresh": refresh, "end": end}
 
 
-def _end() -> None:
-    """Have the supervisor end, and all with it."""
-    os.kill(os.getppid(), signal.SIGTERM)
+def _end(supervisor: int) -> None:
+    """Have the supervisor end, and all with it. One that is dead has left this process to another parent."""
+    if os.getppid() == supervisor:
+        os.kill(supervisor, signal.SIGTERM)
 
 
-async def _end_with(root: int) -> None:
+async def _end_with(root: int, end_all: Callable[[], None]) -> None:
     """Wait until a directory is removed, as nobody could name it to unpin it any more, and end."""
     while await threads.run(partial(_is_linked, root), abandon_on_cancel=True):
         await trio.sleep(_LOOK_EVERY)
     log.info("the directory was removed: nothing stays pinned")
-    _end()
+    end_all()
 
 
 def _is_linked(root: int) -> bool:

@@ -7,8 +7,11 @@ import os
 import shutil
 import signal
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import pytest
 from mounts import (
     COORDLFS,
     PAGE,
@@ -206,6 +209,21 @@ def test_a_pinner_that_dies_is_replaced_and_its_keepers_keep_what_they_hold(sour
         )
     )
     assert len(names) > len(holds)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.15, 0.2, 0.25])  # seconds; it asks after some 0.15
+def test_a_pinner_that_dies_while_it_is_let_go_of(source: Path, pin: MakePin, delay: float) -> None:
+    write_files(source, 3, SIZE)
+    pinned = pin(source)
+    pinned.expect_errors = True
+    server, pids = pinned.full()["processes"]["server"], pinned.pids
+    with subprocess.Popen([*COORDLFS, "unpin", str(source)], stderr=subprocess.PIPE, text=True) as unpin:
+        time.sleep(delay)
+        with suppress(ProcessLookupError):
+            os.kill(server, signal.SIGKILL)
+        assert unpin.communicate(timeout=PATIENCE)[1] == ""
+    assert unpin.returncode == 0
+    assert not any(map(is_alive, pids))
 
 
 def test_keepers_end_with_their_supervisor(source: Path, pin: MakePin) -> None:
