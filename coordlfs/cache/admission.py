@@ -669,11 +669,13 @@ class Admission:
             pending.attempts += 1
 
     def _failed(self, item: int, code: int) -> None:
+        self._forget(item)
+        if code == errno.ENOENT:  # its file is gone, as files may
+            return
         self.counters.add("pin_errors")
         errors = self.counters["pin_errors"]
         if errors & errors - 1 == 0:  # the first, the second, the fourth …
             log.warning("%d not cached, last %s: %s", errors, self._name(item), os.strerror(code))
-        self._forget(item)
 
     def _abandon(self, link: Link, item: int) -> None:
         """Give up on an item that the keeper may have pinned."""

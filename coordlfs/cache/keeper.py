@@ -84,24 +84,28 @@ class Keeper:
         self.locked = 0  # bytes
         self.fetching: deque[_Request] = deque()
         self.replies: list[bytes] = []  # to PIN, sent when all of a batch are there: each might wake the server
-        self.watch = OpenWatch()
+        self.watch: OpenWatch | None = None
+        with suppress(OSError):  # a user who may have no more of them: epochs are told from misses alone
+            self.watch = OpenWatch()
         self.sentinels: dict[int, int] = {}  # watch → item
 
     def run(self) -> None:
         """Serve until the other end is closed."""
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
-        poll.register(self.watch.fd, select.POLLIN)
+        watch = -1 if self.watch is None else self.watch.fd
+        if watch >= 0:
+            poll.register(watch, select.POLLIN)
         paused_until = 0.0  # the watch is, if that is not 0
         while True:
             pause = max(0.0, paused_until - time.monotonic())
             if paused_until and not pause:
-                poll.register(self.watch.fd, select.POLLIN)
+                poll.register(watch, select.POLLIN)
                 paused_until = 0.0
             ready = {fd for fd, _ in poll.poll(0 if self.fetching else ceil(pause * 1000) if paused_until else None)}
-            if self.watch.fd in ready:
+            if watch in ready:
                 self._report_opened()
-                poll.unregister(self.watch.fd)
+                poll.unregister(watch)
                 paused_until = time.monotonic() + _PAUSE
             if self.sock.fileno() not in ready:
                 if self.fetching:
@@ -296,15 +300,16 @@ class Keeper:
 
     def _watch(self, request: _Request) -> None:
         """Make one of the first pinned files a sentinel, from which epochs are told where nothing misses."""
-        if len(self.sentinels) >= _SENTINELS:
+        if self.watch is None or len(self.sentinels) >= _SENTINELS:
             return
-        with suppress(OSError):  # without rights or room for watches, epochs are told from misses alone
+        with suppress(OSError):  # without rights or room for watches, likewise
             if os.fstat(request.fd).st_size != request.length:
                 return  # a chunk: pinning the others opens the same file
             self.sentinels[self.watch.add(request.fd)] = request.item
             self.replies.append(request.reply(Outcome.WATCHED))
 
     def _report_opened(self) -> None:
+        assert self.watch is not None
         for watch in set(self.watch.opened()):
             if watch in self.sentinels:
                 self.sock.send(REPLY.pack(Outcome.OPENED, 0, 0, self.sentinels[watch]))
@@ -315,6 +320,7 @@ class Keeper:
             pages.unmap(*pin)
             self.locked -= pages.count(pin[1]) * pages.PAGE
         for watch in [w for w, sentinel in self.sentinels.items() if sentinel == item]:
+            assert self.watch is not None
             del self.sentinels[watch]
             self.watch.remove(watch)
 

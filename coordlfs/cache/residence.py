@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from coordlfs import sizes
 from coordlfs.cache.items import CHUNK
 
 KEEPERS = 8  # so many at most, only because each may lock so little
@@ -52,3 +53,13 @@ def pinnable(capacity: int, lockable: int | None) -> tuple[int, int]:
         return capacity, CHUNK
     most = min(CHUNK, lockable // 4)
     return min(capacity, KEEPERS * (lockable - most)), most
+
+
+def left_out(capacity: int, lockable: int | None) -> str:
+    """What is not pinned of `capacity` bytes as a process may lock only `lockable` (see `pinnable`); else nothing."""
+    most_of_all, most = pinnable(capacity, lockable)
+    less = [f"no more than {sizes.text(most_of_all)} of {sizes.text(capacity)} are pinned"] * (most_of_all < capacity)
+    less += [f"files and chunks above {sizes.text(most)} are left out"] * (most < CHUNK)
+    if not less:
+        return ""
+    return f"a process may lock only {sizes.text(lockable or 0)}, so that {', and '.join(less)}: {REMEDY}"

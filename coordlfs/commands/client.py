@@ -27,6 +27,7 @@ from coordlfs.sources.layout import by_extent, walk
 
 _BATCH = 64
 _REPLACED_WITHIN, _SETTLED_WITHIN = 60.0, 30.0  # seconds
+_CONNECTED_WITHIN = 60.0  # seconds
 _LONGEST = 1 << 26  # bytes of a reply
 _LOOK_EVERY = 1.0  # seconds between looks whether a server that has not answered is still there
 _SORTED_AT_ONCE = 200_000  # files whose place on the disk is asked for before the first of them is read
@@ -35,19 +36,21 @@ _SORTED_AT_ONCE = 200_000  # files whose place on the disk is asked for before t
 class Connection:
     """A connection to a control socket (an abstract one). `place` is what is asked about, for messages.
 
-    Raises OSError.
+    Raises OSError: EAGAIN if as many as may wait there for `within` seconds do.
     """
 
-    def __init__(self, name: bytes, place: str) -> None:
+    def __init__(self, name: bytes, place: str, within: float = _CONNECTED_WITHIN) -> None:
         self.place = place
         self._sock = socket.socket(socket.AF_UNIX)
+        seconds, microseconds = divmod(round(within * 1e6), 1_000_000)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", seconds, microseconds))
         try:
             self._sock.connect(b"\0" + name)
         except BaseException:
             self._sock.close()
             raise
         credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        self._server, self.user, _ = struct.unpack("3i", credentials)  # 0 in a container that cannot see it
+        self.pid, self.user, _ = struct.unpack("3i", credentials)  # 0 in a container that cannot see it
         self._lines: BinaryIO = self._sock.makefile("rb")
 
     def close(self) -> None:
@@ -61,7 +64,7 @@ class Connection:
         It may not be told by the connection: a thread that waits for the source keeps a dead server's sockets open.
         """
         while not process.is_readable(self._sock.fileno(), _LOOK_EVERY):
-            if self._server and process.exit_status(self._server) is not None:
+            if self.pid and process.exit_status(self.pid) is not None:
                 raise ConnectionError
 
     def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from typing import Any
 
 from coordlfs import sizes
 from coordlfs.cache import residence
-from coordlfs.cache.items import CHUNK
 from coordlfs.commands import pinned
 from coordlfs.commands.client import relative
 from coordlfs.commands.mount import Options
@@ -78,6 +77,7 @@ def pin(
             "paths": [paths.to_text(path) for path in wanted],
             "capacity": most_of_all,
             "most": most,
+            "wanted": capacity,
             "residence": residence.Residence.PAGE_CACHE,
             "lockable": lockable,
             "log": os.path.abspath(options.log_file) if options.log_file else "stderr" if foreground else None,
@@ -108,8 +108,8 @@ def pin(
             file=said,
             flush=True,
         )
-        if limited := _limited(capacity, lockable, most_of_all, most):
-            print(f"coordlfs: {limited}", file=sys.stderr)
+        if left_out := residence.left_out(capacity, lockable):
+            print(f"coordlfs: {left_out}", file=sys.stderr)
         if options.metrics is not None:
             print(f"metrics: {exporter.url(sockets[1])}", file=said, flush=True)
         return supervisor
@@ -117,15 +117,6 @@ def pin(
         os.close(root)
         for sock in sockets:
             sock.close()
-
-
-def _limited(capacity: int, lockable: int | None, most_of_all: int, most: int) -> str:
-    """What is not pinned because a process may lock only `lockable` bytes (see `residence.pinnable`); else nothing."""
-    less = [f"no more than {sizes.text(most_of_all)} of {sizes.text(capacity)} are pinned"] * (most_of_all < capacity)
-    less += [f"files and chunks above {sizes.text(most)} are left out"] * (most < CHUNK)
-    if not less:
-        return ""
-    return f"a process may lock only {sizes.text(lockable or 0)}, so that {', and '.join(less)}: {residence.REMEDY}"
 
 
 def _check_kind(directory: str, root: int, kind: bytes | None) -> None:

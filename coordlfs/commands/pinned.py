@@ -21,7 +21,10 @@ from coordlfs.kernel import paths as kernel_paths
 from coordlfs.kernel import process
 
 _PREFIX = b"coordlfs-pin-"
-_ANSWER, _ANSWER_UNASKED = 120.0, 5.0  # seconds that a pinner may take, and one that the user did not name
+# Seconds that a pinner may take to answer, one that the user did not name, and any of a user whose last one did not.
+_ANSWER, _ANSWER_UNASKED, _ANSWER_OF_SILENT = 120.0, 5.0, 0.02
+# Seconds until it has taken a connection, by the same: until then it may be anybody's.
+_CONNECTED, _CONNECTED_UNASKED = 5.0, 0.02
 
 
 def _name(directory: str, user: int) -> bytes:
@@ -45,13 +48,20 @@ def listen(directory: str) -> socket.socket:
         if e.errno != errno.EADDRINUSE:
             raise
         if find(directory) is None:  # anybody may give a socket that name
+            name = _name(directory, os.geteuid())
             raise UserError(
-                f"{directory} cannot be pinned: a process that is no pinner of this user's has the name of its control"
-                f" socket, {os.fsdecode(_name(directory, os.geteuid()))}: `ss -xlp` shows which, end it"
+                f"{directory} cannot be pinned: {_who_listens(name)} has the name of its control socket,"
+                f" {os.fsdecode(name)}: end it"
             ) from None
         raise UserError(f"{directory} is pinned already: `coordlfs unpin {directory}` first") from None
     sock.listen(16)
     return sock
+
+
+def _who_listens(name: bytes) -> str:
+    with suppress(OSError), closing(Connection(name, "")) as other:
+        return f"process {other.pid} of user {other.user}, which is no pinner of this user's,"
+    return "a process that is no pinner of this user's (`ss -xlp` shows which)"
 
 
 class Pin(Connection):
@@ -59,7 +69,7 @@ class Pin(Connection):
 
     def __init__(self, name: bytes, directory: str, patience: float = _ANSWER) -> None:
         """`patience`: seconds that each answer may take."""
-        super().__init__(name, directory)
+        super().__init__(name, directory, _CONNECTED if patience == _ANSWER else _CONNECTED_UNASKED)
         self._patience = patience
         if _user(name) != self.user or (self.user not in (0, os.geteuid()) and os.geteuid()):
             self.close()
@@ -86,7 +96,7 @@ def find(directory: str) -> Pin | None:
             place = _name(real, 0).partition(b"-0-")[2]
             for name in _names():
                 if name.endswith(b"-" + place):
-                    return Pin(name, real)
+                    return Pin(name, real, _ANSWER_UNASKED)
     return None if os.path.lexists(real) else _by_name(real)
 
 
@@ -136,19 +146,25 @@ def refresh(directory: str, paths: list[str]) -> dict[str, int]:
 
 
 def everything() -> list[Callable[[], dict[str, Any]]]:
-    """What gives the figures of each directory that is pinned in this network namespace. Each may raise UserError."""
-    return [partial(_figures, name) for name in _names()]
+    """What gives the figures of each directory that is pinned in this network namespace. Each may raise UserError.
+
+    A user whose pinner has not answered is not waited for again.
+    """
+    silent: set[int | None] = set()
+    return [partial(_figures, name, silent) for name in _names()]
 
 
-def _figures(name: bytes) -> dict[str, Any]:
+def _figures(name: bytes, silent: set[int | None]) -> dict[str, Any]:
+    user = _user(name)
     try:
-        pin = Pin(name, f"what user {_user(name)} pins", _ANSWER_UNASKED)
+        pin = Pin(name, f"what user {user} pins", _ANSWER_OF_SILENT if user in silent else _ANSWER_UNASKED)
     except OSError as e:
         raise UserError(f"a directory that is pinned does not say more: {e.strerror}") from None
-    try:
-        return pin.figures()
-    finally:
-        pin.close()
+    silent.add(user)
+    with closing(pin):
+        figures = pin.figures()
+    silent.discard(user)
+    return figures
 
 
 def _names() -> list[bytes]:

@@ -130,6 +130,8 @@ def _pin_lines(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
     share = _share(min(1.0, s["pinned_bytes"] / known["bytes"])) if known["bytes"] else "–"
     so_far = "" if known["is_known"] else " so far"
     yield "pinned", _pinned(s)
+    if left_out := s["locked_memory"]["left_out"]:
+        yield "", left_out
     yield from _memory_lines(s)
     yield "items", f"{s['pinned_items']} pinned, {s['pending_items']} on their way"
     yield "dataset", f"{text(known['bytes'])} in {known['items']} items{so_far}, of which {share} are pinned"

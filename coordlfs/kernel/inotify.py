@@ -22,11 +22,16 @@ _MOST = 1 << 16  # bytes of events that are taken at a time
 _EVENT = struct.Struct("=iIII")  # watch mask cookie name_length
 
 
+def _instance() -> int:
+    """An instance of inotify. Raises OSError: EMFILE where fs.inotify.max_user_instances is reached."""
+    return check(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify")
+
+
 class OpenWatch:
-    """Watches inodes; `fd` is readable when one was opened."""
+    """Watches inodes; `fd` is readable when one was opened. Raises OSError, see `_instance`."""
 
     def __init__(self) -> None:
-        self.fd = check(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify")
+        self.fd = _instance()
 
     def add(self, fd: int) -> int:
         """Watch the file that is open as `fd`; the number of the watch. Raises OSError."""
@@ -53,10 +58,13 @@ class Event(NamedTuple):
 
 
 class DirectoryWatch:
-    """Watches directories; `fd` is readable when something was done in one. `mask`: CHANGES or READS of files there."""
+    """Watches directories; `fd` is readable when something was done in one. `mask`: CHANGES or READS of files there.
+
+    Raises OSError, see `_instance`.
+    """
 
     def __init__(self, mask: int) -> None:
-        self.fd = check(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify")
+        self.fd = _instance()
         self._mask = mask
 
     def add(self, fd: int) -> int:

@@ -37,27 +37,39 @@ class Directories:
     """Watches of directories, by the record that each belongs to. Thread-safe."""
 
     def __init__(self, mask: int) -> None:
-        self._watch = DirectoryWatch(mask)
         self._records: dict[int, int] = {}
         self.unwatched = 0  # directories for which there was no watch to be had
-        self.fd = self._watch.fd
+        self.lacking = ""  # why there is none to be had at all
+        self._watch: DirectoryWatch | None = None
+        try:
+            self._watch = DirectoryWatch(mask)
+        except OSError as e:
+            too_few = "fs.inotify.max_user_instances is too small"
+            self.lacking = too_few if e.errno == errno.EMFILE else e.strerror or str(e)
+        self.fd = -1 if self._watch is None else self._watch.fd
 
     def __len__(self) -> int:
         return len(self._records)
 
     def add(self, record: int, fd: int) -> None:
         """Watch the directory that is open as `fd`, if there is a watch to be had."""
+        if self._watch is None:
+            self._leave_out(self.lacking)
+            return
         try:
             self._records[self._watch.add(fd)] = record
         except OSError as e:
-            self.unwatched += 1
-            if self.unwatched == 1:
-                why = "fs.inotify.max_user_watches is too small" if e.errno == errno.ENOSPC else e.strerror
-                log.warning("not every directory is watched (%s): changes are noticed within --revalidate", why)
+            too_few = "fs.inotify.max_user_watches is too small"
+            self._leave_out(too_few if e.errno == errno.ENOSPC else e.strerror or str(e))
+
+    def _leave_out(self, why: str) -> None:
+        self.unwatched += 1
+        if self.unwatched == 1:
+            log.warning("not every directory is watched (%s): changes are noticed within --revalidate", why)
 
     def happened(self) -> tuple[list[tuple[Place, bool]], bool]:
         """Where something was done since, and whether a directory came or went; whether some of it is not known."""
-        events, is_lost = self._watch.events()
+        events, is_lost = self._watch.events() if self._watch is not None else ([], False)
         return [
             ((record, event.name), event.is_directory)
             for event in events
@@ -66,7 +78,8 @@ class Directories:
 
     def close(self) -> None:
         """Watch nothing any more."""
-        self._watch.close()
+        if self._watch is not None:
+            self._watch.close()
 
 
 class Watching:
@@ -96,7 +109,8 @@ class Watching:
     async def run(self) -> None:
         """Find all files, and see to what happens, until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._follow_changes)
+            if not self.changes.lacking:
+                nursery.start_soon(self._follow_changes)
             await threads.run(self._dataset.scan, abandon_on_cancel=True)
             self.is_scanned = True
             await self._follow_reads()
@@ -150,10 +164,9 @@ class Watching:
         """Listen to what is read for as long as that is of use: each file that is read costs its reader an event."""
         while True:
             if self._filling.has_use_for_reads:
-                try:
-                    reads = Directories(READS)
-                except OSError as e:  # the user may have no more of them
-                    log.warning("what jobs read is not seen: %s", e)
+                reads = Directories(READS)
+                if reads.lacking:
+                    log.warning("what jobs read is not seen: %s", reads.lacking)
                     await trio.sleep(_NO_INOTIFY)
                     continue
                 try:

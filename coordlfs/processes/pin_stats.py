@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from coordlfs.cache import residence
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import process
 from coordlfs.processes.stats import Stats
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from coordlfs.pinning.filling import Filling
     from coordlfs.pinning.watching import Watching
 
+_ONLY_OF_A_MOUNT: dict[str, Any] = {"requests": None, "peers": None, "hints": {"jobs": []}, "stash_bytes": None}
 _UNKNOWN = "not known: the kernel answers every read by itself, and counts none"
 
 
@@ -44,20 +46,31 @@ class PinStats(Stats):
         super().__init__(*of_mount)
         self._filling = filling
         self._watching = watching
+        self._left_out = residence.left_out(self._config["wanted"], self._config["lockable"]) or None
 
     def collect(self) -> dict[str, Any]:
         """All figures, as plain values."""
-        return super().collect() | {
-            "mode": "pin",
-            "epoch": None,
-            "epoch_history": [],
-            "hit_rate": None,
-            "hits_known_by": _UNKNOWN,
-            "dataset": {
-                "items": self._counters["dataset_items"],
-                "bytes": self._counters["dataset_bytes"],
-                "is_known": self._watching.is_scanned,
-            },
-            "directories": {"watched": len(self._watching.changes), "unwatched": self._watching.changes.unwatched},
-            "gives_way": self._filling.pace.is_giving_way,
-        }
+        return (
+            super().collect()
+            | _ONLY_OF_A_MOUNT
+            | {
+                "mode": "pin",
+                "locked_memory": {
+                    "limit_bytes": self._config["lockable"],
+                    "wanted_bytes": self._config["wanted"],
+                    "remedy": residence.REMEDY if self._left_out else None,
+                    "left_out": self._left_out,
+                },
+                "epoch": None,
+                "epoch_history": [],
+                "hit_rate": None,
+                "hits_known_by": _UNKNOWN,
+                "dataset": {
+                    "items": self._counters["dataset_items"],
+                    "bytes": self._counters["dataset_bytes"],
+                    "is_known": self._watching.is_scanned,
+                },
+                "directories": {"watched": len(self._watching.changes), "unwatched": self._watching.changes.unwatched},
+                "gives_way": self._filling.pace.is_giving_way,
+            }
+        )

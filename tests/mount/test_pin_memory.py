@@ -170,10 +170,44 @@ def test_an_ordinary_user_with_little_memory_to_lock(source: Path, place: Path, 
         assert 1 < len(pinned.keepers) <= 8
         assert locked(pinned.keepers) == figures["pinned_bytes"] <= 6 * MIB
         assert len(held(pinned.keepers, source)) == figures["pinned_items"]
-        assert f"{source} pinned" in " ".join(user.call("status").stdout.split())
+        shown = re.sub(r"[│\s]+", " ", user.call("status").stdout)
+        assert f"{source} pinned" in shown
+        assert "no more than 6.0 MiB of 64.0 MiB are pinned" in shown
         user.call("unpin", source)
     finally:
         pinned.end()
+
+
+_USE_UP = """
+import ctypes
+while ctypes.CDLL(None).inotify_init() >= 0:
+    pass
+print(flush=True)
+ctypes.CDLL(None).pause()
+"""
+
+
+def test_a_user_who_may_have_no_more_inotify_instances(source: Path, place: Path, somebody: User) -> None:
+    write_files(source, 3, SIZE)
+    user = replace(somebody, name="games")  # whom no other test is
+    os.chown(place, user.uid, user.gid)
+    command = ["setpriv", f"--reuid={user.uid}", "--clear-groups", sys.executable, "-c", _USE_UP]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"\n"
+        user.call("pin", source, "--cache-size", "1M", "--revalidate", "1", "--log-file", place / "log")
+        pinned = Pinned(source, place / "log")
+        try:
+            figures = pinned.full()
+            assert figures["directories"] == {"watched": 0, "unwatched": 1}
+            assert "max_user_instances" in pinned.log.read_text()
+            (source / "item-00000").unlink()
+            (source / "new").write_bytes(bytes(SIZE))
+            eventually(lambda: set(held(pinned.keepers, source)) == {"item-00001", "item-00002", "new"})
+            user.call("unpin", source)
+        finally:
+            pinned.end()
+            other.kill()
 
 
 def test_what_is_too_large_to_be_locked_is_said(source: Path, place: Path, somebody: User) -> None:

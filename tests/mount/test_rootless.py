@@ -639,7 +639,8 @@ def test_a_keeper_is_full_when_it_has_locked_what_it_may(place: Path) -> None:
         finally:
             ask(Verb.DROP, 1, 3)
             os.close(tree)
-            os.close(keeper.watch.fd)
+            if keeper.watch is not None:
+                os.close(keeper.watch.fd)
     assert keeper.locked == 0
     assert read(place / "0") == noise(PAGE + 1)
 
