@@ -242,6 +242,11 @@ class DiskTier:
         record = items.record_of(item)
         return self.writer.fill(item, self._catalog.path(record), Version(*self._catalog.version(record)[:3]))
 
+    def lacks(self, item: int) -> bool:
+        """Whether an item would be kept here, and is not."""
+        is_own = self._owners is None or self._owners.owns(item)
+        return is_own and not self.writer.is_full and not self.holds(item)
+
     def is_settled(self, item: int) -> bool:
         """Whether nothing of an item waits to be written."""
         record = items.record_of(item)

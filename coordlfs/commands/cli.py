@@ -148,6 +148,12 @@ def _parsers(tools: Container[str]) -> tuple[_Parser, Commands]:
         command.add_argument("mountpoint", metavar="MNT")
         command.add_argument("paths", metavar="PATH", nargs="*", help="files or directories on MNT; default: all")
 
+    warm.add_argument(
+        "--cluster",
+        action="store_true",
+        help="have every node that shares the cache fetch what it owns, until all have",
+    )
+
     peers = commands.add_parser("peers", help="the nodes that share the cache: who lives, what each caches and sends")
     peers.add_argument("mountpoint", metavar="MNT")
     peers.add_argument("--json", action="store_true", help="stable figures, for programs")
@@ -279,6 +285,12 @@ def _warm(arguments: argparse.Namespace) -> int:
     from coordlfs.commands import client
     from coordlfs.sizes import text
 
+    if arguments.cluster:
+        from coordlfs.commands import warm_cluster
+
+        nodes = warm_cluster.warm(arguments.mountpoint, arguments.paths)
+        print(*warm_cluster.lines(nodes), sep="\n")
+        return 0 if all(node.state in ("done", "full") for node in nodes if node.is_alive) else 1
     done = client.warm(arguments.mountpoint, arguments.paths)
     on_disk = f"; {done['on_disk']} more on disk, {text(done['on_disk_bytes'])}" if done["on_disk"] else ""
     print(f"{done['pinned']} of {done['items']} items are cached, {text(done['bytes'])}{on_disk}")

@@ -32,7 +32,9 @@ def show(mountpoint: str, *, as_json: bool) -> None:
     from rich.text import Text
 
     table = Table(title=Text(f"nodes that share the cache of {shown(mounted.find(mountpoint).source)}"))
-    for heading in ("node", "state", "cached", "share", "received from", "served to", "latency"):
+    has_disks = any(row["disk_size_bytes"] for row in rows)
+    on_disk = ["on disk"] if has_disks else []
+    for heading in ("node", "state", "in memory", *on_disk, "share", "received from", "served to", "latency"):
         left = heading in ("node", "state")
         table.add_column(heading, justify="left" if left else "right", no_wrap=heading == "node")
     for row in rows:
@@ -41,7 +43,8 @@ def show(mountpoint: str, *, as_json: bool) -> None:
         table.add_row(
             escape(row["name"]),
             "this node" if here else row["state"] + (f": {escape(row['problem'])}" if row["problem"] else ""),
-            f"{text(row['pinned_bytes'])} of {text(row['capacity_bytes'])}",
+            f"{text(row['pinned_bytes'])} of {text(row['capacity_bytes'] - row['disk_size_bytes'])}",
+            *([f"{text(row['disk_held_bytes'])} of {text(row['disk_size_bytes'])}"] if has_disks else []),
             f"{row['share']:.1%}",
             "" if here else text(row["received_bytes"]),
             "" if here else text(row["served_bytes"]),

@@ -1,7 +1,8 @@
 """Packets between the server of a mount and its peer server, over a SOCK_SEQPACKET pair that only these two hold.
 
 A question ("may I read this item, and keep it?") and its answer are structs, as they are on the way of a miss; what the
-peer server knows of the cluster comes as JSON, in parts. It does not know what follows from them.
+peer server knows of the cluster comes as JSON, in parts, and so goes what the server wants to be said to it. It does
+not know what follows from them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 MOST = 1 << 16
 QUESTION = struct.Struct("=cIQQ")  # b"?", number, node, offset
 ANSWER = struct.Struct("=cI?Q")  # b"!", number, yes, bytes that are pinned here
-_PER_PACKET = 100
+_PER_PACKET = MOST // 2  # bytes of JSON, and what one member adds at most
 
 
 class Member(NamedTuple):
@@ -29,13 +30,29 @@ class Member(NamedTuple):
     latency: float | None  # seconds, of the last sign of life
     served_bytes: int  # from here, to it
     problem: str  # why it is not alive
+    disk: tuple[int, int] | None = None  # bytes of its disk tier, if it has one: held, and its size
+    warming: dict[str, Any] | None = None  # what it says of warming, see `coordlfs.peers.warming`
 
 
 def encode_members(members: list[Member]) -> Iterator[bytes]:
     """The packets that tell of all members."""
-    for start in range(0, len(members), _PER_PACKET):
-        yield json.dumps({"members": members[start : start + _PER_PACKET]}).encode()
-    yield json.dumps({"end": True}).encode()
+    texts: list[str] = []
+    for text in map(json.dumps, members):
+        if texts and sum(map(len, texts)) + len(text) > _PER_PACKET:
+            yield _members(texts)
+            texts = []
+        texts.append(text)
+    yield _members(texts)
+    yield encode({"end": True})
+
+
+def _members(texts: list[str]) -> bytes:
+    return b'{"members": [%s]}' % ", ".join(texts).encode()
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """One of these packets."""
+    return json.dumps(message).encode()
 
 
 def decode(packet: bytes) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 import trio
 
 from coordlfs.kernel import threads
-from coordlfs.peers import connection, discovery, link, protocol, settings
+from coordlfs.peers import connection, discovery, link, protocol, settings, wishes
 from coordlfs.peers.connection import Credentials
 from coordlfs.peers.protocol import ProtocolError, Request, Status, Verb
 
@@ -76,9 +76,11 @@ class Membership:
         self._reached, self._unreached = trio.CapacityLimiter(_AT_ONCE), trio.CapacityLimiter(_AT_ONCE)
         self._told: dict[str, str] = {}
 
-    def own(self, pinned: int) -> dict[str, Any]:
-        """What this node says of itself."""
+    def own(self, pinned: int, said: dict[str, Any]) -> dict[str, Any]:
+        """What this node says of itself. `said`: what its server adds, which may be nothing."""
         return {
+            "disk": said.get("disk"),
+            "warming": said.get("warming"),
             "name": self._config["name"],
             "instance": self._instance,
             "capacity": self._config["capacity"],
@@ -173,6 +175,8 @@ class Membership:
                 known.latency if alive else None,
                 self._served[name],
                 "" if alive else problem,
+                info["disk"] if info else None,
+                info["warming"] if info else None,
             )
         return list(found.values())
 
@@ -193,8 +197,20 @@ def _checked(info: Any) -> dict[str, Any]:
     checked["pinned"] = info["pinned"]
     texts = all(isinstance(text := checked[key], str) and 0 < len(text) < _LONGEST for key in ("name", "instance"))
     numbers = all(isinstance(checked[key], int) and 0 <= checked[key] < 1 << 62 for key in ("capacity", "pinned"))
+    checked["disk"] = _checked_disk(info.get("disk"))  # nodes of version 0.2 say neither this
+    checked["warming"] = wishes.parse(info.get("warming")).plain()  # nor that
     # The name is hashed, logged and shown: no more than the address that it is made of.
     if not texts or not numbers or not (checked["name"].isascii() and checked["name"].isprintable()):
         raise ValueError("what it says of itself makes no sense")
     settings.address(checked["name"])
     return checked
+
+
+def _checked_disk(disk: Any) -> tuple[int, int] | None:
+    """Bytes held and size of a disk tier; None if there is none. Raises ValueError, TypeError."""
+    if disk is None:
+        return None
+    held, size = disk
+    if not all(isinstance(number, int) and 0 <= number < 1 << 62 for number in (held, size)):
+        raise ValueError("what it says of its disk makes no sense")
+    return held, size

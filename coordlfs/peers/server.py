@@ -53,6 +53,7 @@ class Questions:
         self._lock = threading.Lock()
         self._number = 0
         self.pinned = 0
+        self.said: dict[str, Any] = {}  # what the server wants other nodes to be told
         connection.set_limits(sock, _QUESTION, _QUESTION)
 
     def may_read(self, node: int, offset: int) -> bool:
@@ -61,18 +62,26 @@ class Questions:
             self._number = self._number + 1 & 0xFFFFFFFF
             self._sock.send(link.QUESTION.pack(b"?", self._number, node, offset))
             while packet := self._sock.recv(link.MOST):
-                _, number, yes, self.pinned = link.ANSWER.unpack(packet)
+                number, yes = self._hear(packet)
                 if number == self._number:  # else it answers one that was given up
-                    return bool(yes)
+                    return yes
         return False
+
+    def _hear(self, packet: bytes) -> tuple[int, bool]:
+        """The number of the question that a packet answers, and the answer; of one that answers none, 0."""
+        if packet[:1] == b"{":
+            self.said = link.decode(packet)
+            return 0, False
+        _, number, yes, self.pinned = link.ANSWER.unpack(packet)
+        return number, bool(yes)
 
     def tell(self, packet: bytes) -> None:
         """Send what needs no answer."""
         with self._lock, suppress(OSError):
             self._sock.send(packet)
         with self._lock, suppress(OSError):
-            while answer := self._sock.recv(link.MOST, socket.MSG_DONTWAIT):
-                self.pinned = link.ANSWER.unpack(answer)[3]
+            while packet := self._sock.recv(link.MOST, socket.MSG_DONTWAIT):
+                self._hear(packet)
 
 
 class Checksums:
@@ -168,7 +177,7 @@ class PeerServer:
                         self.served[who] += sent
 
     def _info(self, sock: socket.socket, request: Request) -> None:
-        text = json.dumps(self.membership.own(self._questions.pinned)).encode()
+        text = json.dumps(self.membership.own(self._questions.pinned, self._questions.said)).encode()
         reply = Reply(Status.OK, request.number, len(text), protocol.checksum(text))
         sock.sendall(protocol.encode_reply(reply) + text)
 

@@ -25,6 +25,7 @@ from coordlfs.peers import client, link, protocol, settings
 from coordlfs.peers.client import Outcome, Peer, Receiver
 from coordlfs.peers.ownership import Node, Ownership
 from coordlfs.peers.placement import Placement
+from coordlfs.peers.wishes import Exchange
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,10 @@ class Sharing:
         placement: Placement,
         admission: Admission,
         counters: Counters,
+        exchange: Exchange,
         tier: DiskTier | None = None,
     ) -> None:
-        """`config` is what `coordlfs.peers.settings` made of the options."""
+        """`config` is what `coordlfs.peers.settings` made of the options. `exchange`: what nodes say of warming."""
         self._own = placement.own
         self._catalog = catalog
         self._placement = placement
@@ -63,7 +65,8 @@ class Sharing:
         self._tls = self._credentials.context(server=False)
         self.receiver = Receiver()
         self._openers = client.openers()
-        self._members: list[link.Member] = []
+        self._exchange = exchange
+        self._said: dict[str, Any] = {}  # to the peer server, last
         self._arriving: list[link.Member] = []
         self._peers: dict[tuple[str, str, int], Peer] = {}
         self._peer_of: dict[str, Peer] = {}  # by the node's name
@@ -193,6 +196,7 @@ class Sharing:
             if "end" in message:
                 self._set_members(self._arriving)
                 self._arriving = []
+                self._say(sock)
                 self._answer(sock, 0, False)
             else:
                 self._arriving += [link.Member(*fields) for fields in message["members"]]
@@ -203,8 +207,17 @@ class Sharing:
         with suppress(OSError):
             sock.send(link.ANSWER.pack(b"!", number, yes, pinned))
 
+    def _say(self, sock: socket.socket) -> None:
+        """Tell the peer server what the other nodes are to know."""
+        disk = None if self._tier is None else (self._tier.store.bytes, self._tier.store.size)
+        message = {"disk": disk, "warming": self._exchange.told.plain()}
+        if any(message.values()) or any(self._said.values()):  # a peer server of version 0.2 would not understand it
+            with suppress(OSError):
+                sock.send(link.encode(message))
+        self._said = message
+
     def _set_members(self, members: list[link.Member]) -> None:
-        self._members = members
+        self._exchange.members = members
         alive = {m.name: m for m in members if m.alive and m.name != self._own.name}
         ownership = Ownership([self._own, *(Node(m.name, m.capacity) for m in alive.values())])
         places = {(m.name, m.host, m.port): m for m in alive.values()}
@@ -244,8 +257,8 @@ class Sharing:
         """For `status`."""
         return {
             "name": self._own.name,
-            "known": len(self._members),
-            "alive": sum(m.alive for m in self._members),
+            "known": len(self._exchange.members),
+            "alive": sum(m.alive for m in self._exchange.members),
         }
 
     def table(self) -> list[dict[str, Any]]:
@@ -261,10 +274,11 @@ class Sharing:
                 "problem": "",
                 "capacity_bytes": self._own.weight,
                 "pinned_bytes": pinned,
+                **_disk(None if self._tier is None else (self._tier.store.bytes, self._tier.store.size)),
                 "share": self._own.weight / total if total else 0.0,
             }
         ]
-        for m in self._members:
+        for m in self._exchange.members:
             peer = self._peers.get((m.name, m.host, m.port))
             outcomes = peer.outcomes if peer else dict.fromkeys(Outcome, 0)
             resting = peer is not None and peer.breaker.open
@@ -277,6 +291,7 @@ class Sharing:
                     "problem": m.problem,
                     "capacity_bytes": m.capacity,
                     "pinned_bytes": m.pinned,
+                    **_disk(m.disk),
                     "share": m.capacity / total if total and peer else 0.0,
                     "latency_seconds": m.latency,
                     "received_bytes": peer.received_bytes if peer else 0,
@@ -285,3 +300,8 @@ class Sharing:
                 }
             )
         return rows
+
+
+def _disk(disk: tuple[int, int] | None) -> dict[str, int]:
+    held, size = disk or (0, 0)
+    return {"disk_held_bytes": held, "disk_size_bytes": size}

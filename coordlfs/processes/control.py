@@ -6,38 +6,28 @@ that are not UTF-8 as surrogates. Nothing but names of the catalogue can be aske
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from coordlfs.cache import items
 from coordlfs.cache.admission import Admission
-from coordlfs.cache.minio import State
-from coordlfs.catalogue.catalog import REGULAR, Catalog
-from coordlfs.kernel import pages, paths, threads
+from coordlfs.catalogue.catalog import Catalog
+from coordlfs.kernel import paths
+from coordlfs.peers.wishes import Wish, parse
 from coordlfs.processes.control_socket import ControlSocket, Verb
-from coordlfs.serving.namespace import Namespace
+from coordlfs.processes.fetching import Fetching
 from coordlfs.serving.revalidation import Revalidation
 from coordlfs.sources.contract import Source
 
 if TYPE_CHECKING:
     from coordlfs.cache.disk_tier import DiskTier
     from coordlfs.peers.sharing import Sharing
-
-_AT_ONCE = 1024  # items that are asked for before it is seen what became of them
-_PAGES_OF_CHUNK = pages.count(items.CHUNK)
-
-
-def _some_at_a_time(wanted: list[range]) -> Iterator[list[int]]:
-    """Some items after the others: of one file there may be too many to be listed."""
-    items_ = itertools.chain.from_iterable(wanted)
-    while some := list(itertools.islice(items_, _AT_ONCE)):
-        yield some
+    from coordlfs.peers.warming import Warming
 
 
 class Control:
@@ -47,17 +37,19 @@ class Control:
         self,
         catalog: Catalog,
         source: Source,
-        namespace: Namespace,
         admission: Admission,
+        fetching: Fetching,
         revalidation: Revalidation,
         replace: Callable[[int], None],
         sharing: Sharing | None,
+        warming: Warming | None,
         tier: DiskTier | None = None,
     ) -> None:
         self._catalog = catalog
         self._source = source
-        self._namespace = namespace
         self._admission = admission
+        self._fetching = fetching
+        self._warming = warming
         self.name = f"coordlfs-{secrets.token_hex(16)}"
         self._revalidation = revalidation
         self._replace = replace
@@ -70,6 +62,7 @@ class Control:
             "refresh": self._refresh,
             "replace": self._replace_process,
             "source": self._send_source,
+            "warm": self._warm,
         }
 
     async def run(self) -> None:
@@ -83,72 +76,21 @@ class Control:
         """The descriptor of the mounted directory."""
         return self._source.root
 
-    async def _items(self, named: list[str]) -> list[range]:
-        """The items of each of the files named; names that are no regular files are left out.
-
-        From a thread: the source may take its time, or never answer, and all else goes on.
-        """
-        return await threads.run(lambda: self._look_up(named), abandon_on_cancel=True)
-
-    def _look_up(self, named: list[str]) -> list[range]:
-        found: list[range] = []
-        directories: dict[bytes, int] = {b"": 0}
-        for text in named:
-            record = self._namespace.resolve(paths.from_text(text), directories)
-            if record is not None and self._catalog.flags(record) & REGULAR:
-                found.append(items.items_of(record, self._catalog.size(record)))
-        return found
-
     async def _admit(self, request: dict[str, Any]) -> dict[str, int]:
         """Have files pinned, and kept on disk, and wait until they are or cannot be."""
-        wanted = await self._items(request["paths"])
-        policy, pinned, npages, on_disk, disk_bytes = self._admission.policy, 0, 0, 0, 0
-        for some in _some_at_a_time(wanted):
-            found = await self._pin(some)
-            pinned += len(found)
-            npages += sum(map(policy.pages, found))
-            kept = await self._keep_on_disk(some, set(found))
-            on_disk += len(kept)
-            disk_bytes += sum(self._length(item) for item in kept)
-            is_full = not found and policy.capacity - policy.used < _PAGES_OF_CHUNK and self._is_disk_full()
-            if is_full and len(some) == _AT_ONCE:
-                break  # what follows finds no room either
-        return {
-            "items": sum(map(len, wanted)),
-            "pinned": pinned,
-            "pinned_pages": npages,
-            "free_pages": policy.capacity - policy.used,
-            "on_disk": on_disk,  # and not in memory
-            "on_disk_bytes": disk_bytes,
-            "is_disk_full": self._is_disk_full(),
-        }
+        done = await self._fetching.fetch([paths.from_text(text) for text in request["paths"]])
+        return done._asdict()
 
-    def _length(self, item: int) -> int:
-        return items.length(item, self._catalog.size(items.record_of(item)))
-
-    def _is_disk_full(self) -> bool:
-        return self._tier is None or self._tier.writer.is_full
-
-    async def _keep_on_disk(self, wanted: list[int], pinned: set[int]) -> list[int]:
-        """Have items kept on disk, and wait until they are or cannot be; those that are, but for what is pinned."""
-        tier = self._tier
-        if tier is None:
-            return []
-        for item in wanted:
-            while not tier.fill(item):
-                await trio.sleep(0.01)
-        for item in wanted:
-            while not tier.is_settled(item) and not tier.writer.stopped:
-                await trio.sleep(0.01)
-        return [item for item in wanted if item not in pinned and tier.holds(item)]
-
-    async def _pin(self, wanted: list[int]) -> list[int]:
-        """Have items pinned, and wait until they are or cannot be; those that are."""
-        self._admission.admit(wanted)
-        self._admission.flush()
-        while not self._admission.settled(wanted):
-            await trio.sleep(0.005)
-        return [item for item in wanted if self._admission.policy.state(item) is State.PINNED]
+    async def _warm(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have the caches of all nodes filled for as long as this is asked again; how far each has come."""
+        if self._warming is None:
+            return {"nodes": []}
+        wish = Wish(str(request["id"]), tuple(request["paths"]))
+        if request.get("is_over"):
+            self._warming.no_more(wish.id)
+            return {"nodes": []}
+        parse({"wish": wish, "progress": None})  # raises ValueError for what the others would not hear
+        return {"nodes": self._warming.wish(wish)}
 
     async def _peers(self, request: dict[str, Any]) -> dict[str, Any]:
         """The nodes that share the cache."""
@@ -159,7 +101,7 @@ class Control:
         policy, records = self._admission.policy, None
         wanted = policy.items()
         if "paths" in request:
-            files = await self._items(request["paths"])
+            files = await self._fetching.items([paths.from_text(text) for text in request["paths"]])
             records = {items.record_of(of_file[0]) for of_file in files if of_file}
             wanted = [item for of_file in files for item in self._admission.held(of_file)]
         before = policy.used

@@ -37,9 +37,11 @@ from coordlfs.catalogue.metrics import Counters
 from coordlfs.catalogue.records import Records
 from coordlfs.kernel import fuse, mounts, pages, process, threads
 from coordlfs.kernel.notifier import Notifier
+from coordlfs.peers.wishes import Exchange
 from coordlfs.processes import attachment, exporter
 from coordlfs.processes.control import Control
 from coordlfs.processes.disk import size as disk_size
+from coordlfs.processes.fetching import Fetching
 from coordlfs.processes.stats import Stats
 from coordlfs.processes.supervisor_link import SupervisorLink
 from coordlfs.serving.data_loop import DataLoop
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from coordlfs.cache.disk_tier import DiskTier
     from coordlfs.peers.placement import Placement
     from coordlfs.peers.sharing import Sharing
+    from coordlfs.peers.warming import Warming
 
 log = logging.getLogger(__name__)
 
@@ -116,18 +119,24 @@ def serve(config: dict[str, Any]) -> None:
         owners=placement,
         disk=tier,
     )
-    sharing = None if placement is None else _share(config, catalog, placement, admission, counters, tier)
+    exchange = Exchange()
+    sharing = None if placement is None else _share(config, catalog, placement, admission, counters, exchange, tier)
     reader = Reader(catalog, source, admission, counters, notifier, sharing, tier)
     memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
-    expect = _expect(catalog, source, tier) if sharing is None else None  # else others are asked first
-    ahead = FetchAhead(catalog, admission, announcements, counters, memory_watch, expect)
+    expect = _expect(catalog, source, tier)
+    expect_for_readers = expect if sharing is None else None  # else others are asked first
+    ahead = FetchAhead(catalog, admission, announcements, counters, memory_watch, expect_for_readers)
     stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source, ahead, sharing, tier)
     namespace = Namespace(catalog, source, reader, counters)
     records = Records(catalog)
     listings = Listings(namespace, Entries(records, namespace, counters))
     names = NamespaceLoop(catalog, source, namespace, *([] if tier is None else [tier.held]))
     revalidation = Revalidation(catalog, source, Telling(catalog, namespace, reader), counters)
-    control = Control(catalog, source, namespace, admission, revalidation, link.replace, sharing, tier)
+    fetching = Fetching(catalog, namespace, admission, tier, expect)
+    warming = None if placement is None else _warming(source, placement, exchange, fetching)
+    control = Control(
+        *(catalog, source, admission, fetching, revalidation, link.replace, sharing, warming, tier),
+    )
     names.root_xattrs = {b"stats": stats.encode, b"control": control.name.encode, b"hint": lambda: PROTOCOL}
 
     with ExitStack() as stack, fails_at_once(link):
@@ -171,6 +180,8 @@ def serve(config: dict[str, Any]) -> None:
             partial(_tick, stats, loop, ahead, epochs, counters),
             partial(pyfuse3.main, max_tasks=TASKS),
         ]
+        if warming is not None:
+            background.append(warming.run)
         if config["revalidate"]:
             background.append(partial(revalidation.run, config["revalidate"]))
         if tier is not None:
@@ -268,13 +279,24 @@ def _share(
     placement: Placement,
     admission: Admission,
     counters: Counters,
+    exchange: Exchange,
     tier: DiskTier | None,
 ) -> Sharing:
     from coordlfs.peers.sharing import Sharing  # as above
 
-    sharing = Sharing(config["peers"], catalog, placement, admission, counters, tier)
+    sharing = Sharing(config["peers"], catalog, placement, admission, counters, exchange, tier)
     sharing.attach(config["peer_server"]["pid"], socket.socket(fileno=config["peer_server"]["socket"]))
     return sharing
+
+
+def _warming(source: Source, placement: Placement, exchange: Exchange, fetching: Fetching) -> Warming:
+    from coordlfs.peers.warming import Warming  # as above
+
+    async def fetch(named: list[bytes]) -> tuple[int, bool]:
+        done = await fetching.fetch(named)
+        return done.cached_bytes, done.is_full
+
+    return Warming(source, placement, exchange, fetch)
 
 
 @contextmanager

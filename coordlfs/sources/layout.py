@@ -27,6 +27,16 @@ def walk(source: Source, path: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
                 waiting += [paths.join(path, name) for name in reversed(listing.names)]
 
 
+def files(source: Source, path: bytes) -> Iterator[tuple[bytes, int]]:
+    """The regular files at and below `path` that have bytes, each by one of its names, and how many."""
+    linked = set()
+    for found, st in walk(source, path):
+        if stat.S_ISREG(st.st_mode) and st.st_size and (st.st_dev, st.st_ino) not in linked:
+            if st.st_nlink > 1:
+                linked.add((st.st_dev, st.st_ino))
+            yield found, st.st_size
+
+
 def place(source: DirectorySource, path: bytes) -> int:
     """The byte of its disk at which a file begins; 0 where nobody says."""
     try:

@@ -50,6 +50,7 @@ from coordlfs.peers.ownership import Node, Ownership, key_of
 from coordlfs.peers.placement import Placement
 from coordlfs.peers.protocol import ProtocolError, Reply, Request, Status, Verb
 from coordlfs.peers.sharing import Sharing
+from coordlfs.peers.wishes import Exchange
 
 _STALL = PATIENCE / 2  # seconds that one read may take whatever the peers do: more is a hang, on any machine
 _KEY = b"0123456789abcdef0123456789abcdef"
@@ -247,7 +248,7 @@ def test_what_gives_way_is_found_while_questions_are_answered(key_file: Path) ->
                 wanted.add(item)
         admission: Any = SimpleNamespace(policy=policy, lock=threading.RLock(), has_room=lambda npages: False)
         placement = Placement(own, catalog, policy)
-        sharing = Sharing(config, catalog, placement, admission, Counters(catalog.counters))
+        sharing = Sharing(config, catalog, placement, admission, Counters(catalog.counters), Exchange())
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for sock in (ours, theirs):
             stack.callback(sock.close)
