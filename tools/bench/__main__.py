@@ -11,6 +11,7 @@ from pathlib import Path
 
 from coordlfs_tools.bench import (
     analyser,
+    cluster,
     dataset,
     epochs,
     first_epoch,
@@ -47,6 +48,7 @@ _BENCHMARKS: dict[str, tuple[Callable[[Context], list[Figure]], str]] = {
     "hint-cost": (hint_cost.run, "CPU of a hint, by ioctl, by the names of attributes, and file by file"),
     "objects": (objects.run, "a bucket 20 ms away: cold epochs against obstore, the bill, a large object in sequence"),
     "peers": (peers.run, "nodes that share their caches, against each alone, and peer hits against a bare loop"),
+    "cluster": (cluster.run, "nodes as one cache: cold epochs, two tiers, a node that dies, warm --cluster"),
     "ownership": (ownership.measure, "the shares of a million items, and what a node that leaves moves"),
     "tiers": (tiers.run, "memory and disk as one cache: the law, the first epoch, a restart"),
     "tree": (tree.run, "listing a million files, and the server's memory for them"),

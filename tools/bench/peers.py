@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -45,7 +45,9 @@ _HIT_ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class _Node:
+class ClusterNode:
+    """A node: its network, the cgroups of its servers and of its job, and its mount."""
+
     host: Host
     servers: Cgroup
     job: Cgroup
@@ -53,6 +55,7 @@ class _Node:
 
     @property
     def name(self) -> str:
+        """By which the others know it."""
         return f"{self.host.address}:{_PORT}"
 
 
@@ -70,19 +73,26 @@ def run(context: Context) -> list[Figure]:
 
 
 @contextmanager
-def _cluster(context: Context, data: Images, capacities: list[int], disk: int | None = _DISK) -> Iterator[list[_Node]]:
-    """Nodes that know each other, each with a cache of so many bytes."""
+def cluster(
+    context: Context,
+    data: Images,
+    capacities: Sequence[int],
+    disk: int | None = _DISK,
+    options_of: Callable[[int], list[str]] = lambda number: [],
+) -> Iterator[list[ClusterNode]]:
+    """Nodes that know each other, each with a cache and a disk of so many bytes, and bytes a second."""
     with ExitStack() as stack:
         hosts = stack.enter_context(network(len(capacities), _LINK))
         peers = ",".join(f"{host.address}:{_PORT}" for host in hosts)
         key = stack.enter_context(_key())
         made = []
-        for host, capacity in zip(hosts, capacities, strict=True):
+        for number, (host, capacity) in enumerate(zip(hosts, capacities, strict=True)):
             servers = stack.enter_context(cgroup(context.disk, bytes_per_second=disk))
             job = stack.enter_context(cgroup(context.disk, memory=_JOB_MEMORY, bytes_per_second=disk))
             options = ["--listen", f"{host.address}:{_PORT}", "--peers", peers, "--cluster-key-file", str(key)]
+            options += options_of(number)
             mount = stack.enter_context(mounts.coordlfs(data.root, capacity, servers, options=options, host=host))
-            made.append(_Node(host, servers, job, mount))
+            made.append(ClusterNode(host, servers, job, mount))
         for node in made:
             node.mount.wait_for_peers(len(made) - 1)
         yield made
@@ -98,7 +108,7 @@ def _key() -> Iterator[Path]:
         yield Path(file.name)
 
 
-def _epoch(nodes: list[_Node], data: Images, seed: int) -> tuple[float, list[int]]:
+def epoch(nodes: list[ClusterNode], data: Images, seed: int) -> tuple[float, list[int]]:
     """Every node reads its part of an epoch, all at once; the seconds of the slowest, and bytes of each one's disk."""
     askers, order = deal(len(data.paths), len(nodes), seed)
     before = [node.servers.disk_bytes() + node.job.disk_bytes() for node in nodes]
@@ -113,14 +123,15 @@ def _epoch(nodes: list[_Node], data: Images, seed: int) -> tuple[float, list[int
     return seconds, [a - b for a, b in zip(after, before, strict=True)]
 
 
-def _from_source(nodes: list[_Node]) -> list[int]:
+def from_source(nodes: list[ClusterNode]) -> list[int]:
+    """Bytes that each has read from its source so far."""
     return [node.mount.status()["source"]["bytes"] for node in nodes]
 
 
-def _settle(nodes: list[_Node], data: Images) -> None:
+def _settle(nodes: list[ClusterNode], data: Images) -> None:
     for seed in range(_SETTLING):
         drop_caches()  # and not at the end: names and inodes are no part of what is measured
-        _epoch(nodes, data, 1000 + seed)
+        epoch(nodes, data, 1000 + seed)
         for node in nodes:
             node.mount.settled()
 
@@ -129,13 +140,13 @@ def _shared(context: Context, data: Images, count: int, share: float) -> Iterato
     """Numbers 1 and 2: storage and time of steady epochs, and the time that a node takes alone."""
     capacity = int(data.allocated * share)
     epochs = context.rounds(_EPOCHS)
-    with _cluster(context, data, [capacity] * count) as nodes:
+    with cluster(context, data, [capacity] * count) as nodes:
         _settle(nodes, data)
         ours, stored, disk = [], [], []
-        before = _from_source(nodes)
+        before = from_source(nodes)
         for seed in range(epochs):
-            seconds, read = _epoch(nodes, data, seed)
-            after = _from_source(nodes)
+            seconds, read = epoch(nodes, data, seed)
+            after = from_source(nodes)
             ours.append(seconds)
             stored.append(max(a - b for a, b in zip(after, before, strict=True)))
             disk.append(sum(read))
@@ -195,7 +206,7 @@ def _alone(context: Context, data: Images, count: int, capacity: int, epochs: in
 def _too_little(context: Context, data: Images, count: int) -> Iterator[Figure]:
     """Number 4: storage bytes of each node against the simulator's."""
     capacity = int(data.allocated * _SHORT / count)
-    with _cluster(context, data, [capacity] * count) as nodes:
+    with cluster(context, data, [capacity] * count) as nodes:
         paths = [str(path).encode() for path in data.paths]
         keys = np.array([node_of_path(path) for path in paths], np.uint64)
         sizes = np.array([(data.root / path).stat().st_size for path in data.paths], np.int64)
@@ -208,7 +219,7 @@ def _too_little(context: Context, data: Images, count: int) -> Iterator[Figure]:
         values, said = [], []
         for seed in range(context.rounds(_EPOCHS)):
             before = [node.mount.status()["source"]["bytes"] for node in order]
-            _epoch(order, data, seed)
+            epoch(order, data, seed)
             after = [node.mount.status()["source"]["bytes"] for node in order]
             predicted = simulated.epoch(*deal(len(keys), count, seed)).source
             read = [a - b for a, b in zip(after, before, strict=True)]
@@ -228,14 +239,14 @@ def _too_little(context: Context, data: Images, count: int) -> Iterator[Figure]:
 
 def _hits(context: Context, data: Images) -> Iterator[Figure]:
     """Number 3: peer hits of one asker and of two, against the bare loop."""
-    with _cluster(context, data, [0, 0, int(data.allocated * 1.1)], None) as (one, two, owner):
+    with cluster(context, data, [0, 0, int(data.allocated * 1.1)], None) as (one, two, owner):
         reader.read(owner.mount.point, data.paths, _READERS, 0)
         owner.mount.settled()
         for node in (one, two):
             reader.read(node.mount.point, data.paths, _READERS, 0)  # names are known, checksums as well
         with _bare_server(owner) as port:
 
-            def asker(node: _Node, seed: int) -> float:
+            def asker(node: ClusterNode, seed: int) -> float:
                 return reader.read(node.mount.point, data.paths, _READERS, seed).files_per_second
 
             def ours(seed: int) -> float:
@@ -272,7 +283,7 @@ def _hits(context: Context, data: Images) -> Iterator[Figure]:
 
 
 @contextmanager
-def _bare_server(owner: _Node) -> Iterator[int]:
+def _bare_server(owner: ClusterNode) -> Iterator[int]:
     port = _PORT + 1
     command = [sys.executable, str(Path(__file__).with_name("bare.py")), "serve"]
     argv = owner.host.inside([*command, str(owner.mount.point), owner.host.address, str(port)])
@@ -287,7 +298,7 @@ def _bare_server(owner: _Node) -> Iterator[int]:
         process.communicate()
 
 
-def _bare(asker: _Node, owner: _Node, port: int, data: Images) -> float:
+def _bare(asker: ClusterNode, owner: ClusterNode, port: int, data: Images) -> float:
     command = [sys.executable, str(Path(__file__).with_name("bare.py")), "fetch"]
     argv = asker.host.inside([*command, owner.host.address, str(port), str(_READERS)])
     done = subprocess.run(argv, input="\n".join(data.paths), capture_output=True, text=True, timeout=300, check=True)
