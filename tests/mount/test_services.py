@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 from mounts import COORDLFS, PATIENCE, eventually, is_mounted, mentions, read, unmount_lazily, write_files
@@ -264,6 +265,29 @@ def test_the_service_manager_is_told_of_what_is_pinned(source: Path, place: Path
 
 
 # -- Kubernetes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["kubernetes.yaml", "kubernetes-pin.yaml", "kubernetes-cluster.yaml"])
+def test_the_manifests_are_what_kubernetes_takes(name: str) -> None:
+    documents = list(yaml.safe_load_all((DOCS / name).read_text()))
+    assert len(documents) >= 2
+    for document in documents:
+        kubernetes_validate.validate(document, "1.31", strict=True)
+
+
+def test_nodes_of_the_manifest_find_each_other_by_the_service() -> None:
+    documents = {d["kind"]: d for d in yaml.safe_load_all((DOCS / "kubernetes-cluster.yaml").read_text())}
+    service, daemons = documents["Service"], documents["DaemonSet"]
+    (container,) = daemons["spec"]["template"]["spec"]["containers"]
+    words = container["command"][-1].split("exec ")[1].split()
+    options = dict(zip(words[5::2], words[6::2], strict=True))
+    (port,) = service["spec"]["ports"]
+    assert options["--peers"] == f"dns:{service['metadata']['name']}:{port['port']}"
+    assert options["--listen"] == f'"$POD_IP:{port["port"]}"'
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == daemons["spec"]["template"]["metadata"]["labels"]
+    places = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {os.path.dirname(options[option]) for option in ("--disk-cache", "--cluster-key-file")} <= places
 
 
 def test_the_manifest_propagates_the_mount() -> None:
