@@ -186,6 +186,36 @@ def test_disks_of_nodes_add_up_with_their_memory(source: Path, place: Path, moun
     assert all(f["peers"]["failures"] == f["peers"]["bad_payloads"] == 0 for f in figures)
 
 
+def test_a_node_brings_what_is_on_its_disk(source: Path, place: Path, mount: MakeMount) -> None:
+    """As after a reboot: every process of it is killed, and it is mounted again."""
+    names = write_files(source, 120, 100_000)
+    ports = free_ports(2)
+
+    def make(port: int) -> Mount:
+        tier = ("--disk-cache", place / f"disk{port}", "--disk-size", "16M")
+        return mount(source, "1M", *_options(port, ports, *tier))
+
+    one, two = map(make, ports)
+    _alive(one, two, count=1)
+    coordlfs("warm", one.path, "--cluster")
+    assert sum(node.stats()["disk"]["held_blocks"] for node in (one, two)) >= 118
+    two.expect_errors = True
+    for pid in two.pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    unmount_lazily(two.path)
+    eventually(lambda: one.stats()["peers"]["alive"] == 0)
+    again = make(ports[1])
+    _alive(one, again, count=1)
+    eventually(lambda: again.stats()["disk"]["is_ready"])
+    _forget(one, again)
+    before, unanswered = one.source_bytes(), _unanswered(one)
+    _check(one, names)
+    assert one.source_bytes() - before <= 2 * 100_000 + (_unanswered(one) - unanswered) * MIB
+    assert again.source_bytes() <= 2 * 100_000
+    assert again.stats()["disk"]["bytes"] > 30 * 100_000
+
+
 def test_an_owner_without_room_says_no(source: Path, nodes: Callable[..., list[Mount]]) -> None:
     names = write_files(source, 80, 100_000)
     made = nodes(2, "2M")
