@@ -43,7 +43,7 @@ def show(mountpoint: str, *, as_json: bool) -> None:
         table.add_row(
             escape(row["name"]),
             "this node" if here else row["state"] + (f": {escape(row['problem'])}" if row["problem"] else ""),
-            f"{text(row['pinned_bytes'])} of {text(row['capacity_bytes'] - row['disk_size_bytes'])}",
+            f"{text(row['pinned_bytes'])} of {text(row['memory_bytes'])}",
             *([f"{text(row['disk_held_bytes'])} of {text(row['disk_size_bytes'])}"] if has_disks else []),
             f"{row['share']:.1%}",
             "" if here else text(row["received_bytes"]),

@@ -17,6 +17,7 @@ class Breaker:
 
     failures: int = 0  # in a row
     until: float = -math.inf  # nobody asks before
+    rests_until: float = -math.inf  # nor before this: it was busy, which is no failure
     trying: bool = False
 
     @property
@@ -26,6 +27,8 @@ class Breaker:
 
     def allows(self, now: float) -> bool:
         """Whether to ask now; whoever is told yes says `succeeded` or `failed` afterwards."""
+        if now < self.rests_until:
+            return False
         if not self.failures:
             return True
         if self.trying or now < self.until:
@@ -36,6 +39,10 @@ class Breaker:
     def succeeded(self) -> None:
         """The peer answered as it should."""
         self.failures, self.trying = 0, False
+
+    def rest(self, now: float, seconds: float) -> None:
+        """It answered that it is busy: leave it alone for so long, or `LONGEST`."""
+        self.rests_until = max(self.rests_until, now + min(LONGEST, seconds))
 
     def failed(self, now: float) -> None:
         """It did not. Failures of requests that were under way when the first came in count once."""

@@ -72,8 +72,12 @@ class _Call:
 class Pipe:
     """One connection. Any thread sends; the receiver alone receives, one thread at a time, and closes."""
 
-    def __init__(self, sock: socket.socket, on_end: Callable[[Pipe], None]) -> None:
+    def __init__(
+        self, sock: socket.socket, on_end: Callable[[Pipe], None], on_busy: Callable[[float], None] = lambda _: None
+    ) -> None:
+        """`on_busy` is told for how many seconds the other side wants to be left alone, before who asked is."""
         self.sock = sock
+        self._on_busy = on_busy
         self.calls: deque[_Call] = deque()
         self.broken = False
         self._on_end = on_end
@@ -173,6 +177,8 @@ class Pipe:
             if reply.status is Status.OK and protocol.checksum(payload) != reply.checksum:
                 self.fail(Outcome.BAD)
                 return
+            if reply.status is Status.NO and reply.checksum:
+                self._on_busy(reply.checksum / 1000)
             self._finish(_OUTCOMES[reply.status], payload)
             self._got -= protocol.REPLY + reply.length
             if self._got:
@@ -354,7 +360,8 @@ class Peer:
             if self._openers.acquire(blocking=False):
                 before_wait()
                 try:
-                    pipe = Pipe(connection.connect(self.address, self._credentials, self._tls), self._ended)
+                    sock = connection.connect(self.address, self._credentials, self._tls)
+                    pipe = Pipe(sock, self._ended, self._is_busy)
                 finally:
                     self._openers.release()
         except (OSError, ProtocolError) as e:
@@ -375,6 +382,11 @@ class Peer:
             # Says for whom the peer counts what it sends; what it says of itself in turn is known.
             pipe.send(Request(Verb.INFO, 0, path=self._asker.encode()), lambda outcome, payload: None)
         return pipe
+
+    def _is_busy(self, seconds: float) -> None:
+        """The peer wants to be left alone: what waits there already is answered, or refused as well."""
+        with self._lock:
+            self.breaker.rest(time.monotonic(), seconds)
 
     def _ended(self, pipe: Pipe) -> None:
         with self._lock, suppress(ValueError):

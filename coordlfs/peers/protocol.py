@@ -73,7 +73,10 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """The head of a reply; `length` bytes with `checksum` (xxh3, 64 bits) follow."""
+    """The head of a reply; `length` bytes with `checksum` (xxh3, 64 bits) follow.
+
+    With NO, `checksum` may say for how many milliseconds nothing more is to be asked: the node is busy.
+    """
 
     status: Status
     number: int

@@ -39,6 +39,7 @@ _OTHER_VERSION = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE}
 )  # gone, or changed while it was read
 _SEND = 5.0  # seconds that a call may wait for a receiver to take something
+_WAITS = 1.0  # seconds that a request may wait for those before it; far less than askers wait for its answer
 _IDLE = 120.0  # seconds without a request after which a connection is closed: nodes greet each other every few
 _QUESTION = 1.0  # seconds that the mount's server may think
 _RECEIVE = 1 << 16
@@ -166,11 +167,15 @@ class PeerServer:
         buffer = memoryview(pages.buffer(protocol.MOST_PAYLOAD))
         plain = self._tls is None
         while data := sock.recv(_RECEIVE):
+            came = time.monotonic()
             for request in requests.feed(data):
+                waited = time.monotonic() - came
                 if request.verb is Verb.INFO:
                     self._info(sock, request)
                     if request.path and self.membership.knows(name := request.path.decode(errors="replace")):
                         who = name
+                elif waited > _WAITS:  # the source is as fast, and those who ask later are spared the waiting
+                    self._refuse(sock, request, Status.NO, waited)
                 else:
                     sent = self._get(sock, request, buffer, plain)
                     with self._lock:
@@ -243,8 +248,8 @@ class PeerServer:
         return Status.OK, known, True
 
     @staticmethod
-    def _refuse(sock: socket.socket, request: Request, status: Status) -> None:
-        sock.sendall(protocol.encode_reply(Reply(status, request.number)))
+    def _refuse(sock: socket.socket, request: Request, status: Status, stay_away: float = 0.0) -> None:
+        sock.sendall(protocol.encode_reply(Reply(status, request.number, 0, round(stay_away * 1000))))
 
 
 def _end_process(died: threading.ExceptHookArgs) -> None:

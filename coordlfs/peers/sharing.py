@@ -209,12 +209,16 @@ class Sharing:
 
     def _say(self, sock: socket.socket) -> None:
         """Tell the peer server what the other nodes are to know."""
-        disk = None if self._tier is None else (self._tier.store.bytes, self._tier.store.size)
+        disk = None if self._tier is None else self._disk_of(self._tier)
         message = {"disk": disk, "warming": self._exchange.told.plain()}
         if any(message.values()) or any(self._said.values()):  # a peer server of version 0.2 would not understand it
             with suppress(OSError):
                 sock.send(link.encode(message))
         self._said = message
+
+    @staticmethod
+    def _disk_of(tier: DiskTier) -> tuple[int, int]:
+        return tier.store.bytes, tier.store.size
 
     def _set_members(self, members: list[link.Member]) -> None:
         self._exchange.members = members
@@ -271,10 +275,11 @@ class Sharing:
                 "name": self._own.name,
                 "self": True,
                 "state": "alive",
+                "is_alive": True,
                 "problem": "",
                 "capacity_bytes": self._own.weight,
                 "pinned_bytes": pinned,
-                **_disk(None if self._tier is None else (self._tier.store.bytes, self._tier.store.size)),
+                **_tiers(self._own.weight, None if self._tier is None else self._disk_of(self._tier)),
                 "share": self._own.weight / total if total else 0.0,
             }
         ]
@@ -288,10 +293,11 @@ class Sharing:
                     "self": False,
                     "address": f"{m.host}:{m.port}",
                     "state": "dead" if not m.alive else "resting" if resting else "alive",
+                    "is_alive": m.alive,
                     "problem": m.problem,
                     "capacity_bytes": m.capacity,
                     "pinned_bytes": m.pinned,
-                    **_disk(m.disk),
+                    **_tiers(m.capacity, m.disk),
                     "share": m.capacity / total if total and peer else 0.0,
                     "latency_seconds": m.latency,
                     "received_bytes": peer.received_bytes if peer else 0,
@@ -302,6 +308,7 @@ class Sharing:
         return rows
 
 
-def _disk(disk: tuple[int, int] | None) -> dict[str, int]:
+def _tiers(capacity: int, disk: tuple[int, int] | None) -> dict[str, int]:
+    """Bytes of memory and disk, where `disk` is what is held and the size; `capacity` is that of both."""
     held, size = disk or (0, 0)
-    return {"disk_held_bytes": held, "disk_size_bytes": size}
+    return {"memory_bytes": max(0, capacity - size), "disk_held_bytes": held, "disk_size_bytes": size}

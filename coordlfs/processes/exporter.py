@@ -132,6 +132,15 @@ JOB = {
     "misses": ("job_misses", "Files that were read from the source."),
     "bytes_read": ("job_read_bytes", "Bytes of them that were read from the source."),
 }
+NODE = {
+    "memory_bytes": ("node_memory_bytes", "Size of the cache in memory of a node that shares its cache."),
+    "pinned_bytes": ("node_pinned_bytes", "Bytes of it that are pinned."),
+    "disk_size_bytes": ("node_disk_size_bytes", "Size of its disk tier."),
+    "disk_held_bytes": ("node_disk_held_bytes", "Bytes of files in it."),
+    "is_alive": ("node_alive", "Whether it answers."),
+    "received_bytes": ("node_received_bytes", "Bytes received from it, since it was last found to live."),
+    "served_bytes": ("node_served_bytes", "Bytes sent to it."),
+}
 _LABELLED = re.compile(r'(\w+)(?:\{(\w+)="(\w+)"\})?')
 
 
@@ -181,8 +190,14 @@ def _at(figures: dict[str, Any], path: str) -> Any:
 class MountCollector:
     """What `collect_figures` knows of a mount, as metrics; a collector of prometheus-client."""
 
-    def __init__(self, collect_figures: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        collect_figures: Callable[[], dict[str, Any]],
+        nodes: Callable[[], list[dict[str, Any]]] = list,
+    ) -> None:
+        """`nodes`: those that share the cache, as `Sharing.table` tells."""
         self._figures = collect_figures
+        self._nodes = nodes
 
     def collect(self) -> Iterator[Metric]:
         """Every figure; each carries the mountpoint, so that several mounts can share a dashboard."""
@@ -200,6 +215,18 @@ class MountCollector:
         for table, kind in ((GAUGES, GaugeMetricFamily), (COUNTERS, CounterMetricFamily)):
             yield from self._families(figures, mountpoint, table, kind)
         yield from self._epochs(figures, mountpoint)
+        yield from self._families_of_nodes(mountpoint)
+
+    def _families_of_nodes(self, mountpoint: str) -> Iterator[Metric]:
+        from prometheus_client.core import GaugeMetricFamily
+
+        rows = self._nodes()
+        for key, (name, says) in NODE.items():
+            family = GaugeMetricFamily(f"coordlfs_{name}", says, labels=["mountpoint", "node"])
+            for row in rows:
+                if key in row:  # this node has received nothing of itself
+                    family.add_metric([mountpoint, row["name"]], row[key])
+            yield family
 
     def _families(
         self, figures: dict[str, Any], mountpoint: str, table: dict[str, tuple[str, str]], kind: Any
@@ -237,7 +264,11 @@ def _printable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def serve(fd: int, collect_figures: Callable[[], dict[str, Any]]) -> None:
+def serve(
+    fd: int,
+    collect_figures: Callable[[], dict[str, Any]],
+    nodes: Callable[[], list[dict[str, Any]]] = list,
+) -> None:
     """Answer scrapes that come to the listening socket `fd`, from daemon threads, until the process ends.
 
     The socket is never shut down: it is the next server's as well.
@@ -246,7 +277,7 @@ def serve(fd: int, collect_figures: Callable[[], dict[str, Any]]) -> None:
     from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 
     registry = CollectorRegistry()
-    registry.register(MountCollector(collect_figures))
+    registry.register(MountCollector(collect_figures, nodes))
     ProcessCollector(registry=registry)  # of this server: process_cpu_seconds_total, process_resident_memory_bytes …
     server = _http_server(socket.socket(fileno=fd), make_wsgi_app(registry))
     threading.Thread(target=server.run, name="metrics", daemon=True).start()

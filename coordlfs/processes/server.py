@@ -188,7 +188,7 @@ def serve(config: dict[str, Any]) -> None:
             checks = config["revalidate"] is not None
             background.append(Inventory(tier, catalog, source, namespace, admission, checks=checks).run)
         if config["metrics"] is not None:
-            exporter.serve(config["metrics"], stats.collect)
+            exporter.serve(config["metrics"], stats.collect, list if sharing is None else sharing.table)
         trio.run(_tasks, config["mountpoint"], config.get("mount_device"), loop, link, admission, sharing, background)
         with suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mounts import eventually, noise
 
 from coordlfs.peers import protocol
+from coordlfs.peers.breaker import LONGEST, Breaker
 from coordlfs.peers.client import Outcome, Pipe, Receiver
 from coordlfs.peers.protocol import ProtocolError, Reply, Request, Status, Verb
 
@@ -51,6 +52,31 @@ def _asked() -> Iterator[_Asked]:
     finally:
         made.theirs.close()
         made.pipe.sock.close()
+
+
+def test_who_is_busy_is_left_alone_for_as_long_as_it_says() -> None:
+    ours, theirs = socket.socketpair()
+    said: list[float] = []
+    pipe = Pipe(ours, lambda pipe: None, said.append)
+    came: list[Outcome] = []
+    with ours, theirs:
+        for number in (1, 2):
+            assert pipe.send(Request(Verb.GET, number, 1, 0, 1, 0, b"x"), lambda outcome, _: came.append(outcome))
+        theirs.sendall(protocol.encode_reply(Reply(Status.NO, 1, 0, 1500)) + protocol.encode_reply(Reply(Status.NO, 2)))
+        pipe.receive([])
+    assert (came, said) == ([Outcome.NO, Outcome.NO], [1.5])
+
+
+def test_a_breaker_rests_without_a_failure() -> None:
+    breaker = Breaker()
+    breaker.rest(10.0, 1.5)
+    assert not breaker.allows(11.4)
+    breaker.succeeded()  # what was asked before
+    assert not breaker.allows(11.4)
+    assert breaker.allows(11.6)
+    assert not breaker.open
+    breaker.rest(20.0, 1e9)  # whatever a peer says
+    assert breaker.allows(20.0 + LONGEST)
 
 
 @settings(deadline=None)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 
 import liars
 import pytest
+from coordlfs_tools.lab import faulty_fs
 from liars import Liar
 from mounts import (
     MIB,
@@ -36,6 +39,7 @@ from mounts import (
     unmount_lazily,
     write_files,
 )
+from prometheus_client.parser import text_string_to_metric_families
 from users import User
 
 from coordlfs.cache import items
@@ -558,6 +562,34 @@ def test_a_slow_peer_is_left_alone(source: Path, mount: MakeMount, liar: Callabl
 # -- who may ask ----------------------------------------------------------------------------------------------------
 
 
+def test_an_owner_that_is_busy_says_for_how_long(source: Path, place: Path, mount: MakeMount) -> None:
+    """It reads a source that takes its time for each file, and is asked for all of them at once."""
+    names = write_files(source, 20, 1000)
+    ports = free_ports(2)
+    with faulty_fs.served(source, place) as faulty:
+        faulty.set_all({f"read {name}": {"delay": 0.4} for name in names})
+        node = mount(faulty.path, "16M", *_options(ports[0], ports))
+        eventually(lambda: any(row["share"] == 1 for row in json.loads(coordlfs("peers", node.path, "--json").stdout)))
+        replies = []
+        with connection.connect(("127.0.0.1", ports[0]), Credentials(_own_key()), None) as sock:
+            connection.set_limits(sock, PATIENCE, PATIENCE)
+            asked = []
+            for number, name in enumerate(names):
+                st = (source / name).stat()
+                asked.append(Request(Verb.GET, number, 1000, 0, st.st_size, st.st_mtime_ns, name.encode()))
+            sock.sendall(b"".join(map(protocol.encode_request, asked)))
+            for request in asked:
+                head = bytearray(protocol.REPLY)
+                connection.fill(sock, memoryview(head))
+                reply = protocol.parse_reply(head, request)
+                connection.fill(sock, memoryview(bytearray(reply.length)))
+                replies.append(reply)
+        given = [reply.status for reply in replies].count(Status.OK)
+        assert 1 <= given <= 4
+        assert all(reply.status is Status.NO and 1000 < reply.checksum < 30_000 for reply in replies[given:])
+        node.end()
+
+
 @pytest.fixture
 def key_file(place: Path) -> Path:
     path = place / "key"
@@ -934,6 +966,34 @@ def test_the_commands_tell_of_the_nodes(source: Path, nodes: Callable[..., list[
     assert any(epoch["peer_bytes"] for epoch in epochs)
     for epoch in epochs:
         assert epoch["local_bytes"] + epoch["peer_bytes"] + epoch["bytes"] == 40 * 50_000
+
+
+def test_metrics_tell_of_each_node(source: Path, place: Path, mount: MakeMount) -> None:
+    names = write_files(source, 40, 50_000)
+    ports, told = free_ports(2), list[str]()
+    tier = ("--disk-cache", place / "disk", "--disk-size", "8M")
+    one = mount(source, "16M", *_options(ports[0], ports, "--metrics", "0"), said=told.append)
+    two = mount(source, "16M", *_options(ports[1], ports, *tier))
+    _alive(one, two, count=1)
+    for node in (two, one):
+        _check(node, names)
+        node.settle()
+    [url] = re.findall(r"^metrics: (\S+)$", "\n".join(told), re.MULTILINE)
+
+    def of_nodes(name: str) -> dict[str, float]:
+        with urllib.request.urlopen(url, timeout=PATIENCE) as reply:
+            families = {family.name: family for family in text_string_to_metric_families(reply.read().decode())}
+        return {sample.labels["node"]: sample.value for sample in families[f"coordlfs_node_{name}"].samples}
+
+    here, there = (f"127.0.0.1:{port}" for port in ports)
+    assert of_nodes("alive") == {here: 1, there: 1}
+    eventually(lambda: of_nodes("disk_size_bytes") == {here: 0, there: 8 * MIB})
+    assert of_nodes("memory_bytes") == {here: 16 * MIB, there: 16 * MIB}
+    assert of_nodes("received_bytes") == {there: one.stats()["peers"]["bytes"]}
+    eventually(lambda: of_nodes("pinned_bytes")[there] == two.stats()["pinned_bytes"])
+    eventually(lambda: of_nodes("disk_held_bytes")[there] == two.stats()["disk"]["held_bytes"] > 0)
+    unmount_lazily(two.path)
+    eventually(lambda: of_nodes("alive") == {here: 1, there: 0})
 
 
 def test_two_mounts_on_one_host_as_the_readme_shows_it(source: Path, place: Path, mount: MakeMount) -> None:

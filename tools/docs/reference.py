@@ -87,6 +87,7 @@ def metrics() -> str:
         *_simple(exporter.COUNTERS, "counter", "_total"),
         *_rows(exporter.EPOCH, '`epoch="current"` or `"last"`', "epoch"),
         *_rows(exporter.JOB, "`job`, `user`", "hints.jobs"),
+        *_rows(exporter.NODE, "`node`", "`coordlfs peers --json`"),
         "| `process_…` | | | Processor time, memory and files of the server, by prometheus-client. | |",
     ]
     return "\n".join(lines) + "\n"
