@@ -6,21 +6,27 @@ compared with the dataset, of which each node reads its part of a shuffled epoch
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from coordlfs_tools.bench import reader
 from coordlfs_tools.bench.dataset import Images
 from coordlfs_tools.bench.peers import ClusterNode, cluster, epoch, from_source
 from coordlfs_tools.bench.report import Bound, Context, Figure
+from coordlfs_tools.lab import mounts
 from coordlfs_tools.lab.errors import LabError
-from coordlfs_tools.lab.machine import drop_caches
+from coordlfs_tools.lab.machine import drop_caches, drop_pages
 from coordlfs_tools.lab.mounts import Mount, command
+from coordlfs_tools.lab.relay import relayed
 
 _FILES = 6_000
 _ROOM = 1.15  # of the dataset that all nodes together can cache: shares are drawn by chance
@@ -30,6 +36,25 @@ _STEADY = 2  # epochs that are measured
 _UNTIL_STEADY = 6
 _FETCHES = 50_000_000  # bytes per second that each node may read where all caches are filled at once
 _QUIET_WITHIN = 60.0  # seconds
+_DELAY = 0.005  # seconds each way, of a link
+_FAR_FILES, _QUICK_FAR_FILES = 2_000, 500
+_PORTS = 7171, 7172, 7173  # of the asker, the owner, and the link to it
+_LIMIT = 300.0  # seconds
+
+_READING = """
+import json, random, sys, time
+from coordlfs_loader import HintedSampler
+
+given = json.load(sys.stdin)
+paths = given["paths"]
+order = list(range(len(paths)))
+random.Random(given["seed"]).shuffle(order)
+begun = time.perf_counter()
+for index in HintedSampler(order, paths) if given["hints"] else order:
+    with open(paths[index], "rb", buffering=0) as f:
+        f.read()
+print(len(order) / (time.perf_counter() - begun))
+"""
 
 
 def run(context: Context) -> list[Figure]:
@@ -39,6 +64,7 @@ def run(context: Context) -> list[Figure]:
     figures = [figure for count in (2, 4) for figure in _cold(context, data, count)]
     figures += _tiers(context, data, 2)
     figures += _killed(context, data)
+    figures += _far(context, images.part(_QUICK_FAR_FILES if context.quick else _FAR_FILES))
     return [*figures, *_warmed(context, images)]
 
 
@@ -145,6 +171,41 @@ def _kill(node: ClusterNode) -> None:
     processes = node.mount.status()["processes"]
     for pid in (processes["supervisor"], processes["peer_server"], processes["server"], *processes["keepers"]):
         os.kill(pid, signal.SIGKILL)
+
+
+def _far(context: Context, data: Images) -> Iterator[Figure]:
+    """What one reader gets of a node that is a slow link away, for each time that a request goes there and back."""
+    asker, owner, link = _PORTS
+    listening = (["--listen", f"127.0.0.1:{port}"] for port in (asker, owner))
+    here, there = ([*listen, "--peers", f"127.0.0.1:{to}"] for listen, to in zip(listening, (link, asker), strict=True))
+    with (
+        relayed(link, owner, _DELAY),
+        mounts.coordlfs(data.root, int(data.allocated * _ROOM), options=there) as far,
+        mounts.coordlfs(data.root, 0, options=here) as near,
+    ):
+        near.wait_for_peers(1)
+        reader.read(far.point, data.paths, 8, 0)
+        far.settled()
+        for hints, files in ((False, data.paths[:200]), (True, data.paths)):
+            values = []
+            for seed in range(context.rounds(_ROUNDS)):
+                drop_pages()
+                values.append(_read_in_order(near, files, seed, hints=hints) * 2 * _DELAY)
+                context.say(f"  over the link, hints {hints}: {values[-1]:.1f} files a round trip")
+            with_hints = "with hints" if hints else "without"
+            yield Figure(
+                f"a node {2000 * _DELAY:.0f} ms there and back, one reader {with_hints}: files for each round trip",
+                values,
+                Bound(8, at_least=True) if hints else None,
+            )
+
+
+def _read_in_order(mount: Mount, paths: list[str], seed: int, *, hints: bool) -> float:
+    """Read the files one after the other, as a training that announces its order; files a second."""
+    given = {"paths": [str(mount.point / path) for path in paths], "seed": seed, "hints": hints}
+    argv = [sys.executable, "-c", _READING]
+    done = subprocess.run(argv, input=json.dumps(given), capture_output=True, text=True, timeout=_LIMIT, check=True)
+    return float(done.stdout)
 
 
 def _warmed(context: Context, data: Images) -> Iterator[Figure]:
