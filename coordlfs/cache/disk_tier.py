@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -156,20 +157,27 @@ class DiskTier:
         before_wait()
         if not hasattr(self._scratch, "room"):
             self._scratch.room = memoryview(pages.buffer(BLOCK))
-        thread = threading.get_ident()
-        self.blocked[thread] = time.monotonic()
         try:
-            data = self.store.read(found, self._scratch.room)
+            with self.seen_waiting():
+                data = self.store.read(found, self._scratch.room)
         except OSError:
             data = None
-        finally:
-            self.pace.took(time.monotonic() - self.blocked.pop(thread))
         if data is None:
             self.writer.doubt(found)
             return None
         self._counters.add("disk_read_bytes", found.row.units * UNIT)
         self._remember(found, data)
         return data
+
+    @contextmanager
+    def seen_waiting(self) -> Iterator[None]:
+        """The calling thread waits for the disk meanwhile, and whoever looks for long waits sees it."""
+        thread = threading.get_ident()
+        self.blocked[thread] = time.monotonic()
+        try:
+            yield
+        finally:
+            self.pace.took(time.monotonic() - self.blocked.pop(thread))
 
     def _find(self, record: int, shown: versions.Version, block: int) -> Found | None:
         path = self._catalog.path(record)
@@ -208,7 +216,8 @@ class DiskTier:
         self.rest = Rest(time.monotonic() + _RESTS, why)
 
     def look_at_pace(self) -> None:
-        """See whether the disk is slower than the source. Called every so often."""
+        """See whether the disk is slower than the source, or hangs. Called every so often."""
+        self.writer.look()
         if self.pace.is_slower_than(self.pace_of_source):
             theirs, ours = self.pace_of_source.mean * 1000, self.pace.mean * 1000
             self.leave_alone(f"a read of it takes {ours:.0f} ms, and one of the source {theirs:.0f} ms")
@@ -280,7 +289,7 @@ class DiskTier:
             "waiting_blocks": self.writer.waiting,
             "is_ready": self.writer.is_ready,
             "is_direct": store.is_direct,
-            "stopped": self.writer.stopped,
+            "stopped": self.writer.why_not,
             "resting": self.rest.why if self.rest is not None and self.is_resting else None,
             "bytes": c["disk_bytes"],
             "reads": c["disk_reads"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict, deque
@@ -39,7 +40,8 @@ _IDLE = 0.3  # seconds without a READ of it after which the rest of a block is r
 _ENDS_WITHIN = 2.0  # seconds
 _AGAIN = 60.0  # seconds after which a file system that was full is asked for more room
 _BLOCKS_OF_ITEM = items.CHUNK // BLOCK
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_HANGS = 10.0  # seconds for one thing, after which nobody waits for the disk any more
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @dataclass(slots=True)
@@ -81,6 +83,8 @@ class DiskWriter:
         self._wake = threading.Event()
         self._closing = False
         self._is_busy = True  # counting
+        self._since = time.monotonic()  # when it began to have the disk do what it does now
+        self._is_said_to_hang = False
         self._is_full = False  # what memory does not hold found no room, unless a copy has come to be since
         self._grows_at = 0.0  # when the file system is asked for more room again
 
@@ -167,6 +171,23 @@ class DiskWriter:
         """Whether nothing more finds room, or nothing more is kept."""
         return self.stopped is not None or (self._is_full and self._tiers.is_settled)
 
+    @property
+    def hangs(self) -> bool:
+        """Whether its disk does not answer: who waits for what was asked for need not wait any longer."""
+        return self._is_busy and time.monotonic() - self._since > _HANGS
+
+    @property
+    def why_not(self) -> str | None:
+        """Why nothing is kept any more, or for now; None if it is."""
+        return f"it has not answered for {_HANGS:.0f} s" if self.hangs and not self.stopped else self.stopped
+
+    def look(self) -> None:
+        """Say so if the disk hangs, once each time. Called every so often."""
+        hangs = self.hangs
+        if hangs and not self._is_said_to_hang:
+            log.warning("nothing is kept in the disk cache for now: %s", self.why_not)
+        self._is_said_to_hang = hangs
+
     def pinned(self, item: int) -> None:
         """An item is in memory now."""
         self._tiers.pinned(item)
@@ -218,7 +239,7 @@ class DiskWriter:
             self._drain()
 
     def _work(self) -> None:
-        self._is_busy = True
+        self._since, self._is_busy = time.monotonic(), True
         try:
             self._do_all()
         finally:
@@ -228,10 +249,13 @@ class DiskWriter:
         while not self._closing:
             batch = self._batch()
             while self._orders:  # after the batch was taken: what made room for a block of it was ordered before
+                self._since = time.monotonic()
                 self._orders.popleft()()
             if not batch:
                 break
+            self._since = time.monotonic()
             self._write(batch)
+        self._since = math.inf  # from here on it waits for the source
         self._complete()
 
     def _end(self) -> None:
@@ -241,13 +265,17 @@ class DiskWriter:
             self._write(self._batch())
 
     def _take_stock(self) -> None:
-        stock = self.store.take_stock(lambda: time.sleep(0.001))
+        stock = self.store.take_stock(self._pause)
         self.is_ready, self._is_busy = True, False
         if self.store.emptied:
             log.warning("the disk cache begins empty: %s", self.store.emptied)
         if stock.bad_rows:
             self._counters.add("disk_bad_blocks", stock.bad_rows)
             log.warning("%d blocks of the disk cache are damaged, and are read from the source again", stock.bad_rows)
+
+    def _pause(self) -> None:
+        time.sleep(0.001)
+        self._since = time.monotonic()
 
     def _batch(self) -> list[_Waiting]:
         batch, size = [], 0

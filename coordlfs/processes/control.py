@@ -112,7 +112,10 @@ class Control:
         return {"dropped": dropped, "freed_pages": before - policy.used, "freed_disk_bytes": freed}
 
     async def _drop_from_disk(self, records: set[int] | None) -> int:
-        """Have the disk let go of some files, or of all, and wait until it has; the bytes that were there."""
+        """Have the disk let go of some files, or of all, and wait until it has; the bytes that were there.
+
+        A disk that hangs does it later.
+        """
         tier = self._tier
         if tier is None:
             return 0
@@ -122,7 +125,7 @@ class Control:
         for record in records or ():
             tier.release(record, self._catalog.size(record))
         tier.writer.order(is_done.set)
-        while not is_done.is_set():
+        while not is_done.is_set() and not tier.writer.hangs:
             await trio.sleep(0.005)
         return max(0, before - tier.store.bytes)
 

@@ -102,7 +102,7 @@ class Fetching:
         return items.length(item, self._catalog.size(items.record_of(item)))
 
     def _is_disk_full(self) -> bool:
-        return self._tier is None or self._tier.writer.is_full
+        return self._tier is None or self._tier.writer.is_full or self._tier.writer.hangs
 
     async def _pin(self, wanted: list[int]) -> list[int]:
         """Have items pinned, and wait until they are or cannot be; those that are."""
@@ -127,10 +127,10 @@ class Fetching:
             return []
         self._announce(item for item in wanted if item not in pinned and tier.lacks(item))
         for item in wanted:
-            while not tier.fill(item):
+            while not tier.fill(item) and not tier.writer.hangs:
                 await trio.sleep(0.01)
         for item in wanted:
-            while not tier.is_settled(item) and not tier.writer.stopped:
+            while not tier.is_settled(item) and not tier.writer.stopped and not tier.writer.hangs:
                 await trio.sleep(0.01)
         return [item for item in wanted if item not in pinned and tier.holds(item)]
 

@@ -26,7 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from coordlfs.cache import hints
 from coordlfs.cache.disk_tier import Stored
@@ -520,7 +520,10 @@ class DataLoop:
                 self._reply(fuse.error_reply(unique, errno.EIO))
 
     def _look_at_tier(self, now: float) -> None:
-        """Have READs that wait for the disk tier for too long answered by the source, and the next ones as well."""
+        """Have READs that wait for the disk tier for too long answered by the source, and the next ones as well.
+
+        As long as the disk owes any of them it is asked nothing more: each would take up what there is to wait with.
+        """
         tier = self._reader.tier
         if tier is None:
             return
@@ -536,7 +539,8 @@ class DataLoop:
             if isinstance(begun.file, Stored) and wait.since < late and not wait.is_given_away:
                 wait.is_given_away = True
                 given_away.append((unique, begun.answer.request))
-        if given_away:
+        is_owed = hung or any(wait.is_given_away for _, _, wait in list(self._begun.values()))
+        if given_away or is_owed or self._fast_path.hangs_in_tier():
             tier.leave_alone(f"it has not answered for {_TIER_WAITS:.0f} s")
         for unique, asked in given_away:
             self._return(unique, asked)
@@ -603,9 +607,11 @@ class DataLoop:
         return is_keepers and Part.at(asked.node, asked.offset) in self._waits.hung
 
     def _read_begun(self, unique: int, begun: Begun, into: pages.Buffer) -> None:
-        file = begun.file
+        file, tier = begun.file, self._reader.tier
+        is_seen = tier.seen_waiting() if tier is not None and isinstance(file, Stored) else nullcontext()
         try:
-            n = pread_all(file.fd, memoryview(into)[: pages.count(file.length) * pages.PAGE], file.offset)
+            with is_seen:
+                n = pread_all(file.fd, memoryview(into)[: pages.count(file.length) * pages.PAGE], file.offset)
         except OSError:
             n = 0
         self._answer_begun(unique, begun, n, memoryview(into))

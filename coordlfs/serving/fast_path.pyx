@@ -307,6 +307,10 @@ cdef class FastPath:
         """Numbers and requests of READs for which the disk tier was asked `before` then, and has not read; each once."""
         return self._plain.hung_in_tier(before)
 
+    def hangs_in_tier(self):
+        """Whether the disk tier still has to read what was given away as hung."""
+        return self._plain.hangs_in_tier()
+
     cdef void _give_slot(self, int slot) noexcept:
         self._begun[slot] = None
         self._free[self._n_free] = slot

@@ -212,6 +212,13 @@ cdef class PlainPath:
                 found.append((flight.unique, Request(flight.node, 0, min(flight.asked, _MAX_READ), flight.pid, False)))
         return found
 
+    def hangs_in_tier(self):
+        """As `FastPath.hangs_in_tier`."""
+        for slot in range(SLOTS):
+            if self._flights[slot].is_under_way and self._flights[slot].is_given_away:
+                return True
+        return False
+
     def is_reading(self, node):
         """Whether a disk works on a READ of this file."""
         for slot in range(SLOTS):

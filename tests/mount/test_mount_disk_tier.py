@@ -24,32 +24,14 @@ from mounts import (
     is_mounted,
     noise,
     read,
-    unmount_lazily,
     write_files,
 )
-
-FILES, SIZE, ROOM = 120, 100_000, 102_400  # and what each takes, in whole pages
+from tiers import FILES, ROOM, SIZE, damage, epoch, killed, settle
 
 
 @pytest.fixture
 def cache(place: Path) -> Path:
     return place / "disk cache"
-
-
-def settle(mount: Mount) -> dict[str, int]:
-    """Wait until nothing is on its way into the disk tier; its figures."""
-    eventually(lambda: mount.settle()["disk"]["waiting_blocks"] == 0, what="the disk tier does not settle")
-    figures: dict[str, int] = mount.stats()["disk"]
-    return figures
-
-
-def epoch(mount: Mount, names: list[str], seed: int, readers: int = 4) -> int:
-    """Read every file once, in random order, compare it with the source, and forget it; bytes read of the source."""
-    before = mount.source_bytes()
-    mount.read_all(names, seed, readers)
-    settle(mount)
-    mount.forget()
-    return mount.source_bytes() - before
 
 
 @pytest.mark.parametrize(("memory", "disk"), [(20, 60), (60, 30), (0, 80), (20, 140)])
@@ -122,16 +104,6 @@ def test_parts_of_blocks_are_completed(source: Path, mount: MakeMount, cache: Pa
     assert read(mounted.path / "large") == content
     assert mounted.source_bytes() == before
     os.close(fd)
-
-
-def killed(mount: Mount) -> None:
-    """All processes of a mount are killed, as by a reset."""
-    mount.expect_errors = True
-    for pid in mount.pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    unmount_lazily(mount.path)
-    eventually(lambda: not is_mounted(mount.path))
 
 
 @pytest.mark.parametrize("how", ["unmounted", "killed"])
@@ -304,20 +276,6 @@ def test_what_is_in_neither_is_read_without_a_decision(source: Path, mount: Make
     figures = mounted.stats()
     assert figures["source"]["errors"] == 0
     assert figures["epoch"]["misses"] == FILES - pinned
-
-
-def damage(file: Path, rng: random.Random) -> None:
-    """Flip a bit, zero a sector, or, seldom, cut the file short."""
-    size = file.stat().st_size
-    at, kind = rng.randrange(max(1, size)), rng.randrange(200)
-    with open(file, "r+b") as f:
-        if kind == 0:
-            f.truncate(at)
-        elif size:
-            f.seek(at := at if kind % 2 else at // 512 * 512)
-            old = f.read(1 if kind % 2 else 512)
-            f.seek(at)
-            f.write(bytes([old[0] ^ 1 << kind % 8]) if kind % 2 else bytes(len(old)))
 
 
 @pytest.fixture

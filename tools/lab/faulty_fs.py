@@ -2,9 +2,10 @@
 
 `python -m coordlfs_tools.lab.faulty_fs DIRECTORY MNT FAULTS`. FAULTS is a file of JSON: for an operation and a name, as
 in {"read f": {"errno": 5, "from": 4096, "delay": 0.5}}, the error to fail with (0: none), the first byte that fails,
-seconds to wait before, and how many "times" it fails. It is read for every request, so that it may be changed at will,
-as `Faulty` does. The kernel is told to remember no names and attributes; of a file that is opened no bytes either, if
-FAULTS has "forget". Tests and the soak stand it between a dataset and coordlfs, of which it knows nothing.
+seconds to wait before, and how many "times" it fails; one that "hangs" waits until that is taken back. It is read for
+every request, so that it may be changed at will, as `Faulty` does. The kernel is told to remember no names and
+attributes; of a file that is opened no bytes either, if FAULTS has "forget". Files that are there can be written to.
+Tests and the soak stand it between coordlfs, of which it knows nothing, and a dataset or the image of a disk (`disks`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import trio
 from coordlfs_tools.lab.mounts import is_mounted, unmount_lazily
 
 _LIMIT = 20.0  # seconds to come up, and to end
+_LOOK_EVERY = 0.05  # seconds, whether what hangs does so still
 _PENDING = 1000  # requests that may wait for an answer; by default the kernel stops after 12
 
 
@@ -39,10 +41,16 @@ class Operations(pyfuse3.Operations):
         self.failed: dict[str, int] = {}
         self.opened: dict[int, int] = {}  # descriptor → inode
 
-    async def _fail(self, operation: str, name: str, end: int = 1 << 62) -> None:
+    def _fault(self, operation: str, name: str) -> dict[str, Any] | None:
         fault: dict[str, Any] | None = json.loads(self.faults.read_text()).get(f"{operation} {name}")
+        return fault
+
+    async def _fail(self, operation: str, name: str, end: int = 1 << 62) -> None:
+        fault = self._fault(operation, name)
         if fault is None:
             return
+        while fault.get("hangs") and self._fault(operation, name) == fault:
+            await trio.sleep(_LOOK_EVERY)
         await trio.sleep(fault.get("delay", 0) if end > fault.get("from", 0) else 0)
         if fault.get("errno") and end > fault.get("from", 0):
             key = f"{operation} {name} {fault}"
@@ -109,7 +117,7 @@ class Operations(pyfuse3.Operations):
         name = self.names[inode]
         await self._fail("open", name)
         try:
-            fd = os.open(self.directory / name, os.O_RDONLY)
+            fd = os.open(self.directory / name, flags & os.O_ACCMODE)
         except OSError as e:
             raise pyfuse3.FUSEError(e.errno or 5) from e
         if os.fstat(fd).st_ino != inode:
@@ -127,6 +135,15 @@ class Operations(pyfuse3.Operations):
         """Bytes of a file."""
         await self._fail("read", self.names[self.opened[fh]], off + size)
         return os.pread(fh, size, off)
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """Bytes for a file."""
+        await self._fail("write", self.names[self.opened[fh]], off + len(buf))
+        return os.pwrite(fh, buf, off)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """What was written stays; nothing is done for that, as no machine is made to stop."""
+        await self._fail("fsync", self.names[self.opened[fh]])
 
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         """None, unless it fails."""
