@@ -41,6 +41,7 @@ _ENDS_WITHIN = 2.0  # seconds
 _AGAIN = 60.0  # seconds after which a file system that was full is asked for more room
 _BLOCKS_OF_ITEM = items.CHUNK // BLOCK
 _HANGS = 10.0  # seconds for one thing, after which nobody waits for the disk any more
+_LOOKS_EVERY = 5.0  # seconds, whether its files are there still
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -86,6 +87,7 @@ class DiskWriter:
         self._since = time.monotonic()  # when it began to have the disk do what it does now
         self._is_said_to_hang = False
         self._is_full = False  # what memory does not hold found no room, unless a copy has come to be since
+        self._is_said_to_be_full = False  # by its file system
         self._grows_at = 0.0  # when the file system is asked for more room again
 
     # -- from any thread ----------------------------------------------------------------------------------------
@@ -229,10 +231,11 @@ class DiskWriter:
         try:
             self._take_stock()
             while not self._closing:
-                self._wake.wait(_IDLE if self._parts else None)
+                self._wake.wait(_IDLE if self._parts else _LOOKS_EVERY)
                 time.sleep(_GATHERS)
                 self._wake.clear()
                 self._work()
+                self._look_whether_it_is_there()
             self._end()
         except OSError as e:
             self._stop(e)
@@ -277,6 +280,11 @@ class DiskWriter:
         time.sleep(0.001)
         self._since = time.monotonic()
 
+    def _look_whether_it_is_there(self) -> None:
+        if self.store.is_removed:
+            self.store.give_up()
+            raise OSError(errno.ENOENT, "its files were removed")
+
     def _batch(self) -> list[_Waiting]:
         batch, size = [], 0
         with self._lock:
@@ -296,6 +304,11 @@ class DiskWriter:
                     kept.append(waiting)
             if placed:
                 self.store.add(placed)
+        except OSError as e:  # of a file system that cannot allot room ahead
+            if e.errno not in _FULL:
+                raise
+            self._stop_growing(e)
+            kept.clear()
         finally:
             with self._lock:
                 for waiting in batch:
@@ -360,7 +373,11 @@ class DiskWriter:
             while self._orders:
                 with suppress(OSError):
                     self._orders.popleft()()
-            self._wake.wait()
+            self._is_busy = False
+            with suppress(OSError):
+                self._look_whether_it_is_there()
+            self._wake.wait(_LOOKS_EVERY)
+            self._wake.clear()
             self._wake.clear()
 
     # -- what changes the store; called by the thread --------------------------------------------------------------
@@ -374,10 +391,16 @@ class DiskWriter:
         except OSError as e:
             if e.errno not in _FULL:
                 raise
-            self._grows_at = time.monotonic() + _AGAIN
-            self.store.may_grow = False
-            log.warning("the disk cache cannot grow, as its file system says: %s", e.strerror)
+            self._stop_growing(e)
             return self.store.take(block)
+
+    def _stop_growing(self, error: OSError) -> None:
+        """For a while."""
+        self._grows_at = time.monotonic() + _AGAIN
+        self.store.may_grow = False
+        if not self._is_said_to_be_full:
+            log.warning("the disk cache cannot grow, as its file system says: %s", error.strerror)
+        self._is_said_to_be_full = True
 
     def remove_item(self, item: int) -> int:
         """Give back the room of an item, as `tiers.Disk` says."""

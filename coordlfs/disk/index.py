@@ -137,6 +137,11 @@ class Index:
             entered += enter(slots, raw.cast("Q"), first)
         self.slots, self._entered = (memoryview(slots), size - 1), entered
 
+    def empty(self) -> None:
+        """Find nothing any more."""
+        self.slots, self._entered = (memoryview(array("I", bytes(4 * _FEWEST_SLOTS))), _FEWEST_SLOTS - 1), 0
+        self.settle(0, ())
+
     def settle(self, used: int, free: Iterable[int]) -> None:
         """Say that only the first `used` rows were ever used, and which of them were erased: before any is put."""
         self.count = used

@@ -16,6 +16,7 @@ import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from coordlfs.disk import layout
@@ -36,6 +37,7 @@ _WRITTEN, _AT_ONCE = 8 * layout.UNITS_OF_BLOCK, 1000  # units and blocks that ar
 _REMEMBERED = 1 << 10  # files whose names were written last
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 _UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+_MAPPED = 256  # bytes of a file for one, at most, in which a file system that cannot allot notes where they are
 
 
 class Block(NamedTuple):
@@ -93,6 +95,7 @@ class Store:
         self.may_grow = True
         self.index = Index(self._index_fd, self.seed)
         self._space = Space()
+        self._end = 0  # units of the data
         self._erased: list[tuple[int, int]] = []  # units of rows that were erased, maybe not durably
         self._names_end, self._names_room = 0, os.fstat(self._names_fd).st_size
         self._promised_names = self._promised_rows = 0  # bytes, and how many, for which room was taken
@@ -106,7 +109,7 @@ class Store:
             seed, found = layout.parse_header(os.pread(self._index_fd, HEADER, 0))
             if found != identity:
                 self.emptied = "it is of another directory, which was at this path before"
-            elif sum(os.fstat(fd).st_blocks for fd in self._fds[:2]) * 512 > self.size // 2:
+            elif sum(map(_extent, self._fds[:2])) > self.size // 2:
                 self.emptied = "its index was made for a much larger size"
             else:
                 return seed
@@ -115,6 +118,8 @@ class Store:
                 self.emptied = str(e)
         for fd in self._fds:
             os.ftruncate(fd, 0)
+            with suppress(OSError):  # what has no such thing overwrites in place
+                pages.overwrite_in_place(fd)
         seed = secrets.randbits(64)
         os.pwrite(self._index_fd, layout.pack_header(seed, identity), 0)
         os.fsync(self._index_fd)
@@ -160,6 +165,24 @@ class Store:
     def taken(self) -> int:
         """Bytes of the file system that the store takes."""
         return self._beside + sum(os.fstat(fd).st_blocks for fd in self._fds) * 512
+
+    @property
+    def _claimed(self) -> int:
+        """As `taken`, when all of its files will have been written to: of a copy there may be parts that are not."""
+        length = sum(map(_extent, self._fds))
+        return self._beside + length + (0 if self.allots else length // _MAPPED)
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether somebody has deleted its files, whose room is taken for as long as they are open."""
+        return not all(os.fstat(fd).st_nlink for fd in self._fds)
+
+    def give_up(self) -> None:
+        """Give all room back for good: nothing is found any more, and nothing is to be added."""
+        self.index.empty()
+        self.bytes = 0
+        for fd in self._fds:
+            os.ftruncate(fd, 0)
 
     def take(self, block: Block) -> int | None:
         """Take room for a block: its first unit; None if there is none. Raises OSError if the file system has none.
@@ -211,28 +234,31 @@ class Store:
     def _grow_data(self) -> bool:
         """Have the data grow by a piece, and the index by as many rows as that will take; False if there is no room."""
         piece = min(_LARGEST_PIECE, max(_LEAST_PIECE, self.size // _PIECES // UNIT * UNIT))
-        piece = min(piece, max(0, self.size - self.taken - _SPARE))
+        piece = min(piece, max(0, self.size - self._claimed - _SPARE))
         average = max(UNIT, self.bytes // len(self.index)) if len(self.index) else _EXPECTED
         rows = piece // average
         self._grow_index(self._promised_rows + rows)
         if len(self.index):
             self._grow_names(self._promised_names + rows * -(-self._names_end // len(self.index)))
-        piece = min(piece, max(0, self.size - self.taken - _SPARE))
-        before = os.fstat(self.data).st_size // UNIT
+        piece = min(piece, max(0, self.size - self._claimed - _SPARE))
+        before = self._end
+        if os.fstat(self.data).st_size // UNIT < before:
+            raise OSError(errno.EIO, "somebody has cut its data off")
         if not self._grow(self.data, piece):
             return False
-        self._space.give(before, os.fstat(self.data).st_size // UNIT - before)
+        self._end = os.fstat(self.data).st_size // UNIT
+        self._space.give(before, self._end - before)
         return True
 
     def _grow(self, fd: int, wanted: int) -> bool:
         """Have a file grow by so many bytes, or fewer if that would be more than the store may take; False if none."""
         size = os.fstat(fd).st_size
-        wanted = min(wanted, self.size - self.taken - _SPARE) // UNIT * UNIT
+        wanted = min(wanted, self.size - self._claimed - _SPARE) // UNIT * UNIT
         if not self.may_grow or wanted <= 0 or (size + wanted) // UNIT > layout.LAST_UNIT:
             return False
         end = -(-size // UNIT) * UNIT + wanted
         self._allot(fd, size, end)
-        excess = self.taken - self.size  # what the file system needs to know where all of it is
+        excess = self._claimed - self.size  # what the file system needs to know where all of it is
         if excess > 0:
             end = max(size, end - -(-excess // UNIT) * UNIT)
             os.ftruncate(fd, end)
@@ -355,14 +381,14 @@ class Store:
         for number in unwanted:
             self.index.erase(number)
         os.ftruncate(self.data, end * UNIT)
-        self._space, self.bytes = Space(free), stock.bytes
+        self._space, self._end, self.bytes = Space(free), end, stock.bytes
         self._names_end = self._end_of_names(rows.last_name) if rows.last_name >= 0 else 0
         return stock
 
     def _shrunk_end(self) -> int:
         """In units, where the data has to end so that the store takes no more than it may; at its end, mostly."""
         end = os.fstat(self.data).st_size // UNIT
-        excess = self.taken - self.size
+        excess = self._claimed - self.size
         return end if excess <= 0 else max(0, end - layout.units_of(excess + _SPARE))
 
     def _end_of_names(self, last: int) -> int:
@@ -380,6 +406,12 @@ class Store:
                 row = layout.parse_row(raw[at : at + ROW], self.seed)
                 if row is not None:
                     yield Found(first + at // ROW, row)
+
+
+def _extent(fd: int) -> int:
+    """Bytes that a file takes, or will when no part of it is left out any more."""
+    st = os.fstat(fd)
+    return max(st.st_blocks * 512, layout.units_of(st.st_size) * UNIT)
 
 
 def _row(block: Block, name: int, first: int) -> Row:

@@ -9,12 +9,14 @@ import itertools
 import mmap as _mmap
 import os
 import threading
+from array import array
 
 from coordlfs.kernel.libc import check, libc, quick
 
 PAGE = _mmap.PAGESIZE
 PROT_READ, MAP_SHARED = 1, 1
 _MADV_RANDOM, _MADV_POPULATE_READ, _MLOCK_ONFAULT = 1, 22, 1
+_GET_FLAGS, _SET_FLAGS, _NO_COPY = 0x80086601, 0x40086602, 0x00800000  # linux/fs.h
 _FAILED = ctypes.c_void_p(-1).value
 
 libc.mmap.restype = ctypes.c_void_p
@@ -112,6 +114,17 @@ def set_direct(fd: int, on: bool) -> None:
 def allot(fd: int, offset: int, length: int) -> None:
     """fallocate(2): have the file system allot room for a range, which the file has from then on. Raises ENOSPC."""
     check(libc.fallocate(fd, 0, ctypes.c_long(offset), ctypes.c_long(length)), "fallocate")
+
+
+def overwrite_in_place(fd: int) -> None:
+    """Have a copy-on-write file system (Btrfs) write to an empty file's own room again, and not to more of it.
+
+    Raises OSError where it cannot; others do it anyhow.
+    """
+    flags = array("i", [0])
+    fcntl.ioctl(fd, _GET_FLAGS, flags, True)
+    flags[0] |= _NO_COPY
+    fcntl.ioctl(fd, _SET_FLAGS, flags)
 
 
 def drop(fd: int, offset: int, length: int) -> None:

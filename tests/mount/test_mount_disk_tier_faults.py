@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -136,7 +137,16 @@ def test_a_disk_whose_writes_fail(source: Path, mount: MakeMount, faulty: tuple[
     figures = mounted.stats()
     assert figures["source"]["errors"] == 0
     disk.clear()
+    client.drop(str(mounted.path), [str(mounted.path / names[0])])  # an order to who writes no more
+    used = cpu_seconds(figures["processes"]["server"])
+    time.sleep(1)
+    assert cpu_seconds(figures["processes"]["server"]) - used < 0.5
     mounted.end()
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.parametrize(("readers", "depth"), [(4, 128), (200, 128), (40, 4)])
@@ -182,3 +192,59 @@ def test_a_disk_that_hangs_while_it_is_written_to(source: Path, mount: MakeMount
     eventually(lambda: mounted.log.read_text().count("for now") == 1)
     mounted.end()
     assert time.monotonic() - began < 90
+
+
+def test_its_directory_is_removed(source: Path, mount: MakeMount, place: Path) -> None:
+    """Whoever removes it has the room back; and a new mount has a new one."""
+    names, cache = write_files(source, FILES, SIZE), place / "cache"
+    mounted = mount(source, str(20 * ROOM), "--disk-cache", cache, "--disk-size", "24M")
+    for seed in (0, 1):
+        epoch(mounted, names, seed)
+    with reading(mounted, names) as readers:
+        shutil.rmtree(cache)
+        eventually(lambda: mounted.stats()["disk"]["taken_bytes"] < MIB, what="the room is not given back")
+        before = readers.reads
+        eventually(lambda: readers.reads > before + FILES)
+        figures = mounted.stats()["disk"]
+        assert "removed" in figures["stopped"]
+        assert figures["held_bytes"] == 0
+        assert {mounted.cached(name) for name in names} == {"pinned", "no"}
+        mounted.expect_errors = True
+        os.kill(mounted.stats()["processes"]["server"], signal.SIGKILL)
+        before = readers.reads
+        eventually(lambda: readers.reads > before + FILES)
+    assert mounted.log.read_text().count("nothing more is kept") == 1
+    other = mount(source, "0", "--disk-cache", cache, "--disk-size", "24M")
+    epoch(other, names, 2)
+    assert epoch(other, names, 3) == 0
+
+
+def test_its_directory_is_renamed(source: Path, mount: MakeMount, place: Path) -> None:
+    names, cache = write_files(source, FILES, SIZE), place / "cache"
+    mounted = mount(source, "0", "--disk-cache", cache, "--disk-size", "24M")
+    epoch(mounted, names[:60], 0)
+    cache.rename(place / "elsewhere")
+    epoch(mounted, names, 1)
+    assert epoch(mounted, names, 2) == 0
+    mounted.end()
+    again = mount(source, "0", "--disk-cache", place / "elsewhere", "--disk-size", "24M")
+    assert epoch(again, names, 3) == 0
+
+
+def test_its_data_are_cut_off_while_it_is_mounted(source: Path, mount: MakeMount, place: Path) -> None:
+    names, cache = write_files(source, FILES, SIZE), place / "cache"
+    mounted = mount(source, "0", "--disk-cache", cache, "--disk-size", "24M")
+    epoch(mounted, names[:60], 0)
+    with reading(mounted, names) as readers:
+        [store] = cache.iterdir()
+        os.truncate(store / "data", 3 * MIB)
+        before = readers.reads
+        eventually(lambda: readers.reads > before + 3 * FILES)
+    assert mounted.log.read_text().count("nothing more is kept") == mounted.log.read_text().count("cut its data off")
+    for seed in (1, 2):
+        epoch(mounted, names, seed)
+    mounted.end()
+    again = mount(source, "0", "--disk-cache", cache, "--disk-size", "24M")
+    for seed in (3, 4):
+        epoch(again, names, seed)
+    assert epoch(again, names, 5) == 0

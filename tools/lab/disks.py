@@ -16,7 +16,7 @@ from pathlib import Path
 from coordlfs_tools.lab.errors import LabError
 from coordlfs_tools.lab.faulty_fs import Faulty, served
 
-LEAST = {"ext4": 8 << 20, "xfs": 300 << 20, "btrfs": 256 << 20}  # bytes that its mkfs asks for
+LEAST = {"xfs": 300 << 20, "btrfs": 256 << 20}  # bytes that its mkfs asks for
 _ALL_OF_IT = "-m", "0"  # nothing is kept for root
 _LIMIT = 60.0  # seconds
 IMAGE = "image"  # what a `faulty_disk` is called in its faults

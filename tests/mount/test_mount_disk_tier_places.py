@@ -1,0 +1,115 @@
+"""Where the disk tier lies: file systems of several kinds, an ordinary user's directory, and where it cannot be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from coordlfs_tools.lab.disks import LEAST, file_system
+from mounts import MIB, MakeMount, coordlfs, noise, write_files
+from tiers import FILES, ROOM, SIZE, epoch, killed, settle
+
+
+def taken(directory: Path) -> int:
+    return sum(path.lstat().st_blocks * 512 for path in directory.rglob("*"))
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "ext2"])
+def test_a_store_is_as_good_on_any_file_system(source: Path, place: Path, mount: MakeMount, kind: str) -> None:
+    """The sizes are exact, its own copies give way, a kill loses nothing, damage is found; ext2 has no fallocate."""
+    names = write_files(source, FILES, SIZE)
+    (source / "large").write_bytes(noise(3 * MIB + 5, 9))
+    every = [*names, "large"]
+    with file_system(place / "disk", kind, LEAST.get(kind, 32 * MIB)) as at:
+        options = (str(20 * ROOM), "--disk-cache", at / "cache", "--disk-size", 8 * MIB)
+        mounted = mount(source, *options)
+        for seed in range(3):
+            epoch(mounted, every, seed)
+            assert taken(at / "cache") <= 8 * MIB
+        figures = settle(mounted)
+        assert figures["is_direct"]
+        assert figures["bad_blocks"] == 0
+        assert figures["held_bytes"] > 6.5 * MIB
+        killed(mounted)
+        again = mount(source, *options)
+        epoch(again, every, 4)
+        epoch(again, every, 5)
+        after = settle(again)
+        assert after["bad_blocks"] == 0
+        assert after["held_blocks"] >= figures["held_blocks"] - 1
+        assert taken(at / "cache") == after["taken_bytes"] <= 8 * MIB
+        [store] = (at / "cache").iterdir()
+        (store / "data").write_bytes(bytes((store / "data").stat().st_size))
+        epoch(again, every, 6)
+        assert settle(again)["bad_blocks"] > 20
+        epoch(again, every, 7)
+        again.end()
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "ext2"])
+def test_a_file_system_that_others_fill(source: Path, place: Path, mount: MakeMount, kind: str) -> None:
+    """It grows no more, and goes on with what it has, copies that give way included; said once."""
+    names = write_files(source, FILES, SIZE)
+    with file_system(place / "disk", kind, LEAST.get(kind, 32 * MIB)) as at:
+        mounted = mount(source, str(20 * ROOM), "--disk-cache", at / "cache", "--disk-size", "12M")
+        epoch(mounted, names[:40], 0)
+        fill(at / "others")
+        for seed in range(1, 5):
+            epoch(mounted, names, seed)
+        figures = mounted.stats()["disk"]
+        assert figures["held_blocks"] >= 20
+        assert figures["bad_blocks"] == 0
+        assert figures["stopped"] is None
+        said = mounted.log.read_text()
+        assert said.count("level=WARNING") == said.count("cannot grow") == 1
+        (at / "others").unlink()
+        mounted.end()
+        again = mount(source, str(20 * ROOM), "--disk-cache", at / "cache", "--disk-size", "12M")
+        for seed in (5, 6):
+            epoch(again, names, seed)
+        assert epoch(again, names, 7) == 0
+        again.end()
+
+
+def fill(file: Path) -> None:
+    """Take all the room that its file system has."""
+    with open(file, "wb", buffering=0) as f:
+        for piece in (MIB, 4096):
+            with suppress(OSError):
+                while f.write(bytes(piece)):
+                    os.fsync(f.fileno())
+
+
+def test_a_full_file_system_keeps_no_mount_from_its_store(source: Path, place: Path, mount: MakeMount) -> None:
+    names = write_files(source, FILES, SIZE)
+    with file_system(place / "disk", "ext4", 32 * MIB) as at:
+        options = ("0", "--disk-cache", at / "cache", "--disk-size", "12M")
+        first = mount(source, *options, mountpoint=place / "a")
+        for seed in (0, 1):
+            epoch(first, names, seed)
+        first.end()
+        fill(at / "others")
+        second = mount(source, *options, mountpoint=place / "a mountpoint with another name")
+        assert epoch(second, names, 2) == 0
+        assert "another name" in coordlfs("cache", at / "cache").stdout
+        second.end()
+
+
+def test_a_copy_of_a_store_with_holes_takes_no_more_than_it_may(source: Path, place: Path, mount: MakeMount) -> None:
+    """As backups write it, and as one whose parts were punched out."""
+    names, cache = write_files(source, FILES, SIZE), place / "cache"
+    options = (str(20 * ROOM), "--disk-cache", cache, "--disk-size", 8 * MIB)
+    mounted = mount(source, *options)
+    for seed in (0, 1):
+        epoch(mounted, names, seed)
+    mounted.end()
+    [store] = cache.iterdir()
+    subprocess.run(["fallocate", "-p", "-o", str(MIB), "-l", str(4 * MIB), store / "data"], check=True)
+    again = mount(source, *options)
+    for seed in (2, 3, 4):
+        epoch(again, names, seed)
+        assert taken(cache) <= 8 * MIB
+    assert again.stats()["disk"]["held_bytes"] > 7 * MIB
