@@ -75,7 +75,7 @@ def disk_size(asked: str, total: int, free: int, least: int) -> int:
         size = int(float(match[1]) * _UNITS[match[2].upper()])
     else:
         raise UserError(f"--disk-size {asked!r} is not a size: write 2T, 500G, 80% or auto", 2)
-    if size > total:
+    if size > total > 0:  # some do not say: 0
         raise UserError(f"--disk-size {asked} is more than the {text(total)} of its file system: give less, or auto", 2)
     if size < least:
         raise UserError(f"--disk-size {asked} is too small: give {text(least)} or more, or leave --disk-cache out", 2)

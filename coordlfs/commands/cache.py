@@ -26,7 +26,9 @@ def show(directory: str) -> None:
                 holds = f"{text(found.bytes)} in {found.blocks} blocks, {text(places.taken(fd))} on disk"
             except (ValueError, OSError) as e:
                 holds = f"nothing that can be used: {e}"
-        where = f"mounted on {shown(place.mounted)}" if place.mounted else f"last used {_when(place.used)}"
+        where = f"last used {_when(place.used)}"
+        if place.mounted is not None:
+            where = f"mounted on {shown(place.mounted)}" if place.mounted else "in use by another process"
         print(f"{shown(place.source)}: {holds}; {where}")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from coordlfs import sizes
@@ -19,6 +19,20 @@ from coordlfs.kernel.paths import shown
 from coordlfs.sources.directory import lies_elsewhere
 
 _IN_USE = "the disk cache must lie beside the dataset and the mount"
+
+
+def _is_beneath(directory: str, source: str) -> bool:
+    """Whether a path that need not be there yet leads through the source, as one through a bind mount of it does."""
+    try:
+        st = os.stat(source)
+    except OSError:  # it is a bucket
+        return False
+    while directory != "/":
+        with suppress(OSError):
+            if os.path.samestat(os.stat(directory), st):
+                return True
+        directory = os.path.dirname(directory)
+    return False
 
 
 @contextmanager
@@ -36,6 +50,8 @@ def claimed(
     for place in (source, mountpoint):
         if (directory + "/").startswith(place.rstrip("/") + "/"):
             raise UserError(f"--disk-cache {directory} lies in {place}: {_IN_USE}")
+    if _is_beneath(directory, source):
+        raise UserError(f"--disk-cache {directory} lies in {source}, which is bound there: {_IN_USE}")
     fd = places.claim(directory, os.fsencode(source), os.fsencode(mountpoint))
     try:
         st = os.fstatvfs(fd)

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _PREFIX = "coordlfs-"
 SOURCE, MOUNTED = "source", "mounted"  # files that hold a path each
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 _LONGEST = 1 << 13
+_LOOKED_AT_FOR = 0.5  # seconds
 # File systems that give themselves the same number for as long as they live: others are numbered as they are mounted.
 _NUMBERED = frozenset({b"ext2", b"ext3", b"ext4", b"btrfs"})
 
@@ -34,7 +36,7 @@ class Place:
 
     name: str
     source: bytes  # the path of what it is of
-    mounted: bytes | None  # where, if it is in use
+    mounted: bytes | None  # where, if it is in use; empty if that is not seen here
     used: float  # when it was last mounted: seconds since 1970
 
 
@@ -72,11 +74,9 @@ def claim(directory: str, source: bytes, mountpoint: bytes) -> int:
             raise UserError(f"{os.path.join(directory, name)} cannot be used as a disk cache: {e.strerror}") from None
         try:
             _check_owner(directory, fd)
-            if not _lock(fd):
-                at = _read(fd, MOUNTED)
-                mounted = f"{os.fsdecode(at)} uses it: unmount that" if at else "another process uses it: end that"
+            if not _lock_soon(fd):
                 raise UserError(
-                    f"{directory} already holds the disk cache of {os.fsdecode(source)}, and {mounted} first"
+                    f"{directory} already holds the disk cache of {os.fsdecode(source)}, and {_user(fd)} first"
                 )
             _write(directory, fd, SOURCE, source)
             _write(directory, fd, MOUNTED, mountpoint)
@@ -112,6 +112,29 @@ def _check_owner(directory: str, fd: int) -> None:
         raise UserError(f"the disk cache in {directory} is another user's (uid {st.st_uid}): give another directory")
     if stat.S_IMODE(st.st_mode) != 0o700:
         os.fchmod(fd, 0o700)
+
+
+def _lock_soon(fd: int) -> bool:
+    """`_lock`, but for who only looks for a moment whether anybody has it."""
+    until = time.monotonic() + _LOOKED_AT_FOR
+    while not _lock(fd):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _mountpoint(store: int) -> bytes:
+    """Where a store that is locked is mounted, if that is seen here, or empty: what was killed left its note."""
+    at = _read(store, MOUNTED)
+    return at if any(mount.point == at for mount in mounts.table()) else b""
+
+
+def _user(store: int) -> str:
+    """Who uses a store that is locked, and what is to be done."""
+    if at := _mountpoint(store):
+        return f"{os.fsdecode(at)} uses it: unmount that"
+    return "another process uses it, or a mount that is not seen here, as in a container: end that"
 
 
 def _lock(fd: int) -> bool:
@@ -165,7 +188,7 @@ def stores(directory: str) -> list[Place]:
                 with suppress(OSError), _opened(above, name) as fd:
                     is_free = _lock(fd)
                     used = os.stat(MOUNTED, dir_fd=fd, follow_symlinks=False).st_mtime
-                    found.append(Place(name, _read(fd, SOURCE), None if is_free else _read(fd, MOUNTED), used))
+                    found.append(Place(name, _read(fd, SOURCE), None if is_free else _mountpoint(fd), used))
         return found
     finally:
         os.close(above)
@@ -188,9 +211,8 @@ def opened(directory: str, place: Place) -> Iterator[int]:
 def locked(directory: str, place: Place) -> Iterator[int]:
     """`opened`, and locked. Raises UserError if the store is in use."""
     with opened(directory, place) as fd:
-        if not _lock(fd):
-            at = os.fsdecode(_read(fd, MOUNTED))
-            raise UserError(f"the disk cache of {os.fsdecode(place.source)} is in use by {at}: unmount that first")
+        if not _lock_soon(fd):
+            raise UserError(f"the disk cache of {os.fsdecode(place.source)} is in use: {_user(fd)} first")
         yield fd
 
 

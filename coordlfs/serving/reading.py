@@ -279,7 +279,10 @@ class Reader:
         if self.tier is None:
             return self._fetch(answer, item, offset, size, into, before_wait)
         shown, at = self.catalog.version(answer.record), 0
-        for length, blocks in self.tier.spans(answer.record, shown, offset, size):
+        known = min(size, shown.size - offset)  # a READ of the last page asks for more
+        if known <= 0:
+            return self._fetch(answer, item, offset, size, into, before_wait)
+        for length, blocks in self.tier.spans(answer.record, shown, offset, known):
             view = into[at : at + length]
             if blocks and self.tier.read(answer.record, shown, offset + at, view, blocks, before_wait):
                 answer.on_disk.append(Fetched(item, offset + at, view, shown))

@@ -89,6 +89,28 @@ def test_large_files_are_kept_by_the_block(source: Path, mount: MakeMount, cache
     os.close(fd)
 
 
+def test_reads_of_any_part_with_o_direct(source: Path, mount: MakeMount, cache: Path) -> None:
+    """In several blocks, and beyond the end of the file."""
+    content = noise(3 * MIB + 77)
+    (source / "large").write_bytes(content)
+    mounted = mount(source, "0", "--disk-cache", cache, "--disk-size", "12M")
+    assert read(mounted.path / "large") == content
+    eventually(lambda: settle(mounted)["held_blocks"] == 4)
+    before, fd, rng = (
+        mounted.source_bytes(),
+        os.open(mounted.path / "large", os.O_RDONLY | os.O_DIRECT),
+        random.Random(3),
+    )
+    try:
+        for _ in range(40):
+            at, length = rng.randrange(len(content) + 10), rng.randrange(1, 2 * MIB)
+            assert os.pread(fd, length, at) == content[at : at + length]
+    finally:
+        os.close(fd)
+    assert mounted.source_bytes() == before
+    assert mounted.stats()["source"]["errors"] == 0
+
+
 def test_parts_of_blocks_are_completed(source: Path, mount: MakeMount, cache: Path) -> None:
     content = noise(8 * MIB)
     (source / "large").write_bytes(content)

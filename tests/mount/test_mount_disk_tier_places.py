@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -113,3 +116,68 @@ def test_a_copy_of_a_store_with_holes_takes_no_more_than_it_may(source: Path, pl
         epoch(again, names, seed)
         assert taken(cache) <= 8 * MIB
     assert again.stats()["disk"]["held_bytes"] > 7 * MIB
+
+
+def test_a_bind_mount_of_the_source_is_the_source(source: Path, place: Path) -> None:
+    write_files(source, 3, SIZE)
+    alias = place / "alias"
+    alias.mkdir()
+    subprocess.run(["mount", "--bind", source, alias], check=True)
+    try:
+        done = coordlfs("mount", source, place / "mnt", "--disk-cache", alias / "cache", status=1)
+    finally:
+        subprocess.run(["umount", alias], check=True)
+    assert f"lies in {source}" in done.stderr
+    assert not (source / "cache").exists()
+
+
+def test_who_looks_at_a_store_keeps_nobody_from_mounting_it(source: Path, place: Path, mount: MakeMount) -> None:
+    write_files(source, 3, SIZE)
+    cache = place / "cache"
+    options = ("0", "--disk-cache", cache, "--disk-size", "8M")
+    mount(source, *options, mountpoint=place / "before").end()
+    [store] = cache.iterdir()
+    fd = os.open(store, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        done = coordlfs("mount", source, place / "mnt", "--disk-cache", cache, status=1)
+        assert "another process uses it" in done.stderr  # and not the mountpoint of then
+        assert "in use by another process" in coordlfs("cache", cache).stdout
+        ends = threading.Thread(target=look_now_and_then, args=(fd,))
+        ends.start()
+        mount(source, *options).end()
+        ends.join()
+    finally:
+        os.close(fd)
+
+
+def look_now_and_then(fd: int) -> None:
+    for _ in range(30):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        time.sleep(0.02)
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.05)
+    fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def test_a_file_system_without_o_direct_and_fallocate(source: Path, place: Path, mount: MakeMount) -> None:
+    """It works, and `doctor` says what that costs. A ramfs does not tell its size, so one is to be given."""
+    names, at = write_files(source, FILES, SIZE), place / "memory"
+    at.mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "none", at], check=True)
+    try:
+        mounted = mount(source, str(20 * ROOM), "--disk-cache", at / "cache", "--disk-size", "8M")
+        for seed in range(3):
+            epoch(mounted, names, seed)
+        figures = settle(mounted)
+        assert not figures["is_direct"]
+        held = figures["held_blocks"]
+        assert held > 60
+        assert epoch(mounted, names, 3) == (FILES - 20 - held) * SIZE
+        assert taken(at / "cache") <= 8 * MIB
+        mounted.end()
+        said = coordlfs("doctor", "--disk-cache", at, status=None).stdout
+        assert "each hit is a blocking call" in said
+    finally:
+        subprocess.run(["umount", at], check=True)
