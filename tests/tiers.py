@@ -8,6 +8,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
+from coordlfs_tools.lab import damage as lab_damage
 from mounts import Mount, eventually, is_mounted, unmount_lazily
 
 FILES, SIZE, ROOM = 120, 100_000, 102_400  # and what each takes, in whole pages
@@ -40,14 +41,6 @@ def killed(mount: Mount) -> None:
 
 
 def damage(file: Path, rng: random.Random) -> None:
-    """Flip a bit, zero a sector, or, seldom, cut the file short."""
-    size = file.stat().st_size
-    at, kind = rng.randrange(max(1, size)), rng.randrange(200)
-    with open(file, "r+b") as f:
-        if kind == 0:
-            f.truncate(at)
-        elif size:
-            f.seek(at := at if kind % 2 else at // 512 * 512)
-            old = f.read(1 if kind % 2 else 512)
-            f.seek(at)
-            f.write(bytes([old[0] ^ 1 << kind % 8]) if kind % 2 else bytes(len(old)))
+    """Inside mostly, and seldom at its end."""
+    kinds = lab_damage.ENDS if rng.randrange(100) == 0 else lab_damage.INSIDE
+    rng.choice(kinds)(file, rng)

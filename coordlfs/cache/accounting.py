@@ -55,7 +55,7 @@ class Accounts:
         return True
 
     def continue_miss(self, nbytes: int) -> None:
-        """A keeper had `nbytes` from the source: the rest of what a reader began with."""
+        """A keeper, or the disk tier, had `nbytes` from the source: the rest of what a reader began with."""
         self.epochs.current.bytes += nbytes
 
     def given_by_peer(self, nbytes: int) -> None:

@@ -262,6 +262,11 @@ class Admission:
             if pending is not None:
                 self._add(item, offset, data)
 
+    def completed(self, nbytes: int) -> None:
+        """So many bytes were read from the source for the rest of a block on disk, of which a reader had a part."""
+        with self.lock:
+            self.accounts.continue_miss(nbytes)
+
     def _add(self, item: int, offset: int, data: memoryview) -> None:
         self.stash.put(item, offset, data)
 

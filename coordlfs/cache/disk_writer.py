@@ -70,6 +70,7 @@ class DiskWriter:
         self.store = store
         self.stopped: str | None = None  # why nothing is kept any more
         self.is_ready = False  # it is known what the store holds
+        self.on_completed: Callable[[int], object] = lambda nbytes: None  # told what completed a reader's block
         self._catalog = catalog
         self._counters = counters
         self._source = source
@@ -355,6 +356,8 @@ class DiskWriter:
         except OSError:  # who reads it will be told
             return False
         self._counters.count_read(n)
+        if waiting.ranges:  # else nobody has read of it
+            self.on_completed(n)
         return n == waiting.length and Version(*versions.Version.of(st)[:3]) == waiting.version
 
     def _stop(self, error: OSError) -> None:

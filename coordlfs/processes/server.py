@@ -119,6 +119,8 @@ def serve(config: dict[str, Any]) -> None:
         owners=placement,
         disk=tier,
     )
+    if tier is not None:
+        tier.writer.on_completed = admission.completed
     exchange = Exchange()
     sharing = None if placement is None else _share(config, catalog, placement, admission, counters, exchange, tier)
     reader = Reader(catalog, source, admission, counters, notifier, sharing, tier)

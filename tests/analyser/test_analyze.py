@@ -26,7 +26,7 @@ from coordlfs_tools.analyze.hook.coordlfs_stall_hook import ranks
 from coordlfs_tools.analyze.hook.coordlfs_stall_hook.config import Section
 from coordlfs_tools.analyze.hook.coordlfs_stall_hook.held import held
 from coordlfs_tools.analyze.hook.coordlfs_stall_hook.opens import could_be_data
-from coordlfs_tools.analyze.result import mount_line, pin_line
+from coordlfs_tools.analyze.result import _is_far, mount_line, pin_line
 from coordlfs_tools.analyze.runs import Ran, run
 from coordlfs_tools.storage.files import drop, listed, resident_share
 from coordlfs_tools.storage.measure import latency, measure, parts, rate
@@ -128,6 +128,12 @@ def test_data_on_a_disk_is_to_be_pinned_or_mounted(source: Path, in_memory: Path
     assert pin_line(in_memory, 3 << 20) is None
     assert pin_line(None, 3 << 20) is None
     assert mount_line(source, 3 << 20) == f"coordlfs mount {source} {source} --cache-size 3M"
+
+
+def test_a_disk_is_advised_for_what_lies_on_none(source: Path, in_memory: Path) -> None:
+    assert not _is_far(source)
+    assert _is_far(in_memory)
+    assert not _is_far(None)
 
 
 def test_it_finds_what_is_known(analysed: tuple[dict[str, Any], Path]) -> None:

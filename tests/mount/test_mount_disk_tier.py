@@ -121,7 +121,9 @@ def test_parts_of_blocks_are_completed(source: Path, mount: MakeMount, cache: Pa
         at = block * MIB + 12345
         assert os.pread(fd, 5000, at) == content[at : at + 5000]
     eventually(lambda: mounted.stats()["disk"]["held_blocks"] == 8)
-    before = settle(mounted) and mounted.source_bytes()
+    settle(mounted)
+    before = mounted.source_bytes()
+    assert mounted.stats()["epoch"]["bytes"] == before > 8 * MIB
     mounted.forget()
     assert read(mounted.path / "large") == content
     assert mounted.source_bytes() == before

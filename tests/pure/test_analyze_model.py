@@ -130,11 +130,22 @@ def test_advice() -> None:
     assert "does not wait" in computes.why
 
 
+def test_a_disk_is_advised_where_memory_is_too_small() -> None:
+    waits = _ideal(100, 1000, 10)
+    advice = advise(waits, memory=600)  # of 1000 bytes
+    assert advice.disk_bytes == pytest.approx((0.9 - 0.36) * 1000 * 1.05, abs=30)  # a tenth may be fetched beside
+    assert advice.with_disk.seconds < advice.mounted.seconds / (1 + WORTH)
+    assert advise(waits, memory=2000).disk_bytes == 0  # memory holds everything
+    assert advise(_ideal(10, 1000, 100), memory=500).disk_bytes == 0  # it does not wait for storage
+
+
 @given(jobs(), st.integers(0, 10**13))
 def test_what_is_advised_is_never_worse_and_fits(job: Job, memory: int) -> None:
     advice = advise(job, memory)
     assert advice.cache_bytes <= max(memory * 0.6, 0) * SLACK
     assert advice.helps == (advice.gain >= 1 + WORTH)
+    assert advice.with_disk.seconds <= min(advice.today.seconds, advice.mounted.seconds) * SLACK
+    assert advice.cache_bytes + advice.disk_bytes / 1.05 <= job.dataset_bytes * SLACK + 1
     for curve in curves(job, memory):
         for points in curve.lines.values():
             assert [x for x, _ in points] == sorted(x for x, _ in points)

@@ -31,7 +31,8 @@ def test_a_short_soak(place: Path) -> None:
     assert said[-1] == "PASS"
     assert any("0 with wrong bytes, 0 errors, 0 hangs" in line for line in said)
     [faults] = [line for line in said if line.startswith("done: ")]
-    for what in ("kills of servers", "kills of keepers", "changes", "source: "):
+    assert any(line.startswith("read from the disk tier") for line in said)
+    for what in ("kills of servers", "kills of keepers", "changes", "source: ", "disk: "):
         assert what in faults
 
 

@@ -23,6 +23,7 @@ from coordlfs_tools.storage.measure import device_of, mounted_on
 from coordlfs.commands.choice import fits_pin
 from coordlfs.kernel.memory import memory
 from coordlfs.sizes import text
+from coordlfs.sources.directory import lies_elsewhere
 
 VERSION = 1
 
@@ -33,6 +34,7 @@ def result(measured: Measured) -> dict[str, Any]:
     scouted = measured.scouted
     job = measured.job()
     advice = whatif.advise(job, available.available)
+    disk_bytes = advice.disk_bytes if _is_far(scouted.directory) else 0
     storage = measured.storage
     spread: dict[str, Sequence[float]] = {
         "ingestion": measured.values("ingestion"),
@@ -94,10 +96,12 @@ def result(measured: Measured) -> dict[str, Any]:
             "cache_bytes": advice.cache_bytes,
             "workers": advice.workers,
             "epoch": _prediction(advice.mounted),
+            "disk_bytes": disk_bytes,
+            "epoch_with_disk": _prediction(advice.with_disk),
             "mount": mount_line(scouted.directory, advice.cache_bytes) if advice.helps else None,
             "pin": pin_line(scouted.directory, advice.cache_bytes) if advice.helps else None,
         },
-        "verdict": verdict(prep, fetch, advice, job.workers, threads(scouted.kind)),
+        "verdict": verdict(prep, fetch, advice, job.workers, threads(scouted.kind), disk_bytes),
         "machine": {
             "cpu": _cpu(),
             "cores": job.cores,
@@ -110,6 +114,17 @@ def result(measured: Measured) -> dict[str, Any]:
         },
         "notes": list(dict.fromkeys([*scouted.notes, *measured.notes, *(storage.notes if storage else [])])),
     }
+
+
+def _is_far(directory: Path | None) -> bool:
+    """Whether the data lie on no local disk, so that one may be faster."""
+    if directory is None:
+        return False
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        return lies_elsewhere(fd)
+    finally:
+        os.close(fd)
 
 
 def _number(value: float) -> float | None:
@@ -151,7 +166,9 @@ def threads(kind: str) -> str:
     return "num_threads" if kind == Dali.KIND else "workers"
 
 
-def verdict(prep: float, fetch: float, advice: whatif.Advice, workers: int, name: str = "workers") -> list[str]:
+def verdict(
+    prep: float, fetch: float, advice: whatif.Advice, workers: int, name: str = "workers", disk_bytes: int = 0
+) -> list[str]:
     """What to make of it, in a few sentences; the first is the most important."""
     if prep + fetch < 0.05:
         first = f"This job hardly waits for data: {prep + fetch:.0%} of a cold epoch. It computes."
@@ -167,6 +184,11 @@ def verdict(prep: float, fetch: float, advice: whatif.Advice, workers: int, name
         )
     else:
         sentences.append(f"coordlfs would not help: {advice.why}.")
+    if disk_bytes:
+        sentences.append(
+            f"With {text(disk_bytes)} of a local disk beside {text(advice.cache_bytes)} of memory (--disk-cache), a "
+            f"steady epoch would take {duration(advice.with_disk.seconds)}, if that disk keeps up."
+        )
     if prep >= 0.05:
         if advice.workers != max(workers, 1) or workers == 0:
             best = f"{advice.workers} workers" if name == "workers" else f"{name}={advice.workers}"

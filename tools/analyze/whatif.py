@@ -17,6 +17,7 @@ _ITEMS = 2000  # that the page cache is simulated with
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _COUNTS = (1, 2, 3, 4, 6, 8)
 _STEPS = 20  # of the cache's size
+_BESIDE_BYTES = 1.05  # times the bytes of files is what a disk tier takes for them, about
 _SHARE = 0.6  # of the memory that is available may be pinned
 
 
@@ -50,7 +51,8 @@ class Curve:
 @dataclass(frozen=True, slots=True)
 class Advice:
     """What to do. `cached` is the recommended share of the dataset, and `gain` how much shorter an epoch gets by it:
-    today's by the epoch that it would be."""
+    today's by the epoch that it would be. `disk_bytes` on a disk that keeps up would make it `with_disk`; 0 and the
+    same epoch if that is no gain."""
 
     today: Prediction
     mounted: Prediction
@@ -60,6 +62,8 @@ class Advice:
     gain: float
     helps: bool
     why: str
+    disk_bytes: int
+    with_disk: Prediction
 
 
 def today(job: Job, memory: int) -> Prediction:
@@ -160,4 +164,20 @@ def advise(job: Job, memory: int) -> Advice:
         why = "the memory that is free would hold too little of the dataset to matter"
     else:
         why = f"{found:.0%} of the bytes would be in memory, where the page cache alone finds {_hits(job, memory):.0%}"
-    return Advice(now, mounted, cached, int(cached * job.dataset_bytes), workers, gain, bool(gain >= 1 + WORTH), why)
+    best = min(now, mounted, key=lambda epoch: epoch.seconds)
+    on_disk = max(0.0, enough_cache(job, lambda share: share) - cached) if job.dataset_bytes else 0.0
+    with_disk = predict(job, min(1.0, cached + on_disk))
+    if best.seconds / with_disk.seconds < 1 + WORTH:
+        on_disk, with_disk = 0.0, best
+    return Advice(
+        now,
+        mounted,
+        cached,
+        int(cached * job.dataset_bytes),
+        workers,
+        gain,
+        bool(gain >= 1 + WORTH),
+        why,
+        int(on_disk * job.dataset_bytes * _BESIDE_BYTES),
+        with_disk,
+    )

@@ -56,6 +56,8 @@ def _report(outcome: Outcome, seed: int, kept: Path) -> None:
     )
     for mount, nbytes in o.source_per_epoch.items():
         print(f"read from the source by {mount}: {nbytes / 1e6:.0f} MB a reader's epoch")
+    for mount, (nbytes, bad) in o.from_disk.items():
+        print(f"read from the disk tier by {mount}: {nbytes / 1e6:.0f} MB; {bad} blocks were found to be damaged")
     print(
         f"seen: {o.wrong} with wrong bytes, {o.errors} errors, {o.hangs} hangs; the longest read took {o.longest:.1f} s"
     )

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from random import Random
 
+from coordlfs_tools.lab import damage
 from coordlfs_tools.lab.cgroups import Cgroup
 from coordlfs_tools.lab.faulty_fs import Faulty
 from coordlfs_tools.lab.mounts import command
@@ -26,12 +27,14 @@ from coordlfs_tools.soak.target import Target
 from coordlfs.commands import client
 from coordlfs.errors import UserError
 
-KINDS = ("kills", "restarts", "changes", "errors", "memory", "caches")
+KINDS = ("kills", "restarts", "changes", "errors", "memory", "caches", "disk")
 NOTICED = 5.0  # seconds after `coordlfs refresh` in which what it found has reached every reader
 _NOTICED_WITHIN = 60.0  # seconds in which a refresh must succeed, whoever is killed meanwhile
 _SELDOM, _OFTEN = 2.0, 20.0  # times a second that files are changed
 _HARD = (errno.EIO, errno.EACCES, errno.ENOMEM, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODATA)
 _PASSING = (errno.EMFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+
+_STORE = frozenset({"index", "names", "data"})  # the files that are damaged
 
 _HOG = """
 import sys, time
@@ -53,6 +56,7 @@ class Faults:
         dataset: Dataset,
         faulty: Faulty | None,
         group: tuple[Cgroup, int] | None,
+        tiers: Path | None,
         kinds: Sequence[str],
         seed: int,
     ) -> None:
@@ -63,6 +67,7 @@ class Faults:
         self._dataset = dataset
         self._faulty = faulty
         self._group = group
+        self._tiers = tiers
         self._kinds = kinds
         self._seed = seed
         self._stop = threading.Event()
@@ -72,6 +77,7 @@ class Faults:
             "errors": self._errors,
             "memory": self._memory,
             "caches": self._caches,
+            "disk": self._disk,
         }
         self._threads = [
             threading.Thread(target=self._run, args=(kind, body), name=kind)
@@ -213,3 +219,36 @@ class Faults:
         while not self._stop.wait(random.expovariate(1 / 4)):
             Path("/proc/sys/vm/drop_caches").write_text(random.choice("123"))
             self.counts["caches dropped"] += 1
+
+    def _disk(self, random: Random) -> None:
+        """The file system of the disk tiers is damaged, filled up and emptied, under the mounts."""
+        assert self._tiers is not None
+        while not self._stop.wait(random.expovariate(1 / 2)):
+            what = random.choices(["damaged", "full", "cut", "removed"], [10, 3, 2, 2])[0]
+            if what == "full":
+                self._fill(self._tiers.parent / "others", random)
+            elif files := [file for file in self._tiers.glob("*/*") if file.name in _STORE]:
+                with suppress(FileNotFoundError):
+                    self._harm(what, files, random)
+            self.counts[f"disk: {what}"] += 1
+
+    @staticmethod
+    def _harm(what: str, files: list[Path], random: Random) -> None:
+        if what == "damaged":
+            for _ in range(10):
+                random.choice(damage.INSIDE)(random.choice(files), random)
+        elif what == "cut":
+            random.choice(damage.ENDS)(random.choice(files), random)
+        else:  # the next server makes a new store
+            for file in random.choice(files).parent.iterdir():
+                file.unlink()
+
+    def _fill(self, file: Path, random: Random) -> None:
+        """Somebody else takes all the room that is there, for a while."""
+        try:
+            with open(file, "wb", buffering=0) as f, suppress(OSError):
+                while not self._stop.is_set():
+                    f.write(bytes(1 << 20))
+            self._stop.wait(random.uniform(1, 5))
+        finally:
+            file.unlink()

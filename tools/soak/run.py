@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 
 from coordlfs_tools.lab.cgroups import cgroup
+from coordlfs_tools.lab.disks import file_system
 from coordlfs_tools.lab.errors import LabError
 from coordlfs_tools.lab.faulty_fs import served
 from coordlfs_tools.lab.machine import disk_of
@@ -28,6 +30,8 @@ from coordlfs_tools.soak.ledger import Ledger
 from coordlfs_tools.soak.target import Target, end, mounted
 
 _BESIDE_CACHE = 400 << 20  # bytes of the memory cgroup for processes, and for pages that readers brought
+_DISK_SHARE = 0.3  # of the dataset, for a disk tier: so something is left that is in neither
+_BESIDE_TIERS = 32 << 20  # bytes of their file system for itself, and for others
 _WORKERS = 2  # of the DataLoader
 _TELL = 15.0  # seconds
 _ENOUGH = 50  # reads that went wrong, after which there is no use in going on
@@ -72,6 +76,9 @@ class Outcome:
     hangs: int = 0
     longest: float = 0.0
     source_per_epoch: dict[str, float] = field(default_factory=dict)  # bytes, by mount
+    from_disk: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # bytes and damaged blocks, by mount with a tier
     dataset: int = 0
     cache: int = 0
     problems: list[str] = field(default_factory=list)
@@ -112,6 +119,13 @@ class Soak:
             if "errors" in o.faults:
                 faulty = stack.enter_context(served(place / "source", place))
                 sources.append(faulty.path)
+            tiers, disk = None, int(self.outcome.dataset * _DISK_SHARE)
+            if "disk" in o.faults:
+                tiers = (
+                    stack.enter_context(file_system(place / "tiers", "ext4", len(sources) * disk + _BESIDE_TIERS))
+                    / "cache"
+                )
+            have_tier = _by_lot(len(sources), o.seed)
             targets = [
                 stack.enter_context(
                     mounted(
@@ -121,11 +135,12 @@ class Soak:
                         ["--revalidate", "5s", "--metrics", "0"],
                         fails=number > 0,
                         group=group and group[0],
+                        tier=(tiers, disk) if tiers is not None and number in have_tier else None,
                     )
                 )
                 for number, source in enumerate(sources)
             ]
-            faults = Faults(targets, ledger, dataset, faulty, group, o.faults, o.seed)
+            faults = Faults(targets, ledger, dataset, faulty, group, tiers, o.faults, o.seed)
             self._soak(targets, ledger, faults, place)
             self._finish(targets, ledger, faults)
         return self.outcome
@@ -240,7 +255,17 @@ class Soak:
         epochs = ledger.total("epochs") / (2 if self.options.faults and "errors" in self.options.faults else 1)
         if epochs:
             self.outcome.source_per_epoch[target.point.name] = figures["source"]["bytes"] / epochs
+        if tier := figures["disk"]:
+            self.outcome.from_disk[target.point.name] = tier["bytes"], tier["bad_blocks"]
+            if tier["taken_bytes"] > target.disk:
+                self.outcome.problems.append(f"a disk tier of {target.disk} bytes takes {tier['taken_bytes']}")
         command("verify", target.point)
         command("umount", target.point)
         if target.is_mounted():
             self.outcome.problems.append(f"{target.point} is still mounted")
+
+
+def _by_lot(mounts: int, seed: int) -> set[int]:
+    """Which mounts have a disk tier: one at least."""
+    random = Random(f"tiers {seed}")
+    return {random.randrange(mounts), *(number for number in range(mounts) if random.random() < 0.5)}

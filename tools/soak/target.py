@@ -19,12 +19,13 @@ from coordlfs_tools.lab.processes import children, is_alive, words
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A mount. `fails`: its source is one that fails when it is told to."""
+    """A mount. `fails`: its source is one that fails when it is told to. `disk`: bytes of its disk tier; 0 without."""
 
     point: Path
     log: Path
     supervisor: int
     fails: bool
+    disk: int
 
     def status(self) -> dict[str, Any]:
         """The figures of `coordlfs status --json`."""
@@ -47,15 +48,27 @@ class Target:
 
 @contextmanager
 def mounted(
-    source: Path, point: Path, cache: int, options: Sequence[str], *, fails: bool, group: Cgroup | None
+    source: Path,
+    point: Path,
+    cache: int,
+    options: Sequence[str],
+    *,
+    fails: bool,
+    group: Cgroup | None,
+    tier: tuple[Path, int] | None,
 ) -> Iterator[Target]:
-    """`source` mounted on `point`, by processes of `group`; whatever happens, nothing of it is left."""
+    """`source` mounted on `point`, by processes of `group`; whatever happens, nothing of it is left.
+
+    `tier`: a directory for its disk tier, and bytes.
+    """
     point.mkdir()
     log = point.with_suffix(".log")
+    if tier is not None:
+        options = [*options, "--disk-cache", str(tier[0]), "--disk-size", str(tier[1])]
     command("mount", source, point, "--cache-size", cache, "--log-file", log, *options, group=group)
     supervisor = json.loads(command("status", "--json", point).stdout)["processes"]["supervisor"]
     try:
-        yield Target(point, log, supervisor, fails)
+        yield Target(point, log, supervisor, fails, tier[1] if tier else 0)
     finally:
         end(supervisor, point)
 
