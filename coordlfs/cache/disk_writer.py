@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import os
 import threading
 import time
 from collections import OrderedDict, deque
@@ -231,6 +232,8 @@ class DiskWriter:
         """Take stock, then write, until `close`."""
         try:
             self._take_stock()
+            if self.store.is_read_only:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
             while not self._closing:
                 self._wake.wait(_IDLE if self._parts else _LOOKS_EVERY)
                 time.sleep(_GATHERS)

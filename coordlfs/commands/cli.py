@@ -220,6 +220,8 @@ def _options(arguments: argparse.Namespace) -> Options:
         from coordlfs.peers.settings import Cluster
 
         cluster = Cluster(*given)
+    if a.disk_cache == "":  # of a variable that was not set, and not the working directory
+        raise UserError("--disk-cache names no directory: its path is empty", 2)
     if a.disk_cache is None and a.disk_size is not None:
         raise UserError("--disk-size needs a directory: give --disk-cache DIR as well", 2)
     revalidate = None if a.immutable else seconds(a.revalidate)

@@ -36,6 +36,7 @@ _EXPECTED = 1 << 16  # bytes of a block, before there are any
 _WRITTEN, _AT_ONCE = 8 * layout.UNITS_OF_BLOCK, 1000  # units and blocks that are written by one call, about
 _REMEMBERED = 1 << 10  # files whose names were written last
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 _UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 _MAPPED = 256  # bytes of a file for one, at most, in which a file system that cannot allot notes where they are
 
@@ -88,7 +89,15 @@ class Store:
             os.stat(name, dir_fd=directory, follow_symlinks=False) for name in {*os.listdir(directory)} - {*FILES}
         ]
         self._beside = sum(st.st_blocks for st in [os.fstat(directory), *beside]) * 512
-        self._index_fd, self._names_fd, self.data = (os.open(name, _OPEN, 0o600, dir_fd=directory) for name in FILES)
+        self.is_read_only = False  # what is here is found, and nothing is changed
+        try:
+            fds = [os.open(name, _OPEN, 0o600, dir_fd=directory) for name in FILES]
+        except OSError as e:
+            if e.errno != errno.EROFS:
+                raise
+            self.is_read_only = True
+            fds = [os.open(name, _READ, dir_fd=directory) for name in FILES]
+        self._index_fd, self._names_fd, self.data = fds
         self.seed = self._begin(identity)
         self.is_direct = self._go_direct()
         self.allots = True  # the file system can allot room ahead
@@ -116,6 +125,8 @@ class Store:
         except ValueError as e:
             if os.fstat(self._index_fd).st_size:
                 self.emptied = str(e)
+        if self.is_read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         for fd in self._fds:
             os.ftruncate(fd, 0)
             with suppress(OSError):  # what has no such thing overwrites in place
@@ -378,9 +389,10 @@ class Store:
             pause()
         stock, unwanted, free = rows.settle(end)
         self.index.settle(rows.used, (number for number in rows.erased if number < rows.used))
-        for number in unwanted:
-            self.index.erase(number)
-        os.ftruncate(self.data, end * UNIT)
+        if not self.is_read_only:
+            for number in unwanted:
+                self.index.erase(number)
+            os.ftruncate(self.data, end * UNIT)
         self._space, self._end, self.bytes = Space(free), end, stock.bytes
         self._names_end = self._end_of_names(rows.last_name) if rows.last_name >= 0 else 0
         return stock

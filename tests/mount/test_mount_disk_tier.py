@@ -485,7 +485,13 @@ def test_a_store_is_for_its_owner_only_and_for_one_mount(source: Path, mount: Ma
         ("{source}/cache", "8M", "lies in"),
         ("{source}", "8M", "lies in"),
         ("{mnt}/cache", "8M", "lies in"),
+        ("", "8M", "its path is empty"),
         ("{place}/file", "8M", "not a directory"),
+        ("{place}/fifo", "8M", "not a directory"),
+        ("{place}/loop", "8M", "symbolic links"),
+        ("{place}/link", "8M", "lies in"),
+        ("/proc/none", "8M", "does not exist"),
+        ("/sys/kernel", "8M", "cannot be used"),
         ("{place}/none/cache", "8M", "does not exist"),
         ("{place}/cache", "0", "too small"),
         ("{place}/cache", "1K", "too small"),
@@ -498,6 +504,9 @@ def test_what_cannot_be_is_said_and_nothing_is_mounted(
     source: Path, place: Path, directory: str, size: str, says: str
 ) -> None:
     (place / "file").touch()
+    os.mkfifo(place / "fifo")
+    (place / "loop").symlink_to("loop")
+    (place / "link").symlink_to(source)
     mnt = place / "mnt"
     where = directory.format(source=source, mnt=mnt, place=place)
     done = coordlfs("mount", source, mnt, "--disk-cache", where, "--disk-size", size, status=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from coordlfs_tools.lab.disks import LEAST, file_system
-from mounts import MIB, MakeMount, coordlfs, noise, write_files
+from coordlfs_tools.lab.mounts import bindfs
+from mounts import MIB, MakeMount, coordlfs, eventually, mentions, noise, write_files
 from tiers import FILES, ROOM, SIZE, epoch, killed, settle
 
 
@@ -181,3 +183,47 @@ def test_a_file_system_without_o_direct_and_fallocate(source: Path, place: Path,
         assert "each hit is a blocking call" in said
     finally:
         subprocess.run(["umount", at], check=True)
+
+
+def test_a_network_file_system_is_warned_of(source: Path, place: Path, mount: MakeMount) -> None:
+    """A FUSE file system stands for it: what has no block device."""
+    names, beneath = write_files(source, FILES, SIZE), place / "beneath"
+    beneath.mkdir()
+    with bindfs(beneath, writable=True) as at:
+        mounted = place / "mnt"
+        options = ("--cache-size", "0", "--disk-cache", at / "cache", "--disk-size", "8M")
+        done = coordlfs("mount", source, mounted, *options)
+        assert "lies on no local disk" in done.stderr
+        coordlfs("umount", mounted)
+        eventually(lambda: not mentions(mounted))
+        again = mount(source, "0", *options[2:])
+        for seed in range(3):
+            epoch(again, names, seed)
+        figures = settle(again)
+        assert figures["held_blocks"] > 60
+        assert figures["bad_blocks"] == 0
+        assert taken(at / "cache") <= 8 * MIB
+        again.end()
+
+
+def test_a_file_system_that_becomes_read_only(source: Path, place: Path, mount: MakeMount) -> None:
+    """As ext4 does after an error of its disk: hits go on, and so does a server that is started meanwhile."""
+    names = write_files(source, FILES, SIZE)
+    with file_system(place / "disk", "ext4", 32 * MIB, mount="errors=remount-ro") as at:
+        mounted = mount(source, "0", "--disk-cache", at / "cache", "--disk-size", "8M")
+        for seed in (0, 1):
+            epoch(mounted, names, seed)
+        held = settle(mounted)["held_blocks"]
+        subprocess.run(["mount", "-o", "remount,abort", at], check=False)
+        assert epoch(mounted, names, 2) == (FILES - held) * SIZE
+        (source / names[0]).write_bytes(noise(SIZE, 7777))
+        coordlfs("refresh", mounted.path)
+        epoch(mounted, names, 3)
+        mounted.expect_errors = True
+        os.kill(mounted.stats()["processes"]["server"], signal.SIGKILL)
+        epoch(mounted, names, 4)
+        assert epoch(mounted, names, 5) == (FILES - held + 1) * SIZE
+        assert "Read-only" in str(mounted.stats()["disk"]["stopped"])
+        mounted.end()
+        done = coordlfs("mount", source, place / "other", "--disk-cache", at / "cache", status=1)
+        assert len(done.stderr.splitlines()) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -101,6 +102,19 @@ def test_mount_and_umount(source: Path, mountpoint: Path) -> None:
     assert run("findmnt", "-no", "FSTYPE,SOURCE", mountpoint).stdout.split() == ["fuse.coordlfs", str(source)]
     run("umount", mountpoint)
     assert not is_mounted(mountpoint)
+
+
+def test_a_line_of_fstab_with_a_disk_cache(source: Path, mountpoint: Path) -> None:
+    names, disk = write_files(source, 2, 100), mountpoint.parent / "a disk, with a comma"
+    table = mountpoint.parent / "fstab"
+    quoted = f'disk-cache="{disk}",disk-size=8M'.replace(" ", "\\040")
+    table.write_text(f"{source} {mountpoint} coordlfs cache-size=0,{quoted},nofail 0 0\n")
+    run("mount", "-T", table, mountpoint)
+    for name in names:
+        assert read(mountpoint / name) == read(source / name)
+    assert json.loads(os.getxattr(mountpoint, "user.coordl.stats"))["disk"]["directory"] == str(disk)
+    run("umount", mountpoint)
+    assert f"{source}: " in run(sys.executable, "-m", "coordlfs", "cache", disk).stdout
 
 
 def test_a_line_of_fstab(source: Path, mountpoint: Path) -> None:

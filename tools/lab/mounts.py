@@ -216,9 +216,10 @@ def _served(program: str, *arguments: str) -> Iterator[Path]:
 
 
 @contextmanager
-def bindfs(source: Path) -> Iterator[Path]:
+def bindfs(source: Path, *, writable: bool = False) -> Iterator[Path]:
     """bindfs, as fast as it goes: with threads and the kernel's cache."""
-    with _served("bindfs", "-f", "-r", "--multithreaded", "-o", "kernel_cache", str(source), "MNT") as point:
+    how = [] if writable else ["-r", "-o", "kernel_cache"]
+    with _served("bindfs", "-f", "--multithreaded", *how, str(source), "MNT") as point:
         yield point
 
 
