@@ -147,7 +147,7 @@ def _lock(fd: int) -> bool:
 
 def _read(directory: int, name: str) -> bytes:
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     except OSError:
         return b""
     try:
@@ -186,6 +186,8 @@ def stores(directory: str) -> list[Place]:
         for name in sorted(os.listdir(above)):
             if name.startswith(_PREFIX):
                 with suppress(OSError), _opened(above, name) as fd:
+                    if os.fstat(fd).st_uid != os.geteuid():
+                        continue
                     is_free = _lock(fd)
                     used = os.stat(MOUNTED, dir_fd=fd, follow_symlinks=False).st_mtime
                     found.append(Place(name, _read(fd, SOURCE), None if is_free else _mountpoint(fd), used))

@@ -36,7 +36,7 @@ _EXPECTED = 1 << 16  # bytes of a block, before there are any
 _WRITTEN, _AT_ONCE = 8 * layout.UNITS_OF_BLOCK, 1000  # units and blocks that are written by one call, about
 _REMEMBERED = 1 << 10  # files whose names were written last
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _UNKNOWN = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 _MAPPED = 256  # bytes of a file for one, at most, in which a file system that cannot allot notes where they are
 

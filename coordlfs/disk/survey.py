@@ -14,7 +14,7 @@ from coordlfs.disk.layout import BLOCK, HEADER, ROW, UNIT, Row
 from coordlfs.kernel import pages
 
 _AT_ONCE = 1 << 14  # rows
-_DIRECTLY = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTLY = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # not to wait for who writes to a FIFO
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from coordlfs_tools.lab.disks import LEAST, file_system
 from coordlfs_tools.lab.mounts import bindfs
-from mounts import MIB, MakeMount, coordlfs, eventually, mentions, noise, write_files
+from mounts import MIB, NOBODY, MakeMount, coordlfs, eventually, mentions, noise, write_files
 from tiers import FILES, ROOM, SIZE, epoch, killed, settle
 
 
@@ -227,3 +227,33 @@ def test_a_file_system_that_becomes_read_only(source: Path, place: Path, mount: 
         mounted.end()
         done = coordlfs("mount", source, place / "other", "--disk-cache", at / "cache", status=1)
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_another_user_put_there_is_left_alone(source: Path, place: Path, mount: MakeMount) -> None:
+    """In a directory that is open to all: a store in one's place, and files that are never read to an end."""
+    write_files(source, 3, SIZE)
+    cache = place / "cache"
+    mount(source, "0", "--disk-cache", cache, "--disk-size", "8M").end()
+    cache.chmod(0o1777)
+    [mine] = cache.iterdir()
+    name = mine.name
+    mine.rename(cache / "coordlfs-kept")
+    (cache / name).mkdir()
+    for file in ("source", "mounted", "index", "names", "data"):
+        os.mkfifo(cache / name / file)
+        os.chown(cache / name / file, NOBODY, NOBODY)
+    (cache / "coordlfs-fifos").mkdir()
+    os.mkfifo(cache / "coordlfs-fifos" / "source")
+    for file in ("mounted", "index"):
+        os.mkfifo(cache / "coordlfs-fifos" / file)
+    (cache / "coordlfs-link").symlink_to(source)
+    os.chown(cache / name, NOBODY, NOBODY)
+    done = coordlfs("mount", source, place / "other", "--disk-cache", cache, status=1, timeout=30)
+    assert "another user's" in done.stderr
+    listed = coordlfs("cache", cache, timeout=30).stdout.splitlines()
+    assert len([line for line in listed if str(source) in line]) == 1
+    assert len(listed) == 2
+    coordlfs("cache", "verify", cache, status=1, timeout=30)
+    coordlfs("cache", "clear", cache, timeout=30)
+    assert {path.name for path in cache.iterdir()} == {name, "coordlfs-link"}
+    assert len(list(source.iterdir())) == 3
