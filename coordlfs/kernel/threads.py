@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 import trio
@@ -24,6 +26,24 @@ def start(thread: threading.Thread) -> bool:
         log.warning("no thread can be started, so that requests wait: is `ulimit -u` or a pids cgroup too small?")
         return False
     return True
+
+
+def in_time(function: Callable[[], T], seconds: float) -> T:
+    """What `function` returns or raises, called by a thread that goes on if that takes longer: TimeoutError."""
+    ended: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            ended.set_result(function())
+        except BaseException as e:
+            ended.set_exception(e)
+
+    if not start(threading.Thread(target=call, daemon=True)):
+        call()
+    try:
+        return ended.result(seconds)
+    except TimeoutError as e:
+        raise (e if e.args else TimeoutError(errno.ETIMEDOUT, f"it has not answered for {seconds:.0f} s")) from None
 
 
 async def run(

@@ -68,6 +68,7 @@ log = logging.getLogger(__name__)
 
 _NAME_MESSAGE = 1 << 21
 _WRITER_ENDS_WITHIN = 5.0  # seconds
+_STORE_OPENS_WITHIN = 20.0  # seconds: its index is read, at hundreds of megabytes a second
 _STASH_LEAST, _STASH_MOST = 8 * items.CHUNK, 16 * items.CHUNK
 
 
@@ -268,7 +269,10 @@ def _tier(
 
     disk = config["disk"]
     try:
-        store = Store(disk["directory"], bytes.fromhex(disk["identity"]), disk["size"])
+        # A server that is started while the disk hangs must not hang as well.
+        store = threads.in_time(
+            lambda: Store(disk["directory"], bytes.fromhex(disk["identity"]), disk["size"]), _STORE_OPENS_WITHIN
+        )
     except OSError as e:
         log.warning("there is no disk cache, as %s cannot be used: %s", disk["path"], e.strerror)
         return None

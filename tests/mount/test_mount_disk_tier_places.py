@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from coordlfs_tools.lab.disks import LEAST, file_system
 from coordlfs_tools.lab.mounts import bindfs
-from mounts import MIB, NOBODY, MakeMount, coordlfs, eventually, mentions, noise, write_files
+from mounts import MIB, NOBODY, MakeMount, coordlfs, eventually, mentions, noise, read, write_files
 from tiers import FILES, ROOM, SIZE, epoch, killed, settle
 
 
@@ -257,3 +257,15 @@ def test_what_another_user_put_there_is_left_alone(source: Path, place: Path, mo
     coordlfs("cache", "clear", cache, timeout=30)
     assert {path.name for path in cache.iterdir()} == {name, "coordlfs-link"}
     assert len(list(source.iterdir())) == 3
+
+
+def test_a_size_below_one_item(source: Path, place: Path, mount: MakeMount) -> None:
+    """What has no room at all in a cache of the least size, and what has in part."""
+    (source / "large").write_bytes(content := noise(20 * MIB, 3))
+    mounted = mount(source, "0", "--disk-cache", place / "cache", "--disk-size", "2M")
+    for _ in range(3):
+        assert read(mounted.path / "large") == content
+        held = settle(mounted)["held_blocks"]
+        assert held <= 1
+        mounted.forget()
+    assert taken(place / "cache") <= 2 * MIB
