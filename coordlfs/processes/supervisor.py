@@ -402,7 +402,7 @@ class Supervisor:
         self.leaving_since = self.leaving_since or now
         if now - self.leaving_since < _LEAVING:
             return None
-        log.warning("server %d has ended, but a thread of it waits for the source", self.server.pid)
+        log.warning("server %d has ended, but a thread of it waits for the source or the disk cache", self.server.pid)
         self.delayed.append(self.server)
         self.leaving_since = None
         return left if self.ending else left or -signal.SIGKILL  # before it is unmounted, none ends well

@@ -203,6 +203,26 @@ def test_a_disk_that_hangs_while_it_is_written_to(source: Path, mount: MakeMount
     assert time.monotonic() - began < 90
 
 
+def test_a_server_is_killed_while_the_disk_hangs(source: Path, mount: MakeMount, faulty: tuple[Faulty, Path]) -> None:
+    """It cannot end, as a thread of it waits for the disk; the next one does not wait for that."""
+    names, (disk, at) = write_files(source, FILES, SIZE), faulty
+    mounted = mount(source, "0", "--disk-cache", at / "cache", "--disk-size", "24M")
+    for seed in (0, 1):
+        epoch(mounted, names, seed)
+    mounted.expect_errors = True
+    disk.set(f"read {IMAGE}", hangs=True)
+    mounted.read_all(names, 2)
+    server = mounted.stats()["processes"]["server"]
+    for name in names:
+        forget(mounted.path / name)
+    os.kill(server, signal.SIGKILL)
+    assert mounted.read_all(names, 3) < _BOUND
+    assert mounted.stats()["processes"]["server"] != server
+    disk.clear()
+    gives_all(mounted, names)
+    mounted.end()
+
+
 def test_a_server_is_started_while_the_disk_hangs(source: Path, mount: MakeMount, faulty: tuple[Faulty, Path]) -> None:
     """It does without the disk tier until the next one is started."""
     names, (disk, at) = write_files(source, FILES, SIZE), faulty
