@@ -365,7 +365,7 @@ class DiskWriter:
 
     def _stop(self, error: OSError) -> None:
         self.stopped = error.strerror or str(error)
-        log.warning("nothing more is kept in the disk cache, as its disk says: %s", self.stopped)
+        log.warning("nothing more is kept in the disk cache: %s", self.stopped)
 
     def _drain(self) -> None:
         """Do without the disk until `close`."""

@@ -298,7 +298,8 @@ def _warm(arguments: argparse.Namespace) -> int:
     print(f"{done['pinned']} of {done['items']} items are cached, {text(done['bytes'])}{on_disk}")
     if done["is_full"]:
         untried = f": {done['untried']} more files were not tried" if done["untried"] else ""
-        print(f"the cache is full{untried}")
+        stopped = done["disk_stopped"]
+        print(f"nothing more is kept in the disk cache: {stopped}" if stopped else f"the cache is full{untried}")
     return 0
 
 

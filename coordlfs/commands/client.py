@@ -172,7 +172,7 @@ def _files(source: Source, start: bytes, linked: dict[tuple[int, int], bytes]) -
     return sizes
 
 
-def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
+def warm(mountpoint: str, paths: list[str]) -> dict[str, Any]:
     """Fill the cache with the files named (or all), in the order they lie on the disk; figures of what was done."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -200,8 +200,15 @@ def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        total = {"files": 0, "items": 0, "pinned": 0, "bytes": 0, "untried": len(files), "is_full": room < pages.PAGE}
-        total |= {"on_disk": 0, "on_disk_bytes": 0}
+        total: dict[str, Any] = {
+            "files": 0,
+            "items": 0,
+            "pinned": 0,
+            "bytes": 0,
+            "untried": len(files),
+            "is_full": room < pages.PAGE,
+        }
+        total |= {"on_disk": 0, "on_disk_bytes": 0, "disk_stopped": None}
         if disk := figures.get("disk"):
             total["is_full"] = False
         with Progress(*columns) as progress:
@@ -220,6 +227,7 @@ def warm(mountpoint: str, paths: list[str]) -> dict[str, int]:
                     total["bytes"] += reply["pinned_pages"] * pages.PAGE
                     for key in ("on_disk", "on_disk_bytes"):
                         total[key] += reply.get(key, 0)  # a server of version 0.2 does not say
+                    total["disk_stopped"] = reply.get("disk_stopped")
                     cached = reply["pinned"] + reply.get("on_disk", 0)
                     progress.update(task, advance=reply["pinned_pages"] * pages.PAGE + reply.get("on_disk_bytes", 0))
                     room = reply["free_pages"] * pages.PAGE

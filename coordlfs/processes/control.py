@@ -76,7 +76,7 @@ class Control:
         """The descriptor of the mounted directory."""
         return self._source.root
 
-    async def _admit(self, request: dict[str, Any]) -> dict[str, int]:
+    async def _admit(self, request: dict[str, Any]) -> dict[str, Any]:
         """Have files pinned, and kept on disk, and wait until they are or cannot be."""
         done = await self._fetching.fetch([paths.from_text(text) for text in request["paths"]])
         return done._asdict()

@@ -36,6 +36,7 @@ class Done(NamedTuple):
     on_disk: int
     on_disk_bytes: int
     is_disk_full: bool
+    disk_stopped: str | None  # why nothing more is kept there
 
     @property
     def cached_bytes(self) -> int:
@@ -95,8 +96,16 @@ class Fetching:
             is_full = not found and policy.capacity - policy.used < _PAGES_OF_CHUNK and self._is_disk_full()
             if is_full and len(some) == _AT_ONCE:
                 break  # what follows finds no room either
-        free = policy.capacity - policy.used
-        return Done(sum(map(len, wanted)), pinned, npages, free, on_disk, disk_bytes, self._is_disk_full())
+        return Done(
+            items=sum(map(len, wanted)),
+            pinned=pinned,
+            pinned_pages=npages,
+            free_pages=policy.capacity - policy.used,
+            on_disk=on_disk,
+            on_disk_bytes=disk_bytes,
+            is_disk_full=self._is_disk_full(),
+            disk_stopped=None if self._tier is None else self._tier.writer.why_not,
+        )
 
     def _length(self, item: int) -> int:
         return items.length(item, self._catalog.size(items.record_of(item)))

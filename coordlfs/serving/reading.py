@@ -279,15 +279,18 @@ class Reader:
         if self.tier is None:
             return self._fetch(answer, item, offset, size, into, before_wait)
         shown, at = self.catalog.version(answer.record), 0
-        known = min(size, shown.size - offset)  # a READ of the last page asks for more
+        known = min(size, shown.size - offset)
         if known <= 0:
             return self._fetch(answer, item, offset, size, into, before_wait)
         for length, blocks in self.tier.spans(answer.record, shown, offset, known):
             view = into[at : at + length]
             if blocks and self.tier.read(answer.record, shown, offset + at, view, blocks, before_wait):
                 answer.on_disk.append(Fetched(item, offset + at, view, shown))
-            elif (n := self._fetch(answer, item, offset + at, length, into[at:], before_wait)) < length:
-                return at + n
+            else:
+                asked = size - at if at + length == known else length  # the file may be longer by now
+                n = self._fetch(answer, item, offset + at, asked, into[at:], before_wait)
+                if n < length or asked > length:
+                    return at + n
             at += length
         return at
 

@@ -236,6 +236,22 @@ def test_a_change_is_noticed_and_gives_its_room_back(source: Path, mount: MakeMo
     eventually(lambda: again.stats()["disk"]["held_blocks"] == 18, what="a file that is gone keeps its room")
 
 
+@pytest.mark.parametrize("tier", [True, False])
+def test_a_file_that_grew_before_it_was_read_has_its_new_end(
+    source: Path, mount: MakeMount, cache: Path, tier: bool
+) -> None:
+    """The kernel asks for what it knows of, in whole pages, and takes a short answer for the end."""
+    for number in range(20):
+        (source / f"{number}").write_bytes(noise(84_629, number))
+    mounted = mount(source, "0", *(("--disk-cache", cache, "--disk-size", "16M") if tier else ()))
+    for number in range(20):
+        path = mounted.path / f"{number}"
+        assert path.stat().st_size == 84_629
+        (source / "new").write_bytes(new := noise(146_207, number))
+        (source / "new").rename(source / f"{number}")
+        assert read(path) == new
+
+
 def test_damage_between_two_mounts_never_shows(source: Path, mount: MakeMount, cache: Path) -> None:
     names = write_files(source, FILES, SIZE)
     (source / "large").write_bytes(noise(5 * MIB, 5))

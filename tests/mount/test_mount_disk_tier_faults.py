@@ -262,6 +262,7 @@ def test_its_directory_is_removed(source: Path, mount: MakeMount, place: Path) -
         assert "removed" in figures["stopped"]
         assert figures["held_bytes"] == 0
         assert {mounted.cached(name) for name in names} == {"pinned", "no"}
+        assert f"nothing more is kept in the disk cache: {figures['stopped']}" in coordlfs("warm", mounted.path).stdout
         mounted.expect_errors = True
         os.kill(mounted.stats()["processes"]["server"], signal.SIGKILL)
         before = readers.reads
