@@ -25,6 +25,7 @@ from coordlfs.processes import interpreter
 COMPILED = (  # modules, as in pyproject.toml
     "coordlfs.catalogue.records",
     "coordlfs.disk.slots",
+    "coordlfs.disk.stock",
     "coordlfs.serving.entries",
     "coordlfs.serving.fast_path",
     "coordlfs.serving.plain_path",

@@ -23,7 +23,7 @@ from coordlfs.disk import layout
 from coordlfs.disk.index import Index
 from coordlfs.disk.layout import BLOCK, FILES, HEADER, ROW, UNIT, Row, Version
 from coordlfs.disk.space import Space
-from coordlfs.disk.stock import Rows, Stock
+from coordlfs.disk.stock import Stock
 from coordlfs.kernel import pages
 
 log = logging.getLogger(__name__)
@@ -383,18 +383,18 @@ class Store:
 
         What can be found meanwhile is right as ever.
         """
-        end, rows = self._shrunk_end(), Rows(self.seed)
+        end = self._shrunk_end()
+        stock = Stock(self.seed, end)
         for first, raw in self.index.pieces():
-            rows.see(first, raw)
+            stock.see(first, raw)
             pause()
-        stock, unwanted, free = rows.settle(end)
-        self.index.settle(rows.used, (number for number in rows.erased if number < rows.used))
+        self.index.settle(stock.used, stock.erased())
         if not self.is_read_only:
-            for number in unwanted:
+            for number in stock.unwanted:
                 self.index.erase(number)
             os.ftruncate(self.data, end * UNIT)
-        self._space, self._end, self.bytes = Space(free), end, stock.bytes
-        self._names_end = self._end_of_names(rows.last_name) if rows.last_name >= 0 else 0
+        self._space, self._end, self.bytes = Space(stock.free()), end, stock.bytes
+        self._names_end = self._end_of_names(stock.last_name) if stock.last_name >= 0 else 0
         return stock
 
     def _shrunk_end(self) -> int:

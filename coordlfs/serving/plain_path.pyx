@@ -11,12 +11,6 @@ A thread keeps a tally of what it answered, and settles it when it holds the GIL
 accounts for it in its place.
 """
 
-import ctypes
-import itertools
-import sys
-
-import xxhash
-
 from libc.errno cimport ENODEV, ENOENT, errno
 from libc.string cimport memcmp, memset
 from posix.fcntl cimport O_NOCTTY, O_NONBLOCK, O_RDONLY, F_SETFL, fcntl
@@ -49,7 +43,7 @@ from coordlfs.kernel.linux cimport FUSE_READ, fuse_out_header, fuse_read_in
 from coordlfs.catalogue.catalog import LINKED, REGULAR, SERVED, STALE, SUPERSEDED
 from coordlfs.catalogue.metrics import NAMES
 from coordlfs.disk.layout import HEADER, ROW, UNIT
-from coordlfs.kernel import fuse, pages
+from coordlfs.kernel import fuse, pages, xxh3
 from coordlfs.kernel.pages import PAGE
 from coordlfs.serving.reading import Request
 
@@ -74,22 +68,6 @@ cdef int _DISK_READS = NAMES.index("disk_reads"), _DISK_BYTES = NAMES.index("dis
 cdef int _DISK_READ_BYTES = NAMES.index("disk_read_bytes")
 
 
-def _address_of_hash():
-    """Where the C library's XXH3_64bits_withSeed is, to which the package xxhash offers no other way; 0 if nobody says."""
-    places = (getattr(sys.modules.get("xxhash._xxhash"), "__file__", None), "libxxhash.so.0")
-    names = "XXH3_64bits_withSeed_dispatch", "XXH3_64bits_withSeed"  # the first makes use of all that the processor has
-    for place, name in itertools.product(places, names):
-        try:
-            function = getattr(ctypes.CDLL(place), name)
-        except (OSError, AttributeError, TypeError):
-            continue
-        function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint64], ctypes.c_uint64
-        sample = bytes(range(256)) * 5
-        if all(function(sample, n, seed) == xxhash.xxh3_64_intdigest(sample[:n], seed) for n in (1, 56, 1280) for seed in (0, 7)):
-            return ctypes.cast(function, ctypes.c_void_p).value
-    return 0
-
-
 cdef class Seen:
     def __init__(self):
         self._source = None
@@ -110,7 +88,7 @@ cdef class PlainPath:
         self._tier = reader.tier
         self.has_tier, self.reads_source = self._tier is not None, False
         self._is_plain, self._free, self._disk = False, 0, 0
-        address = _address_of_hash() if self.has_tier else 0
+        address = xxh3.address() if self.has_tier else 0
         cdef uint64_t pointer = address
         self._hash = <hash_function>pointer
         if self.has_tier:

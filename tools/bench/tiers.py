@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from coordlfs_tools.bench import reader
+from coordlfs_tools.bench import dataset, filled_store, reader
 from coordlfs_tools.bench.dataset import Images
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
 from coordlfs_tools.lab import mounts
@@ -37,6 +37,8 @@ _THROTTLES = 100_000_000, 250_000_000  # bytes per second, of the source
 _SLOW_DISK = 10_000_000  # bytes per second that may be written
 _OVERHEAD = 1.02  # of the disk's share, for the index and names
 _SETTLES_WITHIN = 120.0  # seconds
+_SMALL, _SMALL_QUICK, _SMALL_BYTES = 1_000_000, 20_000, 1_000  # files of the store that is mounted, and bytes of each
+_MOUNT_ROUNDS = 5
 
 
 def run(context: Context) -> list[Figure]:
@@ -45,7 +47,7 @@ def run(context: Context) -> list[Figure]:
     figures = [figure for memory, disk in _SHARES for figure in _law(context, data, memory, disk)]
     figures += _hits(context, data)
     figures += [figure for throttle in _THROTTLES for figure in _first_epoch(context, data, throttle)]
-    return [*figures, *_restart(context, data)]
+    return [*figures, *_restart(context, data), *_large_store(context)]
 
 
 @contextmanager
@@ -292,6 +294,32 @@ def _restart(context: Context, data: Images) -> Iterator[Figure]:
     yield Figure("all killed, mounted again: first epoch, read of the source ÷ (D − disk)", read, Bound(1.02))
     files = f"{len(data.paths):,} files"
     yield Figure(f"all killed, mounted again: seconds from mount to first hit, {files}", seconds, Bound(1.0))
+
+
+def _large_store(context: Context) -> Iterator[Figure]:
+    """A store of a million files that nothing of is in memory: from mount to the first hit."""
+    files = _SMALL_QUICK if context.quick else _SMALL
+    root = dataset.small(context.directory, files, _SMALL_BYTES)
+    paths = sorted(str(path.relative_to(root)) for path in root.rglob("*.bin"))
+    size = files * 8192  # a unit for each file, rows and names, and pieces that are not full
+    seconds, memory = [], []
+    with _directory(context) as directory:
+        filled_store.fill(directory, root, paths, size)
+        for number in range(context.rounds(_MOUNT_ROUNDS)):
+            _drop(directory)
+            began = time.monotonic()
+            with mounts.coordlfs(root, 0, options=_options(directory, size)) as mount:
+                (mount.point / paths[number * 7919 % files]).read_bytes()
+                seconds.append(time.monotonic() - began)
+                disk = _settled(mount)["disk"]
+                if disk["held_blocks"] != files or not disk["reads"]:
+                    raise LabError(f"of {files} files {disk['held_blocks']} are there: {disk['reads']} were read")
+                memory.append(disk["index_memory_bytes"] / files)
+    yield Figure(f"a store of {files:,} files: seconds from mount to first hit", seconds, Bound(1.0))
+    yield Figure(
+        f"a store of {files:,} files: bytes of memory for each, beside its row of 64 in the page cache",
+        memory,
+    )
 
 
 def _killed(data: Images, size: int, options: list[str]) -> tuple[int, str]:
