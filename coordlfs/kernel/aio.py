@@ -32,7 +32,7 @@ class Reads:
     def __init__(self, most: int, size: int) -> None:
         if _IO_SETUP < 0:
             raise OSError(errno.ENOSYS, "AIO's system calls are not known on this machine")
-        self._memory = pages.buffer(most * size)
+        self._memory = pages.huge_buffer(most * size)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._size = size
         self.buffers = [memoryview(self._memory)[slot * size : (slot + 1) * size] for slot in range(most)]

@@ -89,8 +89,8 @@ cdef enum:
     _HALF = 1 << 20
     _SLOTS = 64  # for READs that the disk works on
     _AT_ONCE = 8  # requests that may be refused before the GIL is taken again
-    _PLAIN_AT_ONCE = 512  # and answered on the plain path
-    _MOMENT = 10  # milliseconds
+    _PLAIN_AT_ONCE = 1024  # and answered on the plain path
+    _MOMENT = 100  # milliseconds
     _RESTS = 32  # READs that are left to the others after one that went wrong here: more of those will come
 
 
@@ -158,6 +158,7 @@ cdef class Requests:
     cdef int _to_submit  # the slot that the disk is to read into, or -1
     cdef Seen _seen
     cdef Tally _tally  # of the plain path
+    cdef bint _goes_on  # with it: the GIL was taken only since so many were answered
     cdef Whole _given  # the READ that is to be accounted for when its bytes are sent
 
     def __init__(self, request, into):
@@ -170,6 +171,7 @@ cdef class Requests:
         self._slot = self._to_submit = -1
         self._index, self._keepers, self._seen = Index(), None, Seen()
         memset(&self._tally, 0, sizeof(Tally))
+        self._goes_on = False
 
     cdef void _answer(self, uint64_t unique, const void *data, size_t length, Whole given) noexcept:
         """Have bytes sent, which stay as they are until they are."""
@@ -265,7 +267,7 @@ cdef class FastPath:
         if self._answers_plainly:
             self.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         if self.answers_reads and self.fd >= 0 and not set_up(_SLOTS, &self._disk):
-            self._memory = pages.buffer(_SLOTS * fuse.MAX_READ)
+            self._memory = pages.huge_buffer(_SLOTS * fuse.MAX_READ)
             self._slots_memory = self._memory
             for slot in range(_SLOTS):
                 self._give_slot(slot)
@@ -346,7 +348,8 @@ cdef class FastPath:
                     n = read(self._device, header, room)  # never blocks
                     if n < 0:
                         code = errno
-                        if code == EAGAIN and requests._tally.answered and self._has_more(poller):
+                        if code == EAGAIN and self._may_wait(requests) and self._has_more(poller):
+                            n = 0
                             continue
                         break
                     if refused < _AT_ONCE and self._refuse_ioctl(header, n):
@@ -359,6 +362,7 @@ cdef class FastPath:
             if refused:
                 self._count_ioctls(refused)
             self._counts[_TURNS] += 1
+            requests._goes_on = requests._tally.answered >= _PLAIN_AT_ONCE
             if requests._tally.answered or requests._tally.n_left:
                 self._plain.settle(&requests._tally)
             if requests._unique:
@@ -388,6 +392,10 @@ cdef class FastPath:
                     return n
             except Exception as e:
                 self._refuse(header.unique, e)
+
+    cdef bint _may_wait(self, Requests requests) noexcept nogil:
+        """Whether it is likely that the next request needs no GIL either, and nothing is left to others meanwhile."""
+        return (requests._tally.answered or requests._goes_on) and not requests._tally.n_left
 
     cdef bint _has_more(self, int poller) noexcept nogil:
         """Wait for a moment; whether there is a request, or a disk has read, and nothing else is to be seen to."""

@@ -97,7 +97,7 @@ cdef class PlainPath:
         is_known = not self.has_tier or (address and self._tier.store.is_direct and ROW == _ROW_WORDS * 8)
         self.is_possible = bool(is_known) and events >= 0 and not set_up(SLOTS, &self._disk)
         if self.is_possible:
-            self._memory = pages.buffer(SLOTS * fuse.MAX_READ)
+            self._memory = pages.huge_buffer(SLOTS * fuse.MAX_READ)
             self._bytes = self._memory
             self._free = <uint64_t>-1
         memset(self._flights, 0, sizeof(self._flights))

@@ -167,14 +167,17 @@ def _hits(context: Context, data: Images) -> Iterator[Figure]:
         if _settled(mount)["disk"]["held_bytes"] < sum(os.stat(data.root / path).st_size for path in data.paths):
             mount.warm()
 
+        server = mount.status()["processes"]["server"]
+
         def hits(seed: int) -> _Pass:
             _forget(mount.point, data)
-            before, cpu = mount.status(), _cpu(mount)
+            asked = _turns(mount.status())
+            before = mount.status()
+            asked, cpu = _turns(before) - asked, _cpu(server)  # what it takes to ask
             rate = reader.read(mount.point, data.paths, _READERS, 1 + seed).files_per_second
-            used, after = _cpu(mount) - cpu, mount.status()
+            used, after = _cpu(server) - cpu, mount.status()
             reads = after["disk"]["reads"] - before["disk"]["reads"]
-            turns = after["requests"]["turns"] - before["requests"]["turns"]
-            return _Pass(rate, used / reads * 1e6, turns / reads * 1000)
+            return _Pass(rate, used / reads * 1e6, (_turns(after) - _turns(before) - asked) / reads * 1000)
 
         def directly(seed: int) -> _Pass:
             return _Pass(reader.read(data.root, data.paths, _READERS, 1 + seed, direct=True).files_per_second)
@@ -220,9 +223,13 @@ def _drop(directory: Path) -> None:
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _cpu(mount: Mount) -> float:
-    """Seconds that the server has run so far."""
-    with open(f"/proc/{mount.status()['processes']['server']}/stat") as f:
+def _turns(figures: dict[str, Any]) -> int:
+    return int(figures["requests"]["turns"])
+
+
+def _cpu(server: int) -> float:
+    """Seconds that a process has run so far."""
+    with open(f"/proc/{server}/stat") as f:
         fields = f.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
