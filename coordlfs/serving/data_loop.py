@@ -149,8 +149,9 @@ class DataLoop:
         self._lock = threading.Lock()
         self._total = 0
         self._waiting = 0  # for the source
-        self._parked = 0
-        self._parking = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
+        # Of each thread that rests, what wakes it up and nobody else; who rested last comes first. (An eventfd for all
+        # wakes all of them.)
+        self._parked: list[threading.Lock] = []
         self._waits = waits
         self._returned: deque[tuple[int, Request, bool]] = deque()  # READs that are to block a thread; interrupted?
         self._disk = None if reader.source.is_remote and reader.tier is None else _disk()
@@ -213,6 +214,10 @@ class DataLoop:
 
     # -- how many threads run -----------------------------------------------------------------------------------
 
+    @property
+    def _serving(self) -> int:
+        return self._total - self._waiting - len(self._parked)
+
     def _replace(self, wait: Wait) -> None:
         """See that others serve while a thread waits for the source."""
         with self._lock:
@@ -220,11 +225,10 @@ class DataLoop:
                 return
             wait.is_replaced = True
             self._waiting += 1
-            if self._total - self._waiting - self._parked >= self._running:
+            if self._serving >= self._running:
                 return
             if self._parked:
-                self._parked -= 1
-                os.eventfd_write(self._parking, 1)
+                self._parked.pop().release()
             elif self._total < _THREADS and not self._spawn():
                 wait.is_replaced = False  # it is tried again while it waits
                 self._waiting -= 1
@@ -301,10 +305,12 @@ class DataLoop:
     def _park_if_many(self) -> bool:
         """Rest until a thread is missed, if there are enough without this one; whether it did."""
         with self._lock:
-            if self._total - self._waiting - self._parked <= self._running or self._returned:
+            if self._serving <= self._running or self._returned or self.ended.is_set():
                 return False
-            self._parked += 1
-        os.eventfd_read(self._parking)
+            missed = threading.Lock()
+            missed.acquire()
+            self._parked.append(missed)
+        missed.acquire()
         return True
 
     def _return(self, unique: int, asked: Request, *, interrupted: bool = False) -> None:
@@ -312,8 +318,7 @@ class DataLoop:
         with self._lock:
             self._returned.append((unique, asked, interrupted))
             if self._parked:
-                self._parked -= 1
-                os.eventfd_write(self._parking, 1)
+                self._parked.pop().release()
             elif self._total >= _THREADS or not self._spawn():
                 os.eventfd_write(self._called, 1)  # whoever serves does it, and all else waits
 
@@ -333,7 +338,7 @@ class DataLoop:
                     self._look()
                 while self._returned:
                     self._read_alone(into)
-                if not had_to_wait and self._total - self._waiting - self._parked > self._running:
+                if not had_to_wait and self._serving > self._running:
                     self._park_if_many()
                     continue
                 had_to_wait = has_finished = False
@@ -384,7 +389,9 @@ class DataLoop:
         self.ended.set()
         self.on_end()
         os.eventfd_write(self._watch, 1)
-        os.eventfd_write(self._parking, _THREADS)
+        with self._lock:
+            while self._parked:
+                self._parked.pop().release()
 
     def _dispatch(self, buffer: bytearray, request: memoryview, into: pages.Buffer) -> None:
         if len(request) < fuse.IN_HEADER.size:
