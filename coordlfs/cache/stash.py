@@ -14,8 +14,13 @@ from dataclasses import dataclass, field
 @dataclass(slots=True)
 class _Pieces:
     reserved: int
-    pieces: dict[int, bytes] = field(default_factory=dict)  # by offset in the file
+    pieces: dict[int, bytes | memoryview] = field(default_factory=dict)  # by offset in the file
     size: int = 0
+
+
+def _may_be_kept(data: bytes | memoryview) -> bool:
+    """Whether nobody changes it, and nothing larger is kept with it."""
+    return isinstance(data, memoryview) and data.readonly and data.nbytes == len(data.obj)  # type: ignore[arg-type]
 
 
 class Stash:
@@ -44,7 +49,7 @@ class Stash:
         return True
 
     def put(self, item: int, offset: int, data: bytes | memoryview) -> bool:
-        """Keep a copy of `data`, found at `offset` of the file; False if the item has no room for it."""
+        """Keep `data`, found at `offset` of the file, or a copy of it; False if the item has no room for it."""
         kept = self._items.get(item)
         if kept is None:
             return False
@@ -53,7 +58,7 @@ class Stash:
             return True
         if kept.size - known + len(data) > kept.reserved:
             return False  # pieces that overlap
-        kept.pieces[offset] = bytes(data)
+        kept.pieces[offset] = data if _may_be_kept(data) else bytes(data)
         kept.size += len(data) - known
         return True
 

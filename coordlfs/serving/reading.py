@@ -109,7 +109,7 @@ class Reader:
     def read(self, request: Request, into: pages.Buffer, before_wait: Callable[[], None]) -> Answer:
         """The bytes that a READ asks for: from the stash what is there, and the rest from the source.
 
-        `into` is page-aligned memory with room for them, which the answer refers to. `before_wait` is called if the
+        `into` is page-aligned memory with room for them, which the answer may refer to. `before_wait` is called if the
         source's disk has to be waited for. Other nodes are asked for parts of several items, whom it waits for; of one
         item, `ask` does it. Raises OSError: ESTALE for an unknown node, else what the source does.
         """
@@ -133,7 +133,6 @@ class Reader:
                 if isinstance(part, int):
                     view = memoryview(into)[at - offset :]
                     n = self._get(answer, item, at, part, view, before_wait)
-                    answer.data.append(view[:n])
                     if n < part:
                         return answer  # the file ends here
                     at += n
@@ -154,6 +153,8 @@ class Reader:
         and calls `account`. None if `read` is to be called, whatever the reason. Raises OSError if no answer must be
         given.
         """
+        if self.tier is None and self.source.is_remote:
+            return None  # which has to be waited for
         catalog, offset = self.catalog, request.offset
         record = catalog.find(request.node)
         if record is None or offset % pages.PAGE:
@@ -275,7 +276,7 @@ class Reader:
     def _get(
         self, answer: Answer, item: int, offset: int, size: int, into: memoryview, before_wait: Callable[[], None]
     ) -> int:
-        """`_fetch`, but for what is on this node's disk."""
+        """Add bytes to an answer; how many. `into` is room for them."""
         if self.tier is None:
             return self._fetch(answer, item, offset, size, into, before_wait)
         shown, at = self.catalog.version(answer.record), 0
@@ -286,6 +287,7 @@ class Reader:
             view = into[at : at + length]
             if blocks and self.tier.read(answer.record, shown, offset + at, view, blocks, before_wait):
                 answer.on_disk.append(Fetched(item, offset + at, view, shown))
+                answer.data.append(view)
             else:
                 asked = size - at if at + length == known else length  # the file may be longer by now
                 n = self._fetch(answer, item, offset + at, asked, into[at:], before_wait)
@@ -297,18 +299,19 @@ class Reader:
     def _fetch(
         self, answer: Answer, item: int, offset: int, size: int, into: memoryview, before_wait: Callable[[], None]
     ) -> int:
-        """Read from the peer that owns the item, else from the source, into `into`; how many bytes."""
+        """`_get` from the peer that owns the item, else from the source."""
         record = answer.record
         pinning = answer.request.pid in self.admission.keeper_threads and self.admission.is_pending(item)
         if self.sharing is not None and answer.asks and not pinning:
             n = self.sharing.fetch(item, offset, into[:size], before_wait)
             if n:
                 answer.shared.append((item, offset, n))
+                answer.data.append(into[:n])
                 return n
         for attempt in range(_ATTEMPTS):
             try:
                 began = time.monotonic()
-                n, st = self.source.read(self._part(record, offset, size), into, before_wait)
+                data, st = self.source.fetch(self._part(record, offset, size), into, before_wait)
                 if self.tier is not None:
                     self.tier.pace_of_source.took(time.monotonic() - began)
             except OSError as e:
@@ -325,8 +328,9 @@ class Reader:
                 break
             self.source.forget(record)
             self.use_other_name(record)
-        n = _still_there(n, offset, st)
-        self._took(answer, item, offset, n, into[:n], st)
+        n = _still_there(len(data), offset, st)
+        self._took(answer, item, offset, n, data[:n], st)
+        answer.data.append(data[:n])
         return n
 
     def _took(self, answer: Answer, item: int, offset: int, n: int, data: memoryview, st: os.stat_result) -> None:

@@ -124,6 +124,9 @@ class Source(Protocol):
         Fewer than were asked for only at the end of the file, 0 behind it. `slow` is called before what will wait.
         """
 
+    def fetch(self, part: Part, into: mmap | memoryview, slow: Callable[[], None]) -> tuple[memoryview, os.stat_result]:
+        """As `read`, but the bytes may as well lie elsewhere than in `into`, where nobody changes them."""
+
     def expect(self, path: bytes) -> None:
         """The file at a path will be read soon: a source that takes its time may begin. Never waits."""
 

@@ -266,6 +266,11 @@ class DirectorySource:
             slow()
         return self._persistently(lambda: self._read_file(part, into, slow), slow)
 
+    def fetch(self, part: Part, into: mmap | memoryview, slow: Callable[[], None]) -> tuple[memoryview, os.stat_result]:
+        """See `contract.Source`."""
+        n, st = self.read(part, into, slow)
+        return memoryview(into)[:n], st
+
     def _read_file(self, part: Part, into: mmap | memoryview, slow: Callable[[], None]) -> tuple[int, os.stat_result]:
         record, path, offset, size, is_first = part
         fd, opened = self._take(record) or (self._open(path, slow), time.monotonic())

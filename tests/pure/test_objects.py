@@ -169,13 +169,15 @@ def test_one_refusal_halves_and_successes_add() -> None:
     window.refused(now=10.5)  # of requests that were on their way together
     assert window.limit == begin // 2
     for _ in range(begin * 2):
-        window.succeeded()
+        with window:
+            pass
     assert begin // 2 < window.limit <= begin // 2 + 4
     for at in range(20):
         window.refused(now=100.0 + 2 * at)
     assert window.limit == 1
     for _ in range(100_000):
-        window.succeeded()
+        with window:
+            pass
     assert window.limit == 256
 
 
@@ -184,7 +186,7 @@ def test_no_more_are_in_flight_than_the_window_allows() -> None:
 
     def ask() -> None:
         nonlocal most, now
-        with window.slot():
+        with window:
             with lock:
                 now += 1
                 most = max(most, now)
@@ -210,9 +212,7 @@ def test_a_block_is_fetched_once_for_all_who_wait_and_memory_is_bounded() -> Non
     [first, second, third] = list(blocks_of(b"f", entry, 0, 12 * MIB))
 
     def read(block: Block, offset: int, size: int) -> None:
-        into = bytearray(size)
-        assert blocks.read(block, offset, memoryview(into), lambda: None) == size
-        assert into == CONTENT[offset : offset + size]
+        assert blocks.read(block, offset, size, lambda: None) == CONTENT[offset : offset + size]
 
     _in_threads([lambda: read(first, 0, MIB), lambda: read(first, MIB, MIB), lambda: read(first, 2 * MIB, MIB)])
     assert fetched == [first]
@@ -540,17 +540,14 @@ def test_what_is_expected_is_fetched_once_and_never_after_it_was_read() -> None:
     wanted = [Block(b"%d" % n, Entry(1000), 0, 1000) for n in range(200)]
     for block in [*wanted, *wanted]:
         blocks.expect(block)
-    into = bytearray(1000)
-    readers = [
-        threading.Thread(target=blocks.read, args=(block, 0, memoryview(into), lambda: None)) for block in wanted[150:]
-    ]
+    readers = [threading.Thread(target=blocks.read, args=(block, 0, 1000, lambda: None)) for block in wanted[150:]]
     for reader in readers:
         reader.start()
     goes_on.set()
     for reader in readers:
         reader.join()
     for block in wanted[:150]:
-        assert blocks.read(block, 0, memoryview(into), lambda: None) == 1000
+        assert blocks.read(block, 0, 2000, lambda: None) == CONTENT[:1000]
     assert sorted(fetched) == sorted(wanted)
     assert blocks.used == 0
     blocks.close()
@@ -567,13 +564,12 @@ def test_what_is_fetched_ahead_takes_half_of_the_room() -> None:
     ahead = list(blocks_of(b"f", Entry(len(CONTENT)), 0, len(CONTENT)))
     for block in ahead:
         blocks.expect(block)
-    into = bytearray(4 * MIB)
     for number, block in enumerate(ahead):
         deadline = time.monotonic() + 60
         while len(arrived) < min(number + 2, len(ahead)) and time.monotonic() < deadline:
             time.sleep(0.001)
         assert blocks.used <= 8 * MIB
-        assert blocks.read(block, block.first, memoryview(into), lambda: None) == block.end - block.first
+        assert blocks.read(block, block.first, 4 * MIB, lambda: None) == CONTENT[block.first : block.end]
     assert arrived == ahead
     blocks.close()
 

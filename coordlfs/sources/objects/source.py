@@ -11,7 +11,8 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from mmap import mmap
 from typing import NoReturn
 
@@ -120,24 +121,43 @@ class ObjectSource:
 
     def read(self, part: Part, into: mmap | memoryview, slow: Callable[[], None]) -> tuple[int, os.stat_result]:
         """See `contract.Source`."""
+        data, st = self.fetch(part, into, slow)
+        room = memoryview(into)[: len(data)]
+        if data.obj is not room.obj:
+            room[:] = data
+        return len(data), st
+
+    def fetch(self, part: Part, into: mmap | memoryview, slow: Callable[[], None]) -> tuple[memoryview, os.stat_result]:
+        """See `contract.Source`: what one request brought is not copied."""
         for _ in range(_ATTEMPTS):
             entry = self.tree.find(part.path, None, slow)
             if entry.is_directory:
                 raise FileNotFoundError(errno.ENOENT, "no longer a regular file")
             try:
-                return self._copy(part, entry, memoryview(into), slow), self.attributes(part.path, entry)
+                return self._put_together(part, entry, into, slow), self.attributes(part.path, entry)
             except ChangedError:
                 slow()
                 self._look_again(part.path)
         raise ChangedError
 
-    def _copy(self, part: Part, entry: Entry, into: memoryview, slow: Callable[[], None]) -> int:
-        done = 0
+    def _put_together(self, part: Part, entry: Entry, into: mmap | memoryview, slow: Callable[[], None]) -> memoryview:
+        pieces = self._pieces(part, entry, slow)
+        first = next(pieces, None)
+        if first is None or len(first) == min(part.size, entry.size - part.offset):
+            return memoryview(b"") if first is None else first
+        together, done = memoryview(into), 0
+        for piece in chain((first,), pieces):
+            together[done : done + len(piece)] = piece
+            done += len(piece)
+        return together[:done]
+
+    def _pieces(self, part: Part, entry: Entry, slow: Callable[[], None]) -> Iterator[memoryview]:
+        at, end = part.offset, part.offset + part.size
         for block in blocks_of(part.path, entry, part.offset, part.size):
             for ahead in self._sequences.ahead_of(block):
                 self._blocks.expect(ahead)
-            done += self._blocks.read(block, part.offset + done, into[done : part.size], slow)
-        return done
+            yield self._blocks.read(block, at, end - at, slow)
+            at = block.end
 
     def expect(self, path: bytes) -> None:
         """See `contract.Source`: of a large object, its beginning. What was not listed is not looked for."""

@@ -194,8 +194,8 @@ class Store:
         while True:
             self._count(kind)
             try:
-                with self.window.slot():
-                    result = action()
+                with self.window:
+                    return action()
             except ChangedError:
                 raise
             except (BaseError, OSError) as e:
@@ -213,9 +213,6 @@ class Store:
                     raise StoreError(found) from None
                 self._count("retries")
                 pause = min(_LONGEST_PAUSE, 2 * pause)
-            else:
-                self.window.succeeded()
-                return result
 
     def _failed(self, found: Failure) -> None:
         if found.meaning is Meaning.THROTTLED:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 _BEGIN = 64
 _ONE_REFUSAL = 1.0  # seconds in which refusals are one: they answer requests that were on their way together
@@ -34,26 +32,20 @@ class Window:
         """How many are."""
         return self._in_flight
 
-    @contextmanager
-    def slot(self) -> Iterator[None]:
-        """Wait until one more may be in flight; it is until the block ends."""
+    def __enter__(self) -> None:
+        """Wait until one more may be in flight; it is until the block ends, which is a success if it raises nothing."""
         with self._free:
-            while self._in_flight >= self.limit:
+            while self._in_flight + 1 > self._limit:
                 self._free.wait()
             self._in_flight += 1
-        try:
-            yield
-        finally:
-            with self._free:
-                self._in_flight -= 1
-                self._free.notify()
 
-    def succeeded(self) -> None:
-        """One was answered: after as many as are allowed, one more is."""
-        if self._limit < self._most:
-            with self._free:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._free:
+            self._in_flight -= 1
+            if kind is None and self._limit < self._most:  # after as many as are allowed, one more is
                 self._limit = min(float(self._most), self._limit + 1 / self._limit)
                 self._free.notify()
+            self._free.notify()
 
     def refused(self, now: float | None = None) -> None:
         """The store asked for fewer."""
