@@ -44,6 +44,7 @@ class Epochs:
 
     current: Epoch = field(default_factory=lambda: Epoch(0))
     finished: list[Epoch] = field(default_factory=list)
+    began: Callable[[int], None] = lambda number: None  # told when one begins
     told: bool = False  # a loader says when an epoch begins: nothing else starts one
     _sentinels: dict[int, tuple[int, float]] = field(default_factory=dict)  # epoch, time of the last opening
 
@@ -100,6 +101,7 @@ class Epochs:
             self.finished.append(self.current)
             del self.finished[:-HISTORY]
         self.current = Epoch(self.current.number + 1, expected_bytes=unpinned)
+        self.began(self.current.number)
 
     @property
     def latest(self) -> Epoch | None:

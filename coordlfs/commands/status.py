@@ -199,6 +199,8 @@ def table(s: dict[str, Any]) -> Table:
         grid.add_row(heading, line)
     if requests := source.get("requests"):  # a server of before buckets says nothing of it
         grid.add_row("requests to the store", _requests(requests))
+        if of_epoch := (s["epoch"] or {}).get("requests"):
+            grid.add_row("", "of this epoch {list} LIST, {get} GET, {head} HEAD".format(**of_epoch))
     grid.add_row("throughput", f"{text(source['bytes_per_second'])}/s from the source")
     grid.add_row("errors of source", f"{source['errors']}; {source['changed_files']} files changed")
     for heading, line in _job_lines(s):

@@ -120,6 +120,9 @@ EPOCH = {
     "disk_items": ("epoch_disk_items", "Items that the disk tier had."),
     "disk_bytes": ("epoch_disk_bytes", "Bytes that the disk tier gave."),
     "peer_bytes": ("epoch_peer_bytes", "Bytes that other nodes gave."),
+    "requests.list": ("epoch_store_lists", "LIST requests to the object store."),
+    "requests.get": ("epoch_store_gets", "GET requests to it."),
+    "requests.head": ("epoch_store_heads", "HEAD requests to it."),
     "expected_bytes": ("epoch_expected_bytes", "Bytes that were not pinned when it began."),
     "items": ("epoch_items", "Items in the dataset, as far as it was read."),
     "hit_rate": ("epoch_hit_ratio", "Share of hits by bytes, if it ended now."),
@@ -249,9 +252,10 @@ class MountCollector:
         for key, (name, says) in EPOCH.items():
             family = GaugeMetricFamily(f"coordlfs_{name}", says, labels=["mountpoint", "epoch"])
             for which, epoch in shown.items():
-                if epoch is not None and epoch[key] is not None:
-                    family.add_metric([mountpoint, which], epoch[key])
-            yield family
+                if (value := _at(epoch or {}, key)) is not None:
+                    family.add_metric([mountpoint, which], value)
+            if family.samples:
+                yield family
         for key, (name, says) in JOB.items():
             family = GaugeMetricFamily(f"coordlfs_{name}", says, labels=["mountpoint", "job", "user"])
             for job in figures["hints"]["jobs"]:

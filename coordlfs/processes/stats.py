@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from coordlfs import __version__
 from coordlfs.cache.admission import Admission
-from coordlfs.cache.epochs import Epoch, Epochs
+from coordlfs.cache.epochs import HISTORY, Epoch, Epochs
 from coordlfs.cache.fetch_ahead import FetchAhead
 from coordlfs.cache.memory_watch import MemoryWatch
 from coordlfs.cache.residence import REMEDY, Residence, wanted
 from coordlfs.catalogue.catalog import Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import pages
+from coordlfs.processes.bills import Bills
 from coordlfs.sources.address import Options
 from coordlfs.sources.contract import Source
 
@@ -57,6 +58,8 @@ class Stats:
         self._ahead = ahead
         self._sharing = sharing
         self._tier = tier
+        self._bills = Bills(source.requests, epochs.current.number, HISTORY + 2)
+        epochs.began = self._bills.begin
         self._started = time.time()
         self._mark = (time.monotonic(), 0)
         self._rate = 0.0
@@ -76,6 +79,7 @@ class Stats:
         rate = 1 - epoch.bytes / known_bytes if known_bytes else None
         return {
             **{name: value for name, value in asdict(epoch).items() if not name.startswith("told")},
+            "requests": self._bills.of(epoch.number),
             "known_by": "order" if epoch.told_items else "misses",
             "items": known_items,
             "local_bytes": max(0, known_bytes - epoch.bytes - epoch.peer_bytes),
