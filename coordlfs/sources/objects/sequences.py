@@ -1,7 +1,8 @@
 """Who reads a large object from one end to the other, and how far ahead of him it is worth to be.
 
-A reader who goes on where he was has the next block fetched, then two, four …: as far as his pace needs, who comes to
-blocks that are there already. One who reads here and there has nothing fetched. It fetches nothing itself.
+A reader who goes on where he was has the next two blocks fetched, then eight …: as far as his pace needs, who comes to
+blocks that are there already, and soon, since each step costs him an answer's delay. One who reads here and there has
+nothing fetched. It fetches nothing itself.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 
 from coordlfs.sources.objects.blocks import Block, blocks_of
 
-_MOST = 16  # blocks ahead of a reader
+_FIRST, _GROWS, _MOST = 2, 4, 16  # blocks ahead of a reader
 _READERS = 256  # places that are remembered
 
 
@@ -32,7 +33,7 @@ class Sequences:
             window = self._places.pop((block.path, block.first), None)
             if window is None and (block.path, block.end) in self._places:
                 return iter(())  # who reads this one has been seen
-            window = 0 if window is None else min(_MOST, max(1, 2 * window))
+            window = 0 if window is None else min(_MOST, max(_FIRST, _GROWS * window))
             self._places[block.path, block.end] = window
             if len(self._places) > _READERS:
                 self._places.popitem(last=False)
