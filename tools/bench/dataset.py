@@ -21,7 +21,8 @@ _PER_CLASS = 1000
 _MEAN = 110_000  # bytes of a file
 _SPREAD = 0.45  # standard deviation of the size's logarithm, as with photographs
 _SIZES = (4_000, 700_000)  # bytes; nothing is smaller or larger
-_KINDS = ("images", "names", "small", "equal", "photos")
+_KINDS = ("images", "names", "small", "equal", "photos", "large")
+LARGE, _PIECE = "large.bin", 1 << 24
 FIRST = "first-byte"  # the one file of the tree of names that is not empty
 
 
@@ -134,6 +135,22 @@ def _fill_directory(directory: Path, size: int) -> None:
     directory.mkdir()
     for i in range(_PER_CLASS):
         (directory / f"sample-{i:04}.bin").write_bytes(os.urandom(size))
+
+
+def large(directory: Path, size: int) -> Path:
+    """A directory with one incompressible file of `size` bytes, `LARGE`, made if it is not there."""
+    root = directory / f"large-{size}"
+    _make(root, {"size": size}, lambda: _write_large(root, size))
+    return root
+
+
+def _write_large(root: Path, size: int) -> None:
+    root.mkdir()
+    random = np.random.default_rng(size)
+    with open(root / LARGE, "wb") as f:
+        for at in range(0, size, _PIECE):
+            f.write(random.bytes(min(_PIECE, size - at)))
+    os.sync()
 
 
 def _make(root: Path, is_: dict[str, int], write: Callable[[], object]) -> None:

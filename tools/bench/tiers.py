@@ -7,11 +7,14 @@ what its processes read, are shown beside them. Only pages of the data that is r
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,8 @@ from coordlfs_tools.lab.cgroups import cgroup
 from coordlfs_tools.lab.errors import LabError
 from coordlfs_tools.lab.mounts import Mount
 
+from coordlfs.kernel import pages
+
 _SHARES = (0.20, 0.30), (0.35, 0.35), (0.10, 0.90), (0.50, 0.50)  # of the dataset: memory, disk
 _READERS = 8
 _FILES = 8_000
@@ -39,6 +44,8 @@ _OVERHEAD = 1.02  # of the disk's share, for the index and names
 _SETTLES_WITHIN = 120.0  # seconds
 _SMALL, _SMALL_QUICK, _SMALL_BYTES = 1_000_000, 20_000, 1_000  # files of the store that is mounted, and bytes of each
 _MOUNT_ROUNDS = 5
+_LARGE, _LARGE_QUICK = 4 << 30, 64 << 20  # bytes of one file
+_PIECE, _PIECES = 1 << 20, 2_000  # of it, which are read at random
 
 
 def run(context: Context) -> list[Figure]:
@@ -46,6 +53,7 @@ def run(context: Context) -> list[Figure]:
     data = context.images().part(1_000 if context.quick else _FILES)
     figures = [figure for memory, disk in _SHARES for figure in _law(context, data, memory, disk)]
     figures += _hits(context, data)
+    figures += _large_file(context)
     figures += [figure for throttle in _THROTTLES for figure in _first_epoch(context, data, throttle)]
     return [*figures, *_restart(context, data), *_large_store(context)]
 
@@ -232,6 +240,62 @@ def _cpu(server: int) -> float:
     with open(f"/proc/{server}/stat") as f:
         fields = f.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# -- one large file ------------------------------------------------------------------------------------------------
+
+
+def _large_file(context: Context) -> Iterator[Figure]:
+    """Pieces of one file that is on the disk tier only, against the same pieces with O_DIRECT."""
+    size = _LARGE_QUICK if context.quick else _LARGE
+    root = dataset.large(context.directory, size)
+    with _directory(context) as directory, mounts.coordlfs(root, 0, options=_options(directory, size * 1.1)) as mount:
+        mount.warm()
+        held = _settled(mount)["disk"]["held_bytes"]
+        if held < size:
+            raise LabError(f"of {size} bytes {held} are on the disk tier")
+        server = mount.status()["processes"]["server"]
+
+        def hits(seed: int) -> float:
+            _drop(mount.point)
+            cpu, before = _cpu(server), mount.status()["source"]["bytes"]
+            seconds = _read_pieces(mount.point / dataset.LARGE, seed, os.O_RDONLY)
+            if mount.status()["source"]["bytes"] != before:
+                raise LabError("the source was read")
+            context.say(f"  {(_cpu(server) - cpu) / min(_PIECES, size // _PIECE) * 1e6:.0f} µs of the server a piece")
+            return seconds
+
+        def directly(seed: int) -> float:
+            return _read_pieces(root / dataset.LARGE, seed, os.O_RDONLY | os.O_DIRECT)
+
+        seconds = alternate(context, context.rounds(_ROUNDS), {"directly": directly, "disk tier": hits})
+    yield Figure(
+        f"one file of {size >> 20:,} MiB, pieces of 1 MiB at random, pieces/s: mount ÷ O_DIRECT",
+        ratios(seconds["directly"], seconds["disk tier"]),
+        Bound(0.85, at_least=True),
+        f"{median(seconds['disk tier']):.2f} ÷ {median(seconds['directly']):.2f} s",
+    )
+
+
+def _read_pieces(path: Path, seed: int, flags: int) -> float:
+    """Seconds that it takes to read some pieces of a file in a random order, each once."""
+    pieces = list(range(path.stat().st_size // _PIECE))
+    random.Random(seed).shuffle(pieces)
+    fd, local = os.open(path, flags), threading.local()
+
+    def read(piece: int) -> None:
+        if not hasattr(local, "room"):
+            local.room = pages.buffer(_PIECE)
+        if os.preadv(fd, [local.room], piece * _PIECE) != _PIECE:
+            raise LabError(f"{path} is shorter than it was")
+
+    try:
+        with ThreadPoolExecutor(_READERS) as pool:
+            began = time.monotonic()
+            list(pool.map(read, pieces[:_PIECES]))
+            return time.monotonic() - began
+    finally:
+        os.close(fd)
 
 
 # -- the first epoch ----------------------------------------------------------------------------------------------
