@@ -126,9 +126,8 @@ def serve(config: dict[str, Any]) -> None:
     sharing = None if placement is None else _share(config, catalog, placement, admission, counters, exchange, tier)
     reader = Reader(catalog, source, admission, counters, notifier, sharing, tier)
     memory_watch = MemoryWatch(Governor(config["capacity"]), admission, counters)
-    expect = _expect(catalog, source, tier)
-    expect_for_readers = expect if sharing is None else None  # else others are asked first
-    ahead = FetchAhead(catalog, admission, announcements, counters, memory_watch, expect_for_readers)
+    expect = _expect(catalog, source, tier, placement)
+    ahead = FetchAhead(catalog, admission, announcements, counters, memory_watch, expect)
     stats = Stats(config, catalog, admission, epochs, counters, memory_watch, source, ahead, sharing, tier)
     namespace = Namespace(catalog, source, reader, counters)
     records = Records(catalog)
@@ -210,13 +209,17 @@ def _source(config: dict[str, Any]) -> tuple[Source, bytes | None]:
     return DirectorySource(config["root"], path, **about), path
 
 
-def _expect(catalog: Catalog, source: Source, tier: DiskTier | None) -> Callable[[int], None] | None:
+def _expect(
+    catalog: Catalog, source: Source, tier: DiskTier | None, placement: Placement | None
+) -> Callable[[int], None] | None:
     """How a source is told of a file that will be read soon; None for one that gains nothing by it."""
     if source.root >= 0:
         return None
 
     def expect(record: int) -> None:
-        if tier is None or not tier.holds(items.item_at(record, 0)):
+        item = items.item_at(record, 0)
+        is_own = placement is None or placement.owns(item)  # else its owner is asked
+        if is_own and (tier is None or not tier.holds(item)):
             source.expect(catalog.path(record))
 
     return expect

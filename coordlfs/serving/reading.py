@@ -320,9 +320,11 @@ class Reader:
                 self.counters.add("source_errors")
                 self.source.forget(record)
                 if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    # To open a file is no request: whoever had bytes of it has it open, as far as can be told.
+                    code = errno.ESTALE if self.catalog.flags(record) & SERVED else errno.ENOENT
                     self.vanished(record)
                     self.notifier.call(lambda: self.lead_elsewhere(record))
-                    raise OSError(errno.ENOENT, "vanished") from e
+                    raise OSError(code, "vanished") from e
                 raise
             if attempt or self.catalog.shows_bytes(record, st) or not self.catalog.flags(record) & SERVED:
                 break

@@ -13,6 +13,7 @@ import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -80,7 +81,15 @@ def test_epochs_of_a_bucket_cost_what_is_missed(bucket: Bucket, mount: MakeMount
     assert (figures["get"], figures["head"], figures["errors"]) == (len(files) + 5, 0, 0)
     [url] = re.findall(r"http://\S+", told[0])
     with urllib.request.urlopen(url, timeout=60) as scrape:
-        assert f'kind="get",mountpoint="{m.path}"}} {len(files) + 5}.0' in scrape.read().decode()
+        scraped = scrape.read().decode()
+        assert f'kind="get",mountpoint="{m.path}"}} {len(files) + 5}.0' in scraped
+        of_epoch = rf'coordlfs_epoch_store_gets{{epoch="\w+",mountpoint="{m.path}"}} {len(files) + 5}\.0'
+        assert re.search(of_epoch, scraped)
+    stats = m.stats()
+    bills = [epoch["requests"] for epoch in (*stats["epoch_history"], stats["epoch"])]
+    assert bills[0] == {name: figures[name] for name in ("list", "get", "head", "bytes")}
+    assert not any(any(bill.values()) for bill in bills[1:])
+    assert f"of this epoch {bills[-1]['list']} LIST, {bills[-1]['get']} GET" in coordlfs("status", m.path).stdout
     said = coordlfs("verify", m.path).stdout
     assert "all equal" in said
     assert "GET" in coordlfs("status", m.path).stdout
@@ -147,6 +156,25 @@ def test_a_change_that_a_reader_meets(bucket: Bucket, mount: MakeMount) -> None:
     bucket.put("set/f", b"longer " * 2000)
     assert read(m.path / "f") == b"longer " * 2000
     assert bucket.count("HEAD") == 1
+
+
+def test_what_is_gone_is_stale_for_who_has_it_open_and_no_name_for_others(bucket: Bucket, mount: MakeMount) -> None:
+    bucket.put("set/read", noise(17 * MIB, 1))
+    bucket.put("set/not read", noise(MIB, 2))
+    bucket.put("set/stays", b"stays")
+    m = mount("s3://bucket/set", "1M", *options(bucket))
+    assert walked(m.path) == {"read", "not read", "stays"}
+    with open(m.path / "read", "rb", buffering=0) as begun:
+        assert begun.read(4096) == noise(17 * MIB, 1)[:4096]
+        bucket.remove("set/read")
+        bucket.remove("set/not read")
+        raises(errno.ESTALE, lambda: os.pread(begun.fileno(), 4096, 15 * MIB))
+        eventually(lambda: not (m.path / "read").exists(), 30)
+        raises(errno.ESTALE, lambda: os.pread(begun.fileno(), 4096, 15 * MIB))
+    for name in ("read", "not read"):
+        raises(errno.ENOENT, lambda name=name: read(m.path / name))  # type: ignore[misc]
+    eventually(lambda: os.listdir(m.path) == ["stays"], 30)
+    assert read(m.path / "stays") == b"stays"
 
 
 def test_faults_while_readers_check_every_byte(bucket: Bucket, mount: MakeMount) -> None:
@@ -322,6 +350,35 @@ def test_peers_fetch_each_object_once(bucket: Bucket, mount: MakeMount) -> None:
         for name, data in files.items():
             assert read(m.path / name) == data
     assert bucket.count("GET") == len(files)
+
+
+def test_an_order_that_is_announced_on_each_of_two_nodes_has_each_object_fetched_once(
+    bucket: Bucket, mount: MakeMount
+) -> None:
+    files = fill(bucket, 200, 20_000)
+    bucket.faults = lambda asked: Fault(delay=0.01)
+    ports = [_free_port(), _free_port()]
+    nodes = ",".join(f"127.0.0.1:{port}" for port in ports)
+    mounted: list[Mount] = [
+        mount("s3://bucket/set", "16M", *options(bucket), "--listen", f"127.0.0.1:{port}", "--peers", nodes)
+        for port in ports
+    ]
+    for m in mounted:
+        eventually(lambda m=m: m.stats()["peers"]["alive"] == 1)  # type: ignore[misc]
+        assert walked(m.path) == set(files)
+
+    def train(m: Mount, seed: int) -> None:
+        order = list(files)
+        random.Random(seed).shuffle(order)
+        for number in HintedSampler(range(len(order)), [m.path / name for name in order]):
+            assert read(m.path / order[number]) == files[order[number]]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, mounted, range(2)))
+    figures = [m.stats() for m in mounted]
+    assert sum(each["source"]["requests"]["get"] for each in figures) == bucket.count("GET")
+    assert len(files) <= bucket.count("GET") <= len(files) + sum(each["peers"]["skipped"] for each in figures)
+    assert all(each["peers"]["bytes"] for each in figures)
 
 
 def test_doctor_says_of_a_bucket_what_a_request_takes(bucket: Bucket) -> None:

@@ -141,6 +141,19 @@ def test_a_listing_keeps_the_time_of_what_stays_and_says_when_names_came_or_went
     assert third.changed_ns == 99
 
 
+def test_what_a_request_showed_to_be_gone_has_no_name_until_it_is_listed_again() -> None:
+    entries = {b"gone": Entry(3, 5, "a"), b"stays": Entry(4, 6, "b")}
+    listed = Directory(entries, 1.0, 7)
+    listed.remove(b"gone")
+    listed.remove(b"never was")
+    assert listed.find(b"gone") is None
+    assert listed.find(b"stays") == entries[b"stays"]
+    assert listed.names == [b"gone", b"stays"], "who reads it just now finds all others where they were"
+    again = Directory(entries, 2.0, 7)
+    again.succeeds(listed, 8)
+    assert again.find(b"gone") == entries[b"gone"]
+
+
 def test_the_time_of_an_object_tells_apart_what_was_written_twice_in_a_second() -> None:
     one, other = _entry(etag='"one"'), _entry(etag='"other"')
     assert one.mtime_ns != other.mtime_ns
@@ -579,10 +592,10 @@ def test_only_who_goes_on_where_he_was_is_read_ahead() -> None:
     ahead = list(blocks_of(b"f", Entry(len(CONTENT)), 0, len(CONTENT)))
     assert list(sequences.ahead_of(ahead[0])) == []
     assert list(sequences.ahead_of(ahead[0])) == [], "the same block again"
-    assert list(sequences.ahead_of(ahead[1])) == ahead[2:3]
+    assert list(sequences.ahead_of(ahead[1])) == ahead[2:4]
     assert list(sequences.ahead_of(ahead[1])) == []
-    assert list(sequences.ahead_of(ahead[2])) == ahead[3:5]
-    assert list(sequences.ahead_of(ahead[3])) == ahead[4:8]
+    assert list(sequences.ahead_of(ahead[2])) == ahead[3:11]
+    assert list(sequences.ahead_of(ahead[3])) == ahead[4:20]
     for number in (9, 6, 0, 5):
         assert list(sequences.ahead_of(ahead[number])) == [], "from here to there"
     assert list(sequences.ahead_of(Block(b"g", Entry(10), 0, 10))) == []

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import xxhash
 
 LONGEST_NAME = 255  # bytes
+_GONE = -2  # in place of a size
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 _NS_BELOW = 1_000_000  # in a millisecond: finer no store says when an object was modified
@@ -74,7 +75,8 @@ class Directory:
         if at == len(self.names) or self.names[at] != name:
             return None
         with self._lock:
-            return Entry(self._sizes[at], self._times[at], self._etags[at])
+            entry = Entry(self._sizes[at], self._times[at], self._etags[at])
+        return None if entry.size == _GONE else entry
 
     def replace(self, name: bytes, entry: Entry) -> None:
         """An object has become another one, as a request showed; a name that was not listed is not added."""
@@ -82,6 +84,10 @@ class Directory:
         if at < len(self.names) and self.names[at] == name:
             with self._lock:
                 self._sizes[at], self._times[at], self._etags[at] = entry
+
+    def remove(self, name: bytes) -> None:
+        """An object is gone, as a request showed. Its name keeps its place, for who reads the listing just now."""
+        self.replace(name, Entry(_GONE))
 
     def succeeds(self, earlier: Directory, now_ns: int) -> None:
         """Take over what an earlier listing had, where that is the same: the time of an object, and of the directory.

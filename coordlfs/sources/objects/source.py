@@ -25,7 +25,7 @@ from coordlfs.sources.numbering import Numbering
 from coordlfs.sources.objects.blocks import WHOLE, Block, Blocks, blocks_of
 from coordlfs.sources.objects.names import LONGEST_NAME, Directory, Entry
 from coordlfs.sources.objects.sequences import Sequences
-from coordlfs.sources.objects.store import TRIED_FOR, ChangedError, Store
+from coordlfs.sources.objects.store import TRIED_FOR, ChangedError, GoneError, Store
 from coordlfs.sources.objects.tree import Tree
 from coordlfs.sources.versions import Version
 
@@ -138,6 +138,9 @@ class ObjectSource:
             except ChangedError:
                 slow()
                 self._look_again(part.path)
+            except GoneError:
+                self.tree.remove(part.path)
+                raise
         raise ChangedError
 
     def _put_together(self, part: Part, entry: Entry, into: mmap | memoryview, slow: Callable[[], None]) -> memoryview:
@@ -178,7 +181,11 @@ class ObjectSource:
 
     def _look_again(self, path: bytes) -> None:
         """See what has become of an object that is not the one that was listed. Raises OSError if it is gone."""
-        self.tree.replace(path, self.store.head(self.tree.key(path)))
+        try:
+            self.tree.replace(path, self.store.head(self.tree.key(path)))
+        except GoneError:
+            self.tree.remove(path)
+            raise
 
     def begin(self, part: Part, into: memoryview) -> Version | Opened | None:
         """Nothing is read without this thread; see `contract.Source`."""

@@ -96,6 +96,12 @@ class Tree:
         if (known := self._directories.get(parent)) is not None:
             known.replace(name, entry)
 
+    def remove(self, path: bytes) -> None:
+        """An object is gone, as a request showed."""
+        parent, _, name = path.rpartition(b"/")
+        if (known := self._directories.get(parent)) is not None:
+            known.remove(name)
+
     def _list(self, path: bytes, known: Directory | None) -> Directory:
         began = time.monotonic()
         prefix = self._prefix + (path.decode() + "/" if path else "")
