@@ -20,17 +20,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from coordlfs_tools.bench import reader
+from coordlfs_tools.bench import dataset, reader
 from coordlfs_tools.bench.report import Bound, Context, Figure, alternate, ratios
 from coordlfs_tools.lab import mounts
-from coordlfs_tools.lab.buckets import Bucket, serve
+from coordlfs_tools.lab.buckets import Bucket, StoredObject, serve
 from coordlfs_tools.lab.errors import LabError
 
 _FILES, _QUICK_FILES = 5_000, 500
 _DIRECTORIES = 20
 _SIZE = 110_000  # bytes
-_LARGE, _QUICK_LARGE = 512 << 20, 64 << 20  # bytes
-_DELAY = 0.02  # seconds to the first byte
+_LARGE, _QUICK_LARGE = 4 << 30, 64 << 20  # bytes
+_DELAY, _FAR = 0.02, 0.1  # seconds to the first byte
+_FAR_FILES = 2_000
 _READERS, _HINTED = 8, 64  # of the library, against as many readers of a mount, and against one with hints
 _ROUNDS = 3
 _LIMIT = 300.0  # seconds
@@ -93,11 +94,32 @@ class _Store:
         return [word for option in given for word in ("--source-option", option)]
 
 
+class _Periodic:
+    """Bytes of which each 16 MiB are the same, that take up 32 MiB: ranges of up to 16 MiB can be had."""
+
+    _PERIOD = 16 * _MIB
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._twice = memoryview(random.Random(1).randbytes(self._PERIOD) * 2)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> memoryview:
+        first, end, _ = part.indices(self._size)
+        at = first % self._PERIOD
+        return self._twice[at : at + end - first]
+
+
 def _serve(theirs: Connection, keys: list[str], size: int, delay: float) -> None:
-    data = memoryview(random.Random(1).randbytes(min(size, 16 * _MIB)) * -(-size // (16 * _MIB)))[:size]
     bucket = Bucket(delay=delay)
+    data = random.Random(1).randbytes(min(size, 16 * _MIB))
     for key in keys:
-        bucket.put(key, data)
+        if size > len(data):
+            bucket.objects[key] = StoredObject(_Periodic(size), etag='"periodic"')
+        else:
+            bucket.put(key, data)
     with serve(bucket):
         theirs.send(bucket.endpoint)
         while theirs.recv() == "requests":
@@ -136,6 +158,9 @@ def run(context: Context) -> list[Figure]:
     with _store([f"set/{name}" for name in names], _SIZE, _DELAY) as store:
         figures += _cold(context, store, names)
         figures += _bill(context, store, names)
+    far = names[: _QUICK_FILES // 2 if context.quick else _FAR_FILES]
+    with _store([f"set/{name}" for name in far], _SIZE, _FAR) as store:
+        figures += _hinted(context, store, far, _FAR)
     with _store([f"set/{name}" for name in names], _SIZE, 0.0) as store:
         figures += _processor_time(context, store, names)
     with _store(["set/large"], _QUICK_LARGE if context.quick else _LARGE, _DELAY) as store:
@@ -158,35 +183,42 @@ def _mounted(store: _Store, cache: int) -> Any:
 
 
 def _cold(context: Context, store: _Store, names: list[str]) -> list[Figure]:
-    room = 2 * _SIZE * len(names)
-
-    def library(threads: int) -> Callable[[int], float]:
-        return lambda seed: len(names) / _gets(store, names, threads)["seconds"]
-
     def readers(seed: int) -> float:
-        with _mounted(store, room) as mount:
+        with _mounted(store, 2 * _SIZE * len(names)) as mount:
             _listed(mount)
             return reader.read(mount.point, names, _READERS, seed).files_per_second
 
+    sides = {f"obstore, {_READERS} threads": _library(store, names, _READERS), f"{_READERS} readers": readers}
+    few, ours = alternate(context, context.rounds(_ROUNDS), sides).values()
+    what = f"cold epoch of a bucket, {_DELAY * 1000:.0f} ms: {_READERS} readers ÷ obstore's {_READERS} threads, files/s"
+    return [_compared(what, ours, few, 0.9), *_hinted(context, store, names, _DELAY)]
+
+
+def _library(store: _Store, names: list[str], threads: int) -> Callable[[int], float]:
+    return lambda seed: len(names) / _gets(store, names, threads)["seconds"]
+
+
+def _hinted(context: Context, store: _Store, names: list[str], delay: float) -> list[Figure]:
+    """Far away it shows whether hints hide the delay, and near what each object costs the processor."""
+    used: list[float] = []
+
     def hinted(seed: int) -> float:
         order = random.Random(seed).sample(names, len(names))
-        with _mounted(store, room) as mount:
+        with _mounted(store, 2 * _SIZE * len(names)) as mount:
             _listed(mount)
             paths = [str(mount.point / name) for name in order]
-            return len(names) / _python(_HINTED_READS, {"paths": paths})["seconds"]
+            pids = [mount.status()["processes"]["server"], *mount.status()["processes"]["keepers"]]
+            before = sum(map(_used, pids))
+            seconds = _python(_HINTED_READS, {"paths": paths})["seconds"]
+            used.append((sum(map(_used, pids)) - before) / len(names) * 1000)
+            return len(names) / seconds
 
-    sides = {
-        f"obstore, {_READERS} threads": library(_READERS),
-        f"{_READERS} readers": readers,
-        f"obstore, {_HINTED} threads": library(_HINTED),
-        "1 reader, hints": hinted,
-    }
-    found = alternate(context, context.rounds(_ROUNDS), sides)
-    few, ours, many, ahead = found.values()
-    text = f"cold epoch of a bucket, {_DELAY * 1000:.0f} ms: "
+    sides = {f"obstore, {_HINTED} threads": _library(store, names, _HINTED), "1 reader, hints": hinted}
+    many, ahead = alternate(context, context.rounds(_ROUNDS), sides).values()
+    text = f"cold epoch of a bucket, {delay * 1000:.0f} ms: 1 reader with hints"
     return [
-        _compared(text + f"{_READERS} readers ÷ obstore's {_READERS} threads, files/s", ours, few, 0.9),
-        _compared(text + f"1 reader with hints ÷ obstore's {_HINTED} threads, files/s", ahead, many, 0.9),
+        _compared(f"{text} ÷ obstore's {_HINTED} threads, files/s", ahead, many, 0.9),
+        Figure(f"{text}: processor time of server and keepers for each object, ms", used, None),
     ]
 
 
@@ -221,19 +253,38 @@ def _processor_time(context: Context, store: _Store, names: list[str]) -> list[F
     def library(seed: int) -> float:
         return _gets(store, names, _READERS)["cpu"] / len(names) * 1000
 
+    local = dataset.equal(context.directory, len(names), _SIZE)
+    local_names = sorted(os.listdir(local))
+
+    def misses(mount: mounts.Mount, names: list[str], seed: int) -> float:
+        _listed(mount)
+        pid = mount.status()["processes"]["server"]
+        before = _used(pid)
+        reader.read(mount.point, names, _READERS, seed)
+        return (_used(pid) - before) / len(names) * 1000
+
     def server(seed: int) -> float:
         with _mounted(store, 0) as mount:
-            _listed(mount)
-            pid = mount.status()["processes"]["server"]
-            before = _used(pid)
-            reader.read(mount.point, names, _READERS, seed)
-            return (_used(pid) - before) / len(names) * 1000
+            return misses(mount, names, seed)
 
-    found = alternate(context, context.rounds(_ROUNDS), {"obstore": library, "server": server})
-    theirs, ours = found.values()
+    def directory(seed: int) -> float:
+        for name in local_names:
+            (local / name).read_bytes()  # from the page cache, from then on
+        with mounts.coordlfs(local, 0) as mount:
+            return misses(mount, local_names, seed)
+
+    found = alternate(
+        context, context.rounds(_ROUNDS), {"obstore": library, "server": server, "of a directory": directory}
+    )
+    theirs, ours, plain = found.values()
     sides = f"{median(ours):.3f} ÷ {median(theirs):.3f} ms"
     what = "no delay, no cache: the server's processor time ÷ obstore's own, for each object"
-    return [Figure(what, ratios(ours, theirs), Bound(1.5), sides)]
+    least = [a + b for a, b in zip(theirs, plain, strict=True)]
+    return [
+        Figure(what, ratios(ours, theirs), Bound(1.5), sides),
+        Figure("… a miss of a directory in the page cache, which is FUSE's part, and no GIL: ms", plain, None),
+        Figure("… the least that it can be with obstore: both ÷ obstore's own", ratios(least, theirs), None),
+    ]
 
 
 def _used(pid: int) -> float:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from urllib.parse import parse_qs, unquote
 from xml.sax.saxutils import escape
 
@@ -44,11 +44,21 @@ class Fault:
     data: bytes | None = None  # other bytes, of whatever length
 
 
+class Parts(Protocol):
+    """Bytes that are too many to lie in memory."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, part: slice) -> memoryview:
+        """Some of them."""
+
+
 @dataclass(slots=True)
 class StoredObject:
-    """An object: its bytes, and what tells it from others of its key."""
+    """An object: its bytes, or what gives parts of them, and what tells it from others of its key."""
 
-    data: bytes | memoryview
+    data: bytes | memoryview | Parts
     modified: float = field(default_factory=time.time)
     etag: str = ""
 
@@ -135,22 +145,22 @@ class Bucket:
         stored = self.objects.get(asked.key)
         if stored is None:
             return await self._send(writer, 404, _error("NoSuchKey"), {}, fault)
-        data = memoryview(fault.data if fault.data is not None else stored.data)
+        data = fault.data if fault.data is not None else stored.data
+        data = memoryview(data) if isinstance(data, bytes) else data
         etag = fault.etag or stored.etag
         about = {"ETag": etag, "Last-Modified": formatdate(stored.modified, usegmt=True)}
         if headers.get("if-match", etag) != etag:
             return await self._send(writer, 412, _error("PreconditionFailed"), {}, fault)
-        status = 200
+        status, first, end = 200, 0, len(data)
         if asked.first is not None and not fault.ignores_range:
             if asked.first >= len(data):
                 return await self._send(writer, 416, _error("InvalidRange"), {}, fault)
-            end = min(len(data), asked.end or len(data))
-            about["Content-Range"] = f"bytes {asked.first}-{end - 1}/{len(data)}"
-            data, status = data[asked.first : end], 206
+            status, first, end = 206, asked.first, min(len(data), asked.end or len(data))
+            about["Content-Range"] = f"bytes {first}-{end - 1}/{len(data)}"
         if asked.kind == "HEAD":
-            about["Content-Length"] = str(len(data))
-            data = data[:0]
-        return await self._send(writer, status, data, about, fault)
+            about["Content-Length"] = str(end - first)
+            end = first
+        return await self._send(writer, status, data[first:end], about, fault)
 
     async def _send(
         self, writer: asyncio.StreamWriter, status: int, data: bytes | memoryview, about: dict[str, str], fault: Fault
