@@ -378,6 +378,9 @@ class Reader:
         staleness = self.catalog.staleness(record)
         shown, node = self.catalog.version(record), self.catalog.node(record)
         self.source.forget(record)
+        if st.st_size > shown.size:
+            # read(2) asks for the new length at the old end, sendfile(2) and all that splices does not: it ends there.
+            self._supersede(record)
         if self.supersedes(record, st):
             raise OSError(errno.ESTALE, "changed while it was read")
         self.counters.add("changed_files")
@@ -434,6 +437,12 @@ class Reader:
                 self.notifier.call(partial(self._settle, record))
             else:
                 self.ends.notified(self.catalog.node(record), fuse.LARGEST_FILE)
+
+    def _supersede(self, record: int) -> None:
+        """Have the name lead to another node, though this one's bytes were never handed out."""
+        if not self.catalog.flags(record) & SUPERSEDED:
+            self.catalog.supersede(record)
+            self.replaced(record)
 
     def replaced(self, record: int) -> None:
         """The name of a file leads to another node, and to the old one nobody any more, in a moment."""

@@ -13,6 +13,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -130,6 +131,8 @@ def test_changed_before_it_is_read(source: Path, mount: MakeMount, change: Chang
     for before in known:
         change(source / f"{before}", noise(after, 2))
     for before in known:
+        if after > before:  # once an error: see the next test
+            _assert_soon(mounted.path / f"{before}", noise(after, 2))
         assert read(mounted.path / f"{before}") == noise(after, 2), f"{before} → {after}"
     mounted.settle()
     for before in known:  # attributes follow in a moment
@@ -138,6 +141,27 @@ def test_changed_before_it_is_read(source: Path, mount: MakeMount, change: Chang
         eventually(lambda a=ours, b=theirs: os.stat(a).st_mtime_ns == os.stat(b).st_mtime_ns)  # type: ignore[misc]
     for before in known:
         assert read(mounted.path / f"{before}") == noise(after, 2), f"{before} → {after}, again"
+
+
+def _spliced(path: Path) -> bytes:
+    """What sendfile gives of a file, called until it gives nothing more."""
+    with path.open("rb", buffering=0) as file, tempfile.TemporaryFile() as into:
+        while os.sendfile(into.fileno(), file.fileno(), None, 1 << 30):
+            pass
+        return os.pread(into.fileno(), 1 << 30, 0)
+
+
+@pytest.mark.parametrize("change", [_replace, _overwrite])
+@pytest.mark.parametrize(("before", "after"), [(5000, 6000), (5000, 300_000), (84_000, 146_000), (300_000, 5000)])
+def test_changed_before_it_is_sent(source: Path, mount: MakeMount, change: Change, before: int, after: int) -> None:
+    """The kernel sends a file up to the end that it knows, and does not ask again, as for read(2)."""
+    (source / "f").write_bytes(noise(before, 1))
+    mounted = mount(source)
+    _know(mounted)
+    change(source / "f", noise(after, 2))
+    got = _or_error(lambda: _spliced(mounted.path / "f"), errno.ESTALE)
+    assert got in (None, noise(after, 2))
+    eventually(lambda: _or_error(lambda: _spliced(mounted.path / "f"), errno.ESTALE) == noise(after, 2))
 
 
 @pytest.mark.parametrize("change", [_replace, _overwrite])
