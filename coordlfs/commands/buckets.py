@@ -5,6 +5,7 @@ Only here do commands import obstore, and only for a bucket. It mounts nothing.
 
 from __future__ import annotations
 
+import errno
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,8 @@ def opened(address: Address, options: Options, **how: Any) -> ObjectSource:
     try:
         return ObjectSource(address, options, **how)
     except Exception as e:  # what obstore raises for what it does not take is of many kinds
-        raise UserError(f"{address} cannot be opened: {str(e).partition(chr(10))[0][:200]}") from None
+        why = str(e).partition("\n")[0][:200]
+        raise UserError(f"{address} cannot be opened: {why}: {_CREDENTIALS[address.scheme]}") from None
 
 
 def check(address: Address, options: Options) -> None:
@@ -56,9 +58,13 @@ def _nothing_there(source: ObjectSource, address: Address) -> UserError:
     if not address.prefix:
         return UserError(f"{address} is empty, or its endpoint is no object store: check both")
     try:
-        source.store.head(address.prefix)
-    except OSError:
-        return UserError(f"{address} holds nothing: no key begins with '{address.prefix}/'")
+        etag = source.store.head(address.prefix).etag
+    except OSError as e:
+        if e.errno in (errno.ENOENT, errno.EACCES):
+            return UserError(f"{address} holds nothing: no key begins with '{address.prefix}/'")
+        etag = ""
+    if not etag:  # which every store gives, and a web server that has a page for everything does not
+        return UserError(f"{address} holds nothing, or its endpoint is no object store: check both")
     return UserError(f"{address} is an object: give the prefix that holds the dataset")
 
 
@@ -68,7 +74,7 @@ def _explained(address: Address, options: Options, error: OSError) -> UserError:
     from coordlfs.sources.objects.store import StoreError
 
     meaning, why = error.failure if isinstance(error, StoreError) else (Meaning.LASTING, error.strerror)
-    where = options.endpoint or "the cloud's own endpoint"
+    where = options.endpoint or "the endpoint of the environment, or the cloud's own"
     if meaning is Meaning.NO_BUCKET:
         return UserError(f"{address.scheme}://{address.bucket} does not exist at {where}: check its name")
     if meaning is Meaning.CREDENTIALS:

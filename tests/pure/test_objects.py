@@ -84,10 +84,19 @@ def test_options_are_what_was_given() -> None:
     given_ = ["endpoint=https://host:1/", "region=eu-1", "anonymous=true", "path_style=no", "timeout=2m", "in-flight=7"]
     assert address.options(given_) == Options("https://host:1/", "eu-1", True, False, timeout=120, in_flight=7)
     assert address.options([]) == Options()
+    for endpoint in ("http://127.0.0.1:9000", "HTTPS://[::1]:1", "https://h-1.x_y/account/%7Ea"):
+        assert address.options([f"endpoint={endpoint}"]).endpoint == endpoint
 
 
 @pytest.mark.parametrize(
-    "given_", ["colour=red", "region", "region=", "anonymous=perhaps", "in-flight=0", "in-flight=257", "endpoint=host"]
+    "given_",
+    [
+        *("colour=red", "region", "region=", "anonymous=perhaps", "in-flight=0", "in-flight=257"),
+        *(
+            f"endpoint={at}"
+            for at in ("host", "ftp://host", "http://", "https://a b", "http://a?b", "http://u:p@a", "http://a:x")
+        ),
+    ],
 )
 def test_options_that_mean_nothing(given_: str) -> None:
     with pytest.raises(UserError):

@@ -77,7 +77,7 @@ def meaning_of(kind: str, text: str) -> Failure:
     if "NotPartial" in text or "non-partial" in text:
         return Failure(Meaning.LASTING, "the server ignores the range that it is asked for")
     if "builder error" in text:
-        return Failure(Meaning.LASTING, "plain http is not allowed")
+        return Failure(Meaning.LASTING, "its endpoint is plain http, and --source-option allow-http=true is not said")
     if "invalid list response" in text or "InvalidListResponse" in text:
         return Failure(Meaning.LASTING, "the answer is none of an object store")
     if http := _HTTP.search(text):
