@@ -23,6 +23,7 @@ from coordlfs_tools.lab.buckets import Asked, Bucket, Fault, serve
 from mounts import MIB, MakeMount, Mount, coordlfs, eventually, mentions, noise, raises, read
 
 SECRET = "hunter2-of-the-tests"
+NOTHING = {"list": 0, "get": 0}
 
 
 @pytest.fixture
@@ -89,7 +90,9 @@ def test_epochs_of_a_bucket_cost_what_is_missed(bucket: Bucket, mount: MakeMount
     bills = [epoch["requests"] for epoch in (*stats["epoch_history"], stats["epoch"])]
     assert bills[0] == {name: figures[name] for name in ("list", "get", "head", "bytes")}
     assert not any(any(bill.values()) for bill in bills[1:])
-    assert f"of this epoch {bills[-1]['list']} LIST, {bills[-1]['get']} GET" in coordlfs("status", m.path).stdout
+    shown = coordlfs("status", m.path).stdout
+    # That the second epoch has begun may be seen between the two questions.
+    assert any(f"of this epoch {bill['list']} LIST, {bill['get']} GET" in shown for bill in (bills[-1], NOTHING))
     said = coordlfs("verify", m.path).stdout
     assert "all equal" in said
     assert "GET" in coordlfs("status", m.path).stdout
@@ -108,6 +111,19 @@ def test_an_order_that_is_announced_is_fetched_ahead(bucket: Bucket, mount: Make
     m.settle()
     assert bucket.most_in_flight > 16, "one reader alone has one request in flight"
     assert len(files) <= bucket.count("GET") <= len(files) + 5, "who is faster than his order may ask himself"
+
+
+def test_keys_that_cannot_be_named_hide_no_others(bucket: Bucket, mount: MakeMount) -> None:
+    files = fill(bucket)
+    for key in ("set//x", "set/0/./x", "set/1/a\nb", "set/2/..", "set/3/x/"):
+        bucket.put(key, b"x")
+    m = mount("s3://bucket/set", "16M", *options(bucket))
+    assert walked(m.path) == set(files)
+    for name, data in files.items():
+        assert read(m.path / name) == data
+    figures = m.stats()["source"]["requests"]
+    assert (figures["hidden_keys"], figures["errors"]) == (5, 0)
+    assert m.log.read_text().count("have names that no file system can show") == 5
 
 
 def test_attributes_are_those_of_the_objects(bucket: Bucket, mount: MakeMount) -> None:
@@ -154,7 +170,14 @@ def test_a_change_that_a_reader_meets(bucket: Bucket, mount: MakeMount) -> None:
     m = mount("s3://bucket/set", "8M", *options(bucket))
     assert os.stat(m.path / "f").st_size == 6000
     bucket.put("set/f", b"longer " * 2000)
-    assert read(m.path / "f") == b"longer " * 2000
+    raises(errno.ESTALE, lambda: read(m.path / "f"))  # once: the kernel sends no more than the length that it knows
+
+    def is_new() -> bool:
+        with suppress(OSError):
+            return read(m.path / "f") == b"longer " * 2000
+        return False
+
+    eventually(is_new)
     assert bucket.count("HEAD") == 1
 
 
@@ -310,7 +333,6 @@ def _free_port() -> int:
         ("s3://bucket/set", ["endpoint=http://127.0.0.1:{free}"], "does not answer at http"),
         ("s3://bucket/set", ["endpoint=http://host.invalid"], "does not answer at http"),
         ("s3://bucket/denied", [], "may not be listed with these credentials (status 403"),
-        ("s3://bucket/bad", [], "a key at 'bad//' cannot be named"),
         ("ftp://bucket/set", [], "no kind of source"),
         ("s3://AKID:hunter@bucket/set", [], "credentials come from the environment"),
         ("s3://bucket/set", ["secret_access_key=hunter"], "every user can read a command line"),
@@ -319,7 +341,6 @@ def _free_port() -> int:
 )
 def test_a_bucket_that_cannot_be_mounted(bucket: Bucket, place: Path, source: str, given: list[str], says: str) -> None:
     fill(bucket, 4)
-    bucket.put("bad//x", b"")
     bucket.faults = lambda asked: Fault(status=403) if asked.key.startswith("denied") else None
     words = options(bucket, *(text.format(free=_free_port()) for text in given))
     done = coordlfs("mount", source, place / "mnt", *words, status=None)

@@ -93,6 +93,19 @@ def test_a_bucket_of_s3(endpoint: str, client: Any) -> None:
         source.lstat(b"a")
 
 
+def test_keys_of_s3_that_cannot_be_named(endpoint: str, client: Any) -> None:
+    keys = ["a", "d/b", "d/sp ace+%20&", "d/\u00fc/x"]
+    for key in [*keys, "d//x", "d/./x", "d/\x01"]:  # moto takes no newline
+        client.put_object(Bucket="set", Key=key, Body=key.encode())
+    source = open_bucket(endpoint)
+    assert not source.is_empty()
+    assert source.listing(b"").names == [b"a", b"d"]
+    assert source.listing(b"d").names == sorted([b"b", b"sp ace+%20&", "\u00fc".encode()])
+    for key in keys:
+        assert read(source, key.encode()) == key.encode()
+    assert (source.requests()["hidden_keys"], source.requests()["errors"]) == (3, 0)
+
+
 def test_keys_of_a_profile(client: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     client.put_object(Bucket="set", Key="f", Body=b"f")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
@@ -163,3 +176,9 @@ def test_a_bucket_of_google(google: str) -> None:
     put("a", b"other")
     assert read(source, b"a") == b"other"
     assert source.requests()["head"] == 0
+    put("d//x", b"")
+    source = ObjectSource(Address("gs", "set", ""), options, lasts=0.0, tried_for=1.0)
+    assert source.listing(b"").names == [b"a", b"d", b"large"]
+    with pytest.raises(OSError, match="rename it") as caught:  # only of S3 may another library be asked
+        source.listing(b"d")
+    assert caught.value.errno == errno.EIO

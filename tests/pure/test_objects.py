@@ -116,13 +116,14 @@ def test_what_a_file_system_cannot_show_is_hidden_and_counted() -> None:
         ["p/d", "p/", "p/..", f"p/{longer}"],
         [
             ("p", _entry(0)),  # a marker of the directory itself
-            *((f"p/{name}", _entry()) for name in ("a", "d", ".", "..", long, longer, "a\0b", "b/c")),
+            *((f"p/{name}", _entry()) for name in ("a", "d", ".", "..", long, longer, "a\0b", "a\nb", "\x7f", "b/c")),
+            ("p/\udcff", _entry()),  # not UTF-8
         ],
     )
     entries, hidden = shown("p/", found)
     assert set(entries) == {b"a", b"d", long.encode()}
     assert entries[b"d"].is_directory
-    assert hidden == 3 + 6
+    assert hidden == 3 + 9
 
 
 def test_an_object_where_a_directory_is_marked_is_hidden_if_it_has_bytes() -> None:
@@ -351,19 +352,53 @@ def test_a_large_object_is_read_by_ranges_and_nothing_twice(bucket: Bucket) -> N
     assert source.requests()["buffered_bytes"] == 0
 
 
-@pytest.mark.parametrize("key", ["s//x", "s/./x", "s/../x", "s/a\x01b"])
-def test_a_key_that_obstore_refuses_is_named(bucket: Bucket, key: str) -> None:
-    for good in ("s/a", "t/b"):
-        bucket.put("d/" + good, b"")
-    bucket.put("d/" + key, b"")
-    source = open_bucket(bucket)
+REFUSED = ["s//x", "s/./x", "s/../x", "s/.", "s/..", "s/a\x01b", "s/a\nb", "s/\x7f/x", "s//"]
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_key_that_obstore_refuses_hides_no_other(bucket: Bucket, key: str, caplog: pytest.LogCaptureFixture) -> None:
+    good = [f"s/{name}" for name in ("a", "b/c", "p l+u%s&", "ü", "'<\">", "z0", "z1", "z2", "z3")]
+    for name in (*good, key, "t/b"):
+        bucket.put("d/" + name, name.encode("utf-8", "surrogateescape"))
+    source = open_bucket(bucket, lasts=0.0)
     assert not source.is_empty()
     assert source.listing(b"").names == [b"s", b"t"]
-    assert source.listing(b"t").names == [b"b"]
-    with pytest.raises(OSError, match="rename it") as caught:
-        source.listing(b"s")
-    assert caught.value.errno == errno.EIO
-    assert "d/s/" in str(caught.value)
+    for _ in range(2):
+        assert source.listing(b"s").names == sorted({name[2:].partition("/")[0].encode() for name in good})
+    assert source.listing(b"s/b").names == [b"c"]
+    for name in good:
+        assert read(source, name.encode())[0] == name.encode()
+    figures = source.requests()
+    assert (figures["hidden_keys"], figures["errors"], figures["head"]) == (1, 0, 0)
+    assert caplog.text.count("1 keys below 'd/s/'") == 1
+
+
+def test_what_two_libraries_list_is_the_same(bucket: Bucket) -> None:
+    for number in range(12):
+        bucket.put(f"d/{number}", b"x" * number)
+        bucket.put(f"d/{number}d/x", b"")
+    source = open_bucket(bucket)
+    by_obstore = source.store.list_below("d/")
+    bucket.put("d//x", b"")
+    other = source.store.list_below("d/")
+    assert sorted(other.objects) == sorted(by_obstore.objects)
+    assert shown("d/", other)[0] == shown("d/", by_obstore)[0]
+
+
+def test_what_fails_where_obstore_refuses(bucket: Bucket) -> None:
+    bucket.put("d/a", b"")
+    bucket.put("d//x", b"")
+    answers = {Fault(status=403): errno.EACCES, Fault(status=400): errno.EIO, Fault(status=503): errno.EIO}
+    for fault, code in answers.items():
+        source = open_bucket(bucket, tried_for=1.0)
+        asked = itertools.count()
+        bucket.faults = lambda _, fault=fault, asked=asked: fault if next(asked) % 2 else None  # type: ignore[misc]
+        with pytest.raises(OSError) as caught:
+            source.listing(b"")
+        assert caught.value.errno == code
+        assert "rename" not in str(caught.value)
+    bucket.faults = once(Fault(status=503), "LIST", times=2)
+    assert open_bucket(bucket).listing(b"").names == [b"a"]
 
 
 PASSING = [

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import NamedTuple, Protocol
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, quote, unquote
 from xml.sax.saxutils import escape
 
 _REASONS = {200: "OK", 206: "Partial Content", 304: "Not Modified", 416: "Range Not Satisfiable", 503: "Slow Down"}
@@ -187,6 +187,8 @@ class Bucket:
         after = options.get("continuation-token") or options.get("start-after") or ""
         if len(self._keys) != len(self.objects):
             self._keys = sorted(self.objects, key=str.encode)
+        is_encoded = options.get("encoding-type") == "url"
+        write = _url if is_encoded else _xml
         found: dict[str, str] = {}
         more = ""
         for key in self._keys:
@@ -200,28 +202,33 @@ class Bucket:
             if len(found) == self._page:
                 more = list(found)[-1]
                 break
-            below = f"<CommonPrefixes><Prefix>{_xml(shown)}</Prefix></CommonPrefixes>"
-            found[shown] = below if is_below else self._entry(key)
+            below = f"<CommonPrefixes><Prefix>{write(shown)}</Prefix></CommonPrefixes>"
+            found[shown] = below if is_below else self._entry(key, write(key))
         token = f"<NextContinuationToken>{_xml(more)}</NextContinuationToken>" if more else ""
         truncated = str(bool(more)).lower()
+        encoded = "<EncodingType>url</EncodingType>" if is_encoded else ""
         body = (
-            f'<?xml version="1.0" encoding="UTF-8"?><ListBucketResult><Name>{self.name}</Name>'
+            f'<?xml version="1.0" encoding="UTF-8"?><ListBucketResult><Name>{self.name}</Name>{encoded}'
             f"<KeyCount>{len(found)}</KeyCount><IsTruncated>{truncated}</IsTruncated>{token}"
             f"{''.join(found.values())}</ListBucketResult>"
         )
         return body.encode("utf-8", "surrogateescape")
 
-    def _entry(self, key: str) -> str:
+    def _entry(self, key: str, written: str) -> str:
         stored = self.objects[key]
         modified = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(stored.modified))
         return (
-            f"<Contents><Key>{_xml(key)}</Key><LastModified>{modified}</LastModified><ETag>{escape(stored.etag)}</ETag>"
+            f"<Contents><Key>{written}</Key><LastModified>{modified}</LastModified><ETag>{escape(stored.etag)}</ETag>"
             f"<Size>{len(stored.data)}</Size><StorageClass>STANDARD</StorageClass></Contents>"
         )
 
 
 def _xml(text: str) -> str:
     return "".join(c if c >= " " else f"&#{ord(c)};" for c in escape(text))
+
+
+def _url(text: str) -> str:
+    return quote(text, errors="surrogateescape")
 
 
 def _error(code: str) -> bytes:

@@ -1,12 +1,13 @@
 """The directories that keys imply, and which keys no file system can show.
 
-A key is a path. What lies below another key, has an empty component or one called `.` or `..`, or a component of more
-than 255 bytes, is hidden; so is an object whose name is a directory's as well. It asks nobody: it is given what a store
-listed.
+A key is a path. What lies below another key, has an empty component or one called `.` or `..`, a component of more
+than 255 bytes or with control characters, by which obstore cannot ask, is hidden; so is an object whose name is a
+directory's as well. It asks nobody: it is given what a store listed.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 from array import array
 from bisect import bisect_left
@@ -18,6 +19,7 @@ import xxhash
 
 LONGEST_NAME = 255  # bytes
 _GONE = -2  # in place of a size
+_CONTROL = re.compile(r"[\0-\x1f\x7f]")  # what obstore takes for one
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 _NS_BELOW = 1_000_000  # in a millisecond: finer no store says when an object was modified
@@ -125,7 +127,7 @@ def shown(prefix: str, found: Found) -> tuple[dict[bytes, Entry], int]:
         else:
             entries[name] = Entry(-1)
     for key, entry in found.objects:
-        if key + "/" == prefix:
+        if key.removesuffix("/") + "/" == prefix:  # obstore drops the slash of a key that ends with one
             hidden += entry.size > 0  # else it marks a directory, which may be empty
         elif (name := _name(prefix, key)) is None or name in entries:
             hidden += 1
@@ -137,7 +139,7 @@ def shown(prefix: str, found: Found) -> tuple[dict[bytes, Entry], int]:
 def _name(prefix: str, key: str) -> bytes | None:
     """The name of what is right below a prefix; None if it can have none."""
     rest = key[len(prefix) :]
-    if not key.startswith(prefix) or rest in ("", ".", "..") or "/" in rest or "\0" in rest:
+    if not key.startswith(prefix) or rest in ("", ".", "..") or "/" in rest or _CONTROL.search(rest):
         return None
     try:
         name = rest.encode()

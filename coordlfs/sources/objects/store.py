@@ -25,6 +25,7 @@ from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from coordlfs.sources.address import Address, Options
+from coordlfs.sources.objects import refused
 from coordlfs.sources.objects.failures import Failure, Meaning, failure
 from coordlfs.sources.objects.names import Entry, Found, bare
 from coordlfs.sources.objects.profiles import Profile
@@ -110,6 +111,8 @@ class Store:
     """
 
     def __init__(self, address: Address, options: Options, *, tried_for: float = TRIED_FOR) -> None:
+        self._address = address
+        self._options = options
         self._tried_for = tried_for
         self.window = Window(options.in_flight)
         self.ended = threading.Event()
@@ -127,18 +130,18 @@ class Store:
     # -- requests -----------------------------------------------------------------------------------------------
 
     def holds_anything(self, prefix: str) -> bool:
-        """Whether a prefix is any key's, Raises OSError."""
+        """Whether a prefix is any key's. Raises OSError."""
 
         def ask() -> bool:
-            return next(iter(obstore.list(self._store, prefix or None, chunk_size=1)), None) is not None
+            try:
+                return next(iter(obstore.list(self._store, prefix or None, chunk_size=1)), None) is not None
+            except BaseError as e:
+                if failure(e).meaning is not Meaning.BAD_KEY:
+                    raise
+            found = self._list(prefix)  # the key may lie deeper, and be in nobody's way here
+            return bool(found.objects or found.prefixes)
 
-        try:
-            return self._persistently("list", prefix, ask)
-        except StoreError as e:
-            if e.failure.meaning is not Meaning.BAD_KEY:
-                raise
-        found = self.list_below(prefix)  # the key may lie deeper, and hide nothing here
-        return bool(found.objects or found.prefixes)
+        return self._persistently("list", prefix, ask)
 
     def get(self, key: str, entry: Entry, first: int, end: int) -> memoryview:
         """The bytes of an object from `first` to before `end`. Raises OSError; ChangedError if it is not `entry`."""
@@ -174,17 +177,37 @@ class Store:
         """What lies right below a prefix, which ends with a slash or is empty. Raises OSError.
 
         obstore refuses a page of a listing for one key in it that it cannot name (`a//b`, `.`, control characters), and
-        all others of that page with it. They cannot be asked for in another way, and half a directory would be taken
-        for all of it: so that is an error, which names the key.
+        all others of that page with it. Where the store speaks the protocol of S3 another library is asked then; else
+        it is an error, which names the key, since half a directory would be taken for all of it.
         """
         return self._persistently("list", prefix, lambda: self._list(prefix))
 
     def _list(self, prefix: str) -> Found:
-        result = obstore.list_with_delimiter(self._store, prefix or None)
+        try:
+            result = obstore.list_with_delimiter(self._store, prefix or None)
+        except BaseError as e:
+            if self._address.scheme == "s3" and failure(e).meaning is Meaning.BAD_KEY:
+                return self._list_refused(prefix)
+            raise
         objects = [(o["path"], Entry.of(o["size"], o["last_modified"], o["e_tag"])) for o in result["objects"]]
         # A request lists a thousand keys.
         self._count("list", (len(objects) + len(result["common_prefixes"])) // 1000)
         return Found([*result["common_prefixes"]], objects)
+
+    def _list_refused(self, prefix: str) -> Found:
+        pages = 0
+        prefixes: list[str] = []
+        objects: list[tuple[str, Entry]] = []
+        try:
+            for page in refused.pages_below(self._address, self._options, prefix):
+                pages += 1
+                prefixes += page.prefixes
+                objects += page.objects
+        except refused.RefusedError as e:
+            raise StoreError(e.failure) from None
+        finally:
+            self._count("list", pages)
+        return Found(prefixes, objects)
 
     # -- attempts -----------------------------------------------------------------------------------------------
 
