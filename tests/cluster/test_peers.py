@@ -567,7 +567,7 @@ def test_an_owner_that_is_busy_says_for_how_long(source: Path, place: Path, moun
     names = write_files(source, 20, 1000)
     ports = free_ports(2)
     with faulty_fs.served(source, place) as faulty:
-        faulty.set_all({f"read {name}": {"delay": 0.4} for name in names})
+        faulty.set("read *", delay=0.4)
         node = mount(faulty.path, "16M", *_options(ports[0], ports))
         eventually(lambda: any(row["share"] == 1 for row in json.loads(coordlfs("peers", node.path, "--json").stdout)))
         replies = []

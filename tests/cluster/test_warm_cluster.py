@@ -36,9 +36,9 @@ SLOW = 1.0  # seconds for each read of the source
 @pytest.fixture
 def slow(source: Path, place: Path) -> Iterator[Faulty]:
     """`source` with 1,000 files, which take their time."""
-    names = write_files(source, 1000, 10_000)
+    write_files(source, 1000, 10_000)
     with faulty_fs.served(source, place) as faulty:
-        faulty.set_all({f"read {name}": {"delay": SLOW} for name in names})
+        faulty.set("read *", delay=SLOW)
         yield faulty
 
 

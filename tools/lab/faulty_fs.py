@@ -2,9 +2,10 @@
 
 `python -m coordlfs_tools.lab.faulty_fs DIRECTORY MNT FAULTS`. FAULTS is a file of JSON: for an operation and a name, as
 in {"read f": {"errno": 5, "from": 4096, "delay": 0.5}}, the error to fail with (0: none), the first byte that fails,
-seconds to wait before, and how many "times" it fails; one that "hangs" waits until that is taken back. It is read for
-every request, so that it may be changed at will, as `Faulty` does. The kernel is told to remember no names and
-attributes; of a file that is opened no bytes either, if FAULTS has "forget". Files that are there can be written to.
+seconds to wait before, and how many "times" it fails; one that "hangs" waits until that is taken back. For a name * is
+all that are not named. It is read for every request, so that it may be changed at will, as `Faulty` does. The kernel is
+told to remember no names and attributes; of a file that is opened no bytes either, if FAULTS has "forget". Files that
+are there can be written to.
 Tests and the soak stand it between coordlfs, of which it knows nothing, and a dataset or the image of a disk (`disks`).
 """
 
@@ -42,7 +43,8 @@ class Operations(pyfuse3.Operations):
         self.opened: dict[int, int] = {}  # descriptor → inode
 
     def _fault(self, operation: str, name: str) -> dict[str, Any] | None:
-        fault: dict[str, Any] | None = json.loads(self.faults.read_text()).get(f"{operation} {name}")
+        faults: dict[str, Any] = json.loads(self.faults.read_text())
+        fault: dict[str, Any] | None = faults.get(f"{operation} {name}", faults.get(f"{operation} *"))
         return fault
 
     async def _fail(self, operation: str, name: str, end: int = 1 << 62) -> None:
