@@ -18,6 +18,8 @@ from coordlfs.catalogue.catalog import REGULAR, Catalog
 from coordlfs.catalogue.metrics import Counters
 from coordlfs.kernel import pages
 
+_LOOKS = 20  # for a leader, before a server that takes over no longer expects the job that led
+
 
 class Announcements:
     """The orders of all readers of a mount. Not thread-safe: the lock of admission is held."""
@@ -29,6 +31,10 @@ class Announcements:
         self._counters = counters
         self.orders = Orders(self._find, self._cost, self._was_missed)
         self._leader: Job | None = None  # the job whose epoch is the mount's
+        # How often to look yet for a job that led before this server began. What is read before it has said so again,
+        # as by a keeper, starts no epoch.
+        self._expected = _LOOKS if counters["told_epoch"] else 0
+        epochs.told = self._expected > 0
 
     @property
     def wanted(self) -> Collection[int]:
@@ -58,6 +64,9 @@ class Announcements:
         """Where the job that led is gone, nobody says any more when an epoch begins."""
         if self._leader is not None and self._leader not in self.orders.jobs.values():
             self._leader, self._epochs.told = None, False
+        if self._expected:
+            self._expected -= 1
+            self._epochs.told = self._expected > 0
 
     def _find(self, number: int) -> tuple[int, int, int] | None:
         record = self._catalog.find(number) if number >> 63 == 0 else None
@@ -84,8 +93,8 @@ class Announcements:
             self._leader = job
             mark = xxhash.xxh3_64_intdigest(f"{job.uid} {job.name} {job.epoch}".encode()) or 1
             # A server that was started anew meanwhile goes on with the epoch that runs.
-            goes_on = self._counters["told_epoch"] == mark and not self._epochs.told
-            self._epochs.told = True
+            goes_on = self._counters["told_epoch"] == mark and (self._expected or not self._epochs.told)
+            self._epochs.told, self._expected = True, 0
             if not goes_on:
                 self._epochs.advance(unpinned(self._counters, self._policy))
                 self._counters.set("epochs_before", self._epochs.current.number)

@@ -118,12 +118,13 @@ class FetchAhead:
         while True:
             await trio.sleep(_INTERVAL)
             with self._lock:
-                if not self._orders.readers and not self._orders.free:
-                    continue
-                self._orders.leave(time.monotonic(), self._has_ended)
-                self._forget_processes()
+                is_of_use = bool(self._orders.readers or self._orders.free)
+                if is_of_use:
+                    self._orders.leave(time.monotonic(), self._has_ended)
+                    self._forget_processes()
                 self._announcements.look_for_leader()
-                self._step()
+                if is_of_use:
+                    self._step()
 
     def figures(self) -> dict[str, Any]:
         """For `status`."""
