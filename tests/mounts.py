@@ -33,6 +33,7 @@ from coordlfs_tools.lab.processes import doing, memory
 from coordlfs_tools.lab.processes import is_alive as is_alive
 
 from coordlfs.kernel import pages
+from coordlfs.kernel.writeback import write_back
 
 COORDLFS = [sys.executable, "-m", "coordlfs"]
 PAGE = 4096
@@ -237,7 +238,7 @@ def write_files(directory: Path, count: int, size: int) -> list[str]:
     names = [f"item-{number:05}" for number in range(count)]
     for number, name in enumerate(names):
         (directory / name).write_bytes(noise(size, number))
-    os.sync()
+    write_back(directory)
     return names
 
 

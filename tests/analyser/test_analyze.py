@@ -33,6 +33,8 @@ from coordlfs_tools.storage.measure import latency, measure, parts, rate
 from mounts import NOBODY, PATIENCE, coordlfs, eventually
 from PIL import Image
 
+from coordlfs.kernel.writeback import write_back
+
 FILES, SIZE, BATCH = 960, 20_480, 8
 SYNTHETIC = [sys.executable, "-m", "coordlfs_tools.analyze.synthetic"]
 COLD = Section("cold", skip=2, count=5)
@@ -66,7 +68,7 @@ def data() -> Iterator[Path]:
     try:
         for i in range(FILES):
             (directory / f"{i:04}").write_bytes(random.Random(i).randbytes(SIZE))
-        os.sync()
+        write_back(directory)
         yield directory
     finally:
         shutil.rmtree(directory)

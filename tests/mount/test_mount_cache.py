@@ -33,6 +33,8 @@ from mounts import (
     write_files,
 )
 
+from coordlfs.kernel.writeback import write_back
+
 # -- epochs of jobs that read -------------------------------------------------------------------------------------
 
 _EPOCH = """
@@ -67,7 +69,7 @@ def _dataset(source: Path) -> dict[str, int]:
     dataset |= {"tiny": 1, "page": PAGE, "large": 2 * MIB + 5, "empty": 0}
     for name, size in dataset.items():
         (source / name).write_bytes(noise(size, hash(name) & 0xFF))
-    os.sync()
+    write_back(source)
     return dataset
 
 
@@ -252,7 +254,7 @@ def test_the_source_is_not_cached_too(source: Path, mount: MakeMount, cache: str
     sizes = {"a": 1, "b": 110_000, "c": 3 * MIB + 5, "d": 40 * MIB}
     for name, size in sizes.items():
         (source / name).write_bytes(noise(size))
-    os.sync()
+    write_back(source)
     for name in sizes:
         forget(source / name)
     mounted = mount(source, cache)
@@ -264,7 +266,7 @@ def test_the_source_is_not_cached_too(source: Path, mount: MakeMount, cache: str
 
 def test_what_the_source_has_cached_stays(source: Path, mount: MakeMount) -> None:
     (source / "f").write_bytes(noise(3 * MIB))
-    os.sync()
+    write_back(source)
     read(source / "f")
     mounted = mount(source)
     assert read(mounted.path / "f") == noise(3 * MIB)

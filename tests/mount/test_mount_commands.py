@@ -39,6 +39,7 @@ from mounts import (
 
 from coordlfs.commands import client
 from coordlfs.kernel import fiemap
+from coordlfs.kernel.writeback import write_back
 from coordlfs.sources import layout
 from coordlfs.sources.directory import DirectorySource
 
@@ -180,7 +181,7 @@ def _tree(source: Path) -> dict[str, int]:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(noise(size))
     os.symlink("b/3", source / "link")
-    os.sync()
+    write_back(source)
     return sizes
 
 
@@ -244,7 +245,7 @@ def test_files_are_warmed_as_they_lie_on_the_disk(source: Path) -> None:
     for name in names:
         path = source / os.fsdecode(name)
         path.write_bytes(noise(3 * MIB))
-        os.sync()
+        write_back(source)
     with ExitStack() as stack:
         opened = DirectorySource(os.open(source, os.O_RDONLY))
         stack.callback(os.close, opened.root)
@@ -408,7 +409,7 @@ def test_verify_finds_every_difference(source: Path, mount: MakeMount, place: Pa
 
 def test_verify_fills_no_cache_of_the_source(source: Path, mount: MakeMount) -> None:
     (source / "f").write_bytes(noise(5 * MIB))
-    os.sync()
+    write_back(source)
     forget(source / "f")
     mounted = mount(source)
     coordlfs("verify", mounted.path)

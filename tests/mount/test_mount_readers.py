@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from mounts import CHUNK, MIB, PAGE, PATIENCE, MakeMount, coordlfs, forget, noise, read, resident, script, write_files
 
+from coordlfs.kernel.writeback import write_back
+
 _TRAIN = """
 import json, os, sys, zlib
 import torch
@@ -152,7 +154,7 @@ _ARRAY = "import sys, numpy as np\npath, array = sys.argv[1], np.random.default_
 def test_files_that_libraries_map(source: Path, mount: MakeMount, form: str) -> None:
     """Bytes are right, and the second time all of them are in memory."""
     script(_ARRAY + _WRITE[form], source / "data")
-    os.sync()
+    write_back(source)
     mounted = mount(source)
     check = _ARRAY + _READ[form] + "assert np.array_equal(found, array)\n"
     script(check, mounted.path / "data")

@@ -6,7 +6,6 @@ C is the cache. The disk is slowed for both, where the cgroups of this machine c
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from coordlfs_tools.lab.cgroups import cgroup, peak_of
 from coordlfs_tools.lab.machine import disk_of
 from coordlfs_tools.lab.processes import memory
 from coordlfs_tools.storage.files import drop, listed
+
+from coordlfs.kernel.writeback import write_back
 
 CACHE = 0.6  # of the dataset: C
 _SLOW = 15_000_000  # bytes per second, about what one of many nodes gets of a storage that they share
@@ -94,5 +95,5 @@ def on_mount(machine: Machine, data: Path, size: int) -> Mounted:
 
 def _forget(data: Path) -> None:
     """Take the dataset out of the page cache."""
-    os.sync()  # only what is on the disk can be taken out
+    write_back(data)  # only what is on the disk can be taken out
     drop(listed(data))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from coordlfs.errors import UserError
 from coordlfs.kernel import pages
+from coordlfs.kernel.writeback import write_back
 
 _ASKED = 200  # files that are looked at to see whether any of the others is still cached
 _COLD = 0.02  # a smaller share in the page cache is none
@@ -108,7 +109,8 @@ def drop(files: Sequence[File]) -> Dropped:
     """
     for is_dirty in (False, True):
         if is_dirty:
-            os.sync()
+            for path in {os.stat(file.path).st_dev: file.path for file in files}.values():
+                write_back(path)
         _advise(files)
         share = resident_share(files)
         if share is None or share <= _COLD:

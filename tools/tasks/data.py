@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import wave
@@ -15,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from coordlfs_tools.lab import photos
 from PIL import ImageDraw
+
+from coordlfs.kernel.writeback import write_back
 
 CLASSES = 10
 RATE = 16_000  # samples a second of a recording, which has one channel of 16 bits
@@ -72,7 +73,7 @@ def write(task: str, root: Path, count: int) -> Path:
             (part / f"class-{kind}").mkdir(parents=True)
         with ProcessPoolExecutor(initializer=partial(signal.signal, signal.SIGINT, signal.SIG_IGN)) as pool:
             list(pool.map(partial(_write, task, part), range(count), chunksize=8))
-        os.sync()
+        write_back(part)
         part.rename(directory)
     return directory
 
